@@ -1,0 +1,1 @@
+//! The vCPU group process.
