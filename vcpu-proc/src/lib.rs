@@ -1,1 +1,6 @@
-//! The vCPU group process.
+//! The vCPU group process: the only holder of guest memory and of KVM.
+
+pub mod acpi;
+pub mod boot;
+pub mod quirks;
+pub mod report;

@@ -1,0 +1,1 @@
+//! Hosts whose KVM is incomplete.
