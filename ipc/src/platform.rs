@@ -14,7 +14,8 @@ pub const VIRTIO_MMIO_BASE: u64 = MMIO_HOLE_START;
 /// Distance in bytes between the register blocks of two slots.
 pub const VIRTIO_MMIO_STRIDE: u64 = 0x1000;
 /// Interrupt lines (GSI, edge triggered, active high) of the virtio-mmio slots, by slot number.
-pub const VIRTIO_MMIO_GSI: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+pub const VIRTIO_MMIO_GSI: [u32; 16] =
+    [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
 /// Number of virtio-mmio slots a machine has.
 pub const VIRTIO_MMIO_SLOTS: usize = VIRTIO_MMIO_GSI.len();
 

@@ -1,0 +1,172 @@
+//! Placing things in guest memory: every range is claimed before it is written.
+//!
+//! A claim is refused unless it lies wholly within RAM of the guest's memory map and overlaps
+//! neither the loader's own structures nor an earlier claim. Callers write only what they claimed.
+
+use std::borrow::Cow;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::error::BootError;
+use super::layout::{self, MapEntry, MapKind};
+use super::source::Source;
+
+/// A range of guest memory that something occupies.
+#[derive(Debug, Clone)]
+struct Claim {
+    start: u64,
+    end: u64,
+    what: Cow<'static, str>,
+}
+
+/// The memory of a guest that does not run yet.
+#[derive(Debug)]
+pub(super) struct Guest<'a> {
+    memory: &'a GuestMemoryMmap,
+    map: Vec<MapEntry>,
+    claims: Vec<Claim>,
+}
+
+impl<'a> Guest<'a> {
+    /// A guest of `bytes` bytes whose memory is `memory`, with the loader's own range claimed.
+    pub(super) fn new(memory: &'a GuestMemoryMmap, bytes: u64) -> Self {
+        let own = Claim {
+            start: 0,
+            end: layout::BOOT_DATA_END,
+            what: Cow::Borrowed("the loader's own structures"),
+        };
+        Self {
+            memory,
+            map: layout::memory_map(bytes),
+            claims: vec![own],
+        }
+    }
+
+    /// The memory map that the guest is told.
+    pub(super) fn map(&self) -> &[MapEntry] {
+        &self.map
+    }
+
+    /// Takes `bytes` bytes from `start` for `what`.
+    pub(super) fn claim(
+        &mut self,
+        what: impl Into<Cow<'static, str>>,
+        start: u64,
+        bytes: u64,
+    ) -> Result<(), BootError> {
+        let what = what.into();
+        let end = start.saturating_add(bytes);
+        let inside = start.checked_add(bytes).is_some()
+            && self
+                .ram()
+                .any(|range| range.start <= start && end <= range.end());
+        if !inside {
+            let available = self.describe_ram();
+            return Err(BootError::OutsideMemory {
+                what,
+                start,
+                end,
+                available,
+            });
+        }
+        if let Some(other) = self
+            .claims
+            .iter()
+            .find(|other| start < other.end && other.start < end)
+        {
+            return Err(BootError::Overlap {
+                what,
+                start,
+                end,
+                other: other.what.clone(),
+                other_start: other.start,
+                other_end: other.end,
+            });
+        }
+        self.claims.push(Claim { start, end, what });
+        Ok(())
+    }
+
+    /// The highest page-aligned address below `limit` where `bytes` bytes of RAM from 1 MiB on are
+    /// free, or the size of the largest free range.
+    pub(super) fn highest_free(&self, bytes: u64, limit: u64) -> Result<u64, u64> {
+        let mut largest = 0;
+        let mut best = None;
+        for range in self
+            .ram()
+            .filter(|range| range.start >= layout::HIGH_MEMORY_START)
+        {
+            for (start, end) in self.free_within(range.start, range.end().min(limit)) {
+                let start = start.next_multiple_of(PAGE);
+                largest = largest.max(end.saturating_sub(start));
+                if let Some(place) = end.checked_sub(bytes).map(|place| place / PAGE * PAGE)
+                    && place >= start
+                {
+                    best = best.max(Some(place));
+                }
+            }
+        }
+        best.ok_or(largest)
+    }
+
+    /// Writes `bytes` at `address`; the range is claimed or the loader's own.
+    pub(super) fn write(&self, address: u64, bytes: &[u8]) -> Result<(), BootError> {
+        self.memory
+            .write_slice(bytes, GuestAddress(address))
+            .map_err(|_| BootError::Unbacked {
+                address,
+                bytes: bytes.len() as u64,
+            })
+    }
+
+    /// Copies `count` bytes from `offset` of `source` to `address`, a claimed range.
+    pub(super) fn read_from(
+        &self,
+        source: &Source<'_>,
+        field: &'static str,
+        offset: u64,
+        address: u64,
+        count: u64,
+    ) -> Result<(), BootError> {
+        source.read_into_guest(field, offset, self.memory, address, count)
+    }
+
+    fn ram(&self) -> impl Iterator<Item = &MapEntry> {
+        self.map.iter().filter(|range| range.kind == MapKind::Ram)
+    }
+
+    /// The parts of `start..end` that nobody has claimed, ascending.
+    fn free_within(&self, start: u64, end: u64) -> Vec<(u64, u64)> {
+        let mut claims: Vec<_> = self
+            .claims
+            .iter()
+            .map(|claim| (claim.start, claim.end))
+            .collect();
+        claims.sort_unstable();
+        let mut free = Vec::new();
+        let mut at = start;
+        for (claim_start, claim_end) in claims {
+            if claim_start >= end {
+                break;
+            }
+            if claim_start > at {
+                free.push((at, claim_start));
+            }
+            at = at.max(claim_end);
+        }
+        if at < end {
+            free.push((at, end));
+        }
+        free
+    }
+
+    fn describe_ram(&self) -> String {
+        let ranges: Vec<_> = self
+            .ram()
+            .map(|range| format!("{:#x} to {:#x}", range.start, range.end()))
+            .collect();
+        ranges.join(", ")
+    }
+}
+
+const PAGE: u64 = 0x1000;

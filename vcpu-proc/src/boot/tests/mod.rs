@@ -1,0 +1,3 @@
+//! Claims about whole loads: what a kernel of each kind finds in memory, and what is refused.
+
+mod elf;
