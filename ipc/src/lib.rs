@@ -1,2 +1,23 @@
-//! placeholder
+//! What the processes of Bulkhead say to each other, and how.
+//!
+//! Two kinds of traffic exist. *Control* messages ([`protocol`]) travel over one SOCK_SEQPACKET pair
+//! per process ([`channel`]) and are rare. *Data* travels through shared memory that both sides map:
+//! a device's [`window`] with its shadow virtqueues ([`ring`]), the [`legacy_page`], the console
+//! rings ([`output_ring`], [`input_ring`]); eventfds are the doorbells.
+//!
+//! Everything that a peer can write is hostile: it is read once into local memory, range-checked and
+//! then used. Nothing here blocks on a peer without a deadline and nothing here panics on what a
+//! peer wrote.
+
+pub mod channel;
+pub mod control_page;
+pub mod device_kind;
+pub mod ident;
+pub mod input_ring;
+pub mod legacy_page;
+pub mod output_ring;
 pub mod platform;
+pub mod protocol;
+pub mod ring;
+pub mod shared;
+pub mod window;

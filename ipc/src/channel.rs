@@ -1,0 +1,289 @@
+//! Control channels: one SOCK_SEQPACKET pair per process, one message per packet.
+//!
+//! A packet is a postcard-encoded value of at most [`MESSAGE_BYTES_MAX`] bytes, with at most
+//! [`FDS_MAX`] file descriptors. Sending never blocks (MSG_DONTWAIT): a peer that does not read is
+//! reported as [`ChannelError::Full`], and the owner decides what that peer is worth. Receiving
+//! either does not block or has a deadline.
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
+    sendmsg, socketpair,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+/// Largest encoded message in bytes.
+pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;
+/// Largest number of file descriptors in one message.
+pub const FDS_MAX: usize = 16;
+
+/// Why a control message could not be sent or received.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The peer has closed its end (usually: it died).
+    #[error("the peer closed the control channel")]
+    Closed,
+    /// The peer does not read; nothing was sent.
+    #[error("the control channel is full: the peer does not read")]
+    Full,
+    /// Nothing arrived in time.
+    #[error("no control message within {0:?}")]
+    TimedOut(Duration),
+    /// A packet longer than allowed, or with more descriptors than allowed.
+    #[error("control message too large: {got} bytes or descriptors, at most {limit}")]
+    TooLarge {
+        /// What arrived or was to be sent.
+        got: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// The bytes are no message of the expected type.
+    #[error("malformed control message: {0}")]
+    Malformed(postcard::Error),
+    /// The kernel refused.
+    #[error("control channel: {0}")]
+    Os(#[from] Errno),
+}
+
+/// One end of a control channel.
+#[derive(Debug)]
+pub struct Channel {
+    socket: OwnedFd,
+}
+
+impl Channel {
+    /// Makes a connected pair; both ends are close-on-exec and non-blocking in use.
+    ///
+    /// # Errors
+    /// The kernel's errno (EMFILE, ENFILE, ENOMEM).
+    pub fn pair() -> Result<(Self, Self), Errno> {
+        let (a, b) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )?;
+        Ok((Self { socket: a }, Self { socket: b }))
+    }
+
+    /// Sends one message with descriptors attached. Never blocks.
+    ///
+    /// # Errors
+    /// [`ChannelError::Full`] when the peer does not read, [`ChannelError::Closed`] when it is gone.
+    pub fn send<T: Serialize>(
+        &self,
+        message: &T,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), ChannelError> {
+        let bytes = postcard::to_stdvec(message).map_err(ChannelError::Malformed)?;
+        if bytes.len() > MESSAGE_BYTES_MAX {
+            return Err(ChannelError::TooLarge {
+                got: bytes.len(),
+                limit: MESSAGE_BYTES_MAX,
+            });
+        }
+        if fds.len() > FDS_MAX {
+            return Err(ChannelError::TooLarge {
+                got: fds.len(),
+                limit: FDS_MAX,
+            });
+        }
+        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        loop {
+            let sent = sendmsg::<()>(
+                self.socket.as_raw_fd(),
+                &[IoSlice::new(&bytes)],
+                control,
+                flags,
+                None,
+            );
+            return match sent {
+                Ok(_) => Ok(()),
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN | Errno::ENOBUFS) => Err(ChannelError::Full),
+                Err(Errno::EPIPE | Errno::ECONNRESET) => Err(ChannelError::Closed),
+                Err(e) => Err(e.into()),
+            };
+        }
+    }
+
+    /// Receives one message if there is one. Never blocks. Descriptors arrive close-on-exec.
+    ///
+    /// # Errors
+    /// As [`ChannelError`]; after [`ChannelError::Malformed`] or [`ChannelError::TooLarge`] the
+    /// packet is gone and its descriptors are closed.
+    pub fn try_recv<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ChannelError> {
+        let mut buffer = vec![0u8; MESSAGE_BYTES_MAX];
+        let (len, fds, truncated) = loop {
+            let mut space = nix::cmsg_space!([RawFd; FDS_MAX]);
+            let mut iov = [IoSliceMut::new(&mut buffer)];
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+            match recvmsg::<()>(self.socket.as_raw_fd(), &mut iov, Some(&mut space), flags) {
+                Ok(message) => {
+                    let fds = take_fds(&message)?;
+                    let cut = MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC;
+                    break (message.bytes, fds, message.flags.intersects(cut));
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Ok(None),
+                Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
+                Err(e) => return Err(e.into()),
+            }
+        };
+        if truncated {
+            return Err(ChannelError::TooLarge {
+                got: len,
+                limit: MESSAGE_BYTES_MAX,
+            });
+        }
+        if len == 0 {
+            return Err(ChannelError::Closed);
+        }
+        let bytes = buffer.get(..len).unwrap_or_default();
+        let (message, rest) = postcard::take_from_bytes(bytes).map_err(ChannelError::Malformed)?;
+        if !rest.is_empty() {
+            return Err(ChannelError::Malformed(
+                postcard::Error::DeserializeBadEncoding,
+            ));
+        }
+        Ok(Some((message, fds)))
+    }
+
+    /// Receives one message, waiting at most `within`.
+    ///
+    /// # Errors
+    /// [`ChannelError::TimedOut`] when nothing came; otherwise as [`Channel::try_recv`].
+    pub fn recv_within<T: DeserializeOwned>(
+        &self,
+        within: Duration,
+    ) -> Result<(T, Vec<OwnedFd>), ChannelError> {
+        let deadline = Instant::now() + within;
+        loop {
+            if let Some(message) = self.try_recv()? {
+                return Ok(message);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ChannelError::TimedOut(within));
+            }
+            let timeout = PollTimeout::try_from(left.as_millis().saturating_add(1))
+                .unwrap_or(PollTimeout::MAX);
+            match poll(
+                &mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)],
+                timeout,
+            ) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+#[expect(
+    unsafe_code,
+    reason = "descriptors that the kernel just installed become owned"
+)]
+fn take_fds<S>(message: &nix::sys::socket::RecvMsg<'_, '_, S>) -> Result<Vec<OwnedFd>, Errno> {
+    let mut fds = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = part {
+            for fd in raw {
+                // SAFETY: the kernel made this descriptor for us in recvmsg; nobody else knows it.
+                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+    }
+    Ok(fds)
+}
+
+impl From<OwnedFd> for Channel {
+    fn from(socket: OwnedFd) -> Self {
+        Self { socket }
+    }
+}
+
+impl From<Channel> for OwnedFd {
+    fn from(channel: Channel) -> Self {
+        channel.socket
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for Channel {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn message_and_descriptor_arrive_together() {
+        let (a, b) = Channel::pair().unwrap();
+        let (_other, extra) = Channel::pair().unwrap();
+        a.send(&(7u32, "seven".to_owned()), &[extra.as_fd()])
+            .unwrap();
+        let ((n, s), fds) = b
+            .recv_within::<(u32, String)>(Duration::from_secs(1))
+            .unwrap();
+        assert_eq!((n, s.as_str(), fds.len()), (7, "seven", 1));
+        assert!(b.try_recv::<u32>().unwrap().is_none());
+    }
+
+    #[test]
+    fn peer_that_does_not_read_is_full_and_does_not_block() {
+        let (a, _b) = Channel::pair().unwrap();
+        let big = vec![0u8; 32 * 1024];
+        let full = (0..100).any(|_| matches!(a.send(&big, &[]), Err(ChannelError::Full)));
+        assert!(full);
+    }
+
+    #[test]
+    fn closed_and_malformed_are_told_apart() {
+        let (a, b) = Channel::pair().unwrap();
+        a.send(&"text".to_owned(), &[]).unwrap();
+        assert!(matches!(
+            b.try_recv::<(u64, u64, u64)>(),
+            Err(ChannelError::Malformed(_))
+        ));
+        a.send(&(1u8, 2u8), &[]).unwrap();
+        assert!(matches!(
+            b.try_recv::<u8>(),
+            Err(ChannelError::Malformed(_))
+        ));
+        drop(a);
+        assert!(matches!(b.try_recv::<u8>(), Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn oversized_message_is_refused_before_it_is_sent() {
+        let (a, _b) = Channel::pair().unwrap();
+        let big = vec![0u8; MESSAGE_BYTES_MAX + 1];
+        assert!(matches!(
+            a.send(&big, &[]),
+            Err(ChannelError::TooLarge { .. })
+        ));
+    }
+
+    #[test]
+    fn silence_times_out() {
+        let (_a, b) = Channel::pair().unwrap();
+        let r = b.recv_within::<u8>(Duration::from_millis(5));
+        assert!(matches!(r, Err(ChannelError::TimedOut(_))));
+    }
+}

@@ -1,0 +1,125 @@
+//! What a DMA gate must know of each kind of virtio device: how its requests are framed, how they
+//! may be replayed, and which configuration fields only the device knows. Everything else about a
+//! device lives in its own process.
+
+use crate::ident::ProcKind;
+use serde::{Deserialize, Serialize};
+
+/// A kind of virtio device (virtio 1.2, section 5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VirtioKind {
+    /// Block device (section 5.2).
+    Blk,
+    /// Console (section 5.3).
+    Console,
+    /// Entropy device (section 5.4).
+    Rng,
+}
+
+/// What may be done with requests in flight when a device process dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReplayClass {
+    /// Submitted again.
+    Idempotent,
+    /// Submitted again with the stream position that the journal assigned at first.
+    Positioned,
+    /// Completed as if done.
+    Droppable,
+}
+
+/// How a gate lays a guest's request out in the window. The data between head and tail goes to
+/// page-aligned memory, so that direct I/O can use it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Framing {
+    /// Device-readable bytes at the front that go into the head slot (blk: the 16-byte header).
+    pub head_bytes: u8,
+    /// Device-writable bytes at the back that go into the head slot (blk: the status byte).
+    pub tail_bytes: u8,
+    /// The gate puts the stream position (u64, little endian) of the request's first byte in front
+    /// of the readable bytes.
+    pub positioned: bool,
+}
+
+/// Bytes of one head slot: the head at 0, the tail at [`TAIL_OFFSET`].
+pub const HEAD_SLOT_BYTES: usize = 64;
+/// Where in a head slot the device-writable tail starts.
+pub const TAIL_OFFSET: usize = 32;
+/// Bytes that a stream position takes at the front of a positioned request.
+pub const POSITION_BYTES: usize = 8;
+/// Largest device configuration in bytes.
+pub const CONFIG_BYTES_MAX: usize = 256;
+
+impl VirtioKind {
+    /// The virtio device id.
+    #[must_use]
+    pub const fn virtio_id(self) -> u32 {
+        match self {
+            Self::Blk => 2,
+            Self::Console => 3,
+            Self::Rng => 4,
+        }
+    }
+
+    /// The kind of process that serves it.
+    #[must_use]
+    pub const fn proc_kind(self) -> ProcKind {
+        match self {
+            Self::Blk => ProcKind::Blk,
+            Self::Console => ProcKind::Console,
+            Self::Rng => ProcKind::Rng,
+        }
+    }
+
+    /// Framing of the requests of queue `queue`.
+    #[must_use]
+    pub const fn framing(self, queue: usize) -> Framing {
+        match self {
+            Self::Blk => Framing {
+                head_bytes: 16,
+                tail_bytes: 1,
+                positioned: false,
+            },
+            Self::Console => Framing {
+                head_bytes: 0,
+                tail_bytes: 0,
+                positioned: queue % 2 == 1,
+            },
+            Self::Rng => Framing {
+                head_bytes: 0,
+                tail_bytes: 0,
+                positioned: false,
+            },
+        }
+    }
+
+    /// Replay class of the requests of queue `queue`.
+    #[must_use]
+    pub const fn replay_class(self, queue: usize) -> ReplayClass {
+        match self {
+            Self::Console if queue % 2 == 1 => ReplayClass::Positioned,
+            Self::Blk | Self::Rng | Self::Console => ReplayClass::Idempotent,
+        }
+    }
+
+    /// Number of bytes of the configuration space that the guest may read.
+    #[must_use]
+    pub const fn config_bytes(self) -> usize {
+        match self {
+            Self::Blk => 60,
+            Self::Console => 12,
+            Self::Rng => 0,
+        }
+    }
+
+    /// Ranges (offset, length in bytes) of the configuration that only the device knows. Guest
+    /// reads of the configuration wait until the device has published them.
+    #[must_use]
+    pub const fn device_fields(self) -> &'static [(u16, u16)] {
+        match self {
+            Self::Blk => &[(0, 8)],
+            Self::Console => &[(0, 4)],
+            Self::Rng => &[],
+        }
+    }
+}

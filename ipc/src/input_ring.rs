@@ -1,0 +1,138 @@
+//! Console input: a numbered ring in shared memory that the broker writes and a device process
+//! reads. It outlives the device, so no key press is lost or doubled when the device restarts.
+//!
+//! ```text
+//! 0x00  produced: bytes ever written (u64, broker)    0x40  consumed: bytes taken (u64, device)
+//! 0x1000  data; byte n is at 0x1000 + n % 4096
+//! ```
+
+use crate::shared::{SharedError, SharedMemory};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use vm_memory::Bytes;
+
+/// Size of the shared memory in bytes.
+pub const INPUT_RING_BYTES: u64 = 0x2000;
+const CAPACITY: u64 = 4096;
+const OFFSET_PRODUCED: usize = 0x00;
+const OFFSET_CONSUMED: usize = 0x40;
+const OFFSET_DATA: usize = 0x1000;
+
+/// The writing end (broker).
+#[derive(Debug)]
+pub struct InputWriter {
+    memory: SharedMemory,
+    produced: u64,
+    consumed: u64,
+}
+
+impl InputWriter {
+    /// Maps a ring that holds nothing yet.
+    ///
+    /// # Errors
+    /// As [`SharedMemory::map`].
+    pub fn map(fd: OwnedFd) -> Result<Self, SharedError> {
+        let memory = SharedMemory::map(fd, INPUT_RING_BYTES)?;
+        Ok(Self {
+            memory,
+            produced: 0,
+            consumed: 0,
+        })
+    }
+
+    /// Writes as many of `bytes` as fit and returns how many. The caller rings the doorbell.
+    pub fn write(&mut self, bytes: &[u8]) -> usize {
+        // A hostile reader can only claim to be slower or faster; it cannot go back or overtake.
+        let claimed = self.memory.load::<u64>(OFFSET_CONSUMED, Ordering::Acquire);
+        if claimed > self.consumed && claimed <= self.produced {
+            self.consumed = claimed;
+        }
+        let room = CAPACITY - (self.produced - self.consumed);
+        let n = bytes.len().min(usize::try_from(room).unwrap_or(0));
+        for &byte in bytes.iter().take(n) {
+            let at = usize::try_from(self.produced % CAPACITY).unwrap_or(0);
+            self.memory.write(OFFSET_DATA + at, byte);
+            self.produced += 1;
+        }
+        self.memory
+            .store(OFFSET_PRODUCED, self.produced, Ordering::Release);
+        n
+    }
+}
+
+/// The reading end (device process).
+#[derive(Debug)]
+pub struct InputReader {
+    memory: SharedMemory,
+}
+
+impl InputReader {
+    /// Maps a ring and goes on where the last reader stopped.
+    ///
+    /// # Errors
+    /// As [`SharedMemory::map`].
+    pub fn map(fd: OwnedFd) -> Result<Self, SharedError> {
+        SharedMemory::map(fd, INPUT_RING_BYTES).map(|memory| Self { memory })
+    }
+
+    /// Copies what is there, up to the buffer's length, without taking it.
+    #[must_use]
+    pub fn peek(&self, buffer: &mut [u8]) -> usize {
+        let produced = self.memory.load::<u64>(OFFSET_PRODUCED, Ordering::Acquire);
+        let consumed = self.memory.load::<u64>(OFFSET_CONSUMED, Ordering::Relaxed);
+        let there = produced.saturating_sub(consumed).min(CAPACITY);
+        let n = buffer.len().min(usize::try_from(there).unwrap_or(0));
+        let data = self.memory.slice(OFFSET_DATA, 4096);
+        for (place, byte) in buffer.iter_mut().take(n).zip(consumed..) {
+            let at = usize::try_from(byte % CAPACITY).unwrap_or(0);
+            *place = data.read_obj(at).unwrap_or(0);
+        }
+        n
+    }
+
+    /// Takes `n` bytes that [`InputReader::peek`] showed, once their effect is safe.
+    pub fn take(&self, n: usize) {
+        let consumed = self.memory.load::<u64>(OFFSET_CONSUMED, Ordering::Relaxed);
+        self.memory
+            .store(OFFSET_CONSUMED, consumed + n as u64, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shared::sealed_memfd;
+
+    fn pair() -> (InputWriter, InputReader) {
+        let fd = sealed_memfd("i", INPUT_RING_BYTES).unwrap();
+        let reader = InputReader::map(fd.try_clone().unwrap()).unwrap();
+        (InputWriter::map(fd).unwrap(), reader)
+    }
+
+    #[test]
+    fn keys_arrive_in_order_and_only_what_fits_is_taken() {
+        let (mut w, r) = pair();
+        let mut buffer = [0u8; 8192];
+        for round in 0..5 {
+            let keys: Vec<u8> = (0..5000u32)
+                .map(|n| u8::try_from((n + round) % 256).unwrap())
+                .collect();
+            assert_eq!(w.write(&keys), 4096);
+            assert_eq!(r.peek(&mut buffer), 4096);
+            assert_eq!(buffer[..4096], keys[..4096]);
+            r.take(4096);
+            assert_eq!(r.peek(&mut buffer), 0);
+        }
+    }
+
+    #[test]
+    fn hostile_reader_cannot_make_the_writer_overtake_itself() {
+        let (mut w, r) = pair();
+        w.write(&[1; 10]);
+        for claim in [u64::MAX, 11, 4096] {
+            r.memory.store(OFFSET_CONSUMED, claim, Ordering::Release);
+            assert!(w.write(&[2; 4096]) <= 4096);
+            assert!(w.produced - w.consumed <= CAPACITY);
+        }
+    }
+}

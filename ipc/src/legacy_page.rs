@@ -1,0 +1,354 @@
+//! The page that `bulkhead-vcpu` shares with `bulkhead-legacy`.
+//!
+//! A port write without a visible side effect is *posted* to a ring; a register that can be read
+//! without one is *mirrored*; anything else is a synchronous *call*. The order of one vCPU's
+//! accesses is kept: a mirrored read of a register that a posted write may change, and every call,
+//! happens after the ring has drained.
+//!
+//! ```text
+//! 0x000 identity      0x040 mirrored registers     0x080 interrupt requests (device to vCPU)
+//! 0x0c0 posted: producer   0x100 posted: consumer, sleeping flag   0x180 call slot
+//! 0x1000 posted ring, 512 entries of 16 bytes
+//! ```
+//!
+//! vCPU threads take turns as the one producer and caller under a lock of their own process.
+//! Numbers are little endian.
+
+use crate::platform;
+use crate::shared::{SharedError, SharedMemory};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{Ordering, fence};
+
+/// Size of the page in bytes.
+pub const LEGACY_PAGE_BYTES: u64 = 0x3000;
+/// Entries of the posted ring.
+pub const POSTED_ENTRIES: u32 = 512;
+/// Bit of the interrupt word that asks for a machine reset (i8042 command 0xfe).
+pub const RESET_REQUEST: u32 = 1 << 31;
+
+const OFFSET_GENERATION: usize = 0x08;
+const OFFSET_MIRROR: usize = 0x40;
+const OFFSET_INTERRUPTS: usize = 0x80;
+const OFFSET_PRODUCER: usize = 0xc0;
+const OFFSET_CONSUMER: usize = 0x100;
+const OFFSET_SLEEPING: usize = 0x104;
+const OFFSET_CALL_SEQ: usize = 0x180;
+const OFFSET_CALL_PORT: usize = 0x184;
+const OFFSET_CALL_SIZE: usize = 0x186;
+const OFFSET_REPLY_SEQ: usize = 0x1c0;
+const OFFSET_REPLY_VALUE: usize = 0x1c4;
+const OFFSET_POSTED: usize = 0x1000;
+const ENTRY_BYTES: usize = 16;
+
+/// How an access to a legacy port is carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Write: posted. The number of output stream bytes it produces is 1 for transmit registers.
+    Post,
+    /// Read: from mirror register `.0`, without waiting for posted writes.
+    Mirror(u8),
+    /// Read: from mirror register `.0`, after the posted writes have drained.
+    MirrorAfterPosted(u8),
+    /// Read: a call.
+    Call,
+}
+
+/// Mirror register of the 8250's register `n` is `n`; the i8042 status register's is this.
+pub const MIRROR_I8042_STATUS: u8 = 8;
+
+/// Whether `port` belongs to the legacy process.
+#[must_use]
+pub const fn owns_port(port: u16) -> bool {
+    matches!(port, 0x3f8..=0x3ff)
+        || matches!(
+            port,
+            platform::RTC_PORT
+                | 0x71
+                | platform::I8042_DATA_PORT
+                | platform::I8042_COMMAND_PORT
+                | platform::DEBUG_CONSOLE_PORT
+        )
+}
+
+/// How a read of `port` is carried out.
+#[must_use]
+pub const fn read_access(port: u16) -> Access {
+    match port {
+        // IER, LCR, MCR, MSR, SCR. Reading them has no side effect; IER is the divisor latch while
+        // DLAB is set, and the legacy process mirrors whichever applies.
+        0x3f9 => Access::MirrorAfterPosted(1),
+        0x3fb => Access::MirrorAfterPosted(3),
+        0x3fc => Access::MirrorAfterPosted(4),
+        0x3fe => Access::MirrorAfterPosted(6),
+        0x3ff => Access::MirrorAfterPosted(7),
+        // LSR: the transmitter is always ready, since a full ring makes the writer wait.
+        0x3fd => Access::Mirror(5),
+        platform::I8042_COMMAND_PORT => Access::MirrorAfterPosted(MIRROR_I8042_STATUS),
+        _ => Access::Call,
+    }
+}
+
+/// A posted port write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Posted {
+    /// The I/O port.
+    pub port: u16,
+    /// Access size in bytes: 1, 2 or 4.
+    pub size: u8,
+    /// The value, zero extended.
+    pub value: u32,
+    /// Position of this byte in the console output stream, when it is one.
+    pub stream_position: u64,
+}
+
+/// A synchronous port read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call {
+    /// The I/O port.
+    pub port: u16,
+    /// Access size in bytes: 1, 2 or 4.
+    pub size: u8,
+}
+
+/// The mapped page. Each side uses its own half of the methods.
+#[derive(Debug)]
+pub struct LegacyPage {
+    memory: SharedMemory,
+}
+
+impl LegacyPage {
+    /// Maps the page.
+    ///
+    /// # Errors
+    /// As [`SharedMemory::map`].
+    pub fn map(fd: OwnedFd) -> Result<Self, SharedError> {
+        SharedMemory::map(fd, LEGACY_PAGE_BYTES).map(|memory| Self { memory })
+    }
+
+    /// vCPU: writes the identity before the legacy process is told of the page.
+    pub fn initialise(&self, generation: u32) {
+        self.memory
+            .store(OFFSET_GENERATION, generation, Ordering::Release);
+    }
+
+    /// Legacy: whether this is the page of `generation`.
+    #[must_use]
+    pub fn is_generation(&self, generation: u32) -> bool {
+        self.memory
+            .load::<u32>(OFFSET_GENERATION, Ordering::Acquire)
+            == generation
+    }
+
+    /// vCPU: a mirrored register.
+    #[must_use]
+    pub fn mirror(&self, register: u8) -> u8 {
+        self.memory.load(
+            OFFSET_MIRROR + usize::from(register % 64),
+            Ordering::Acquire,
+        )
+    }
+
+    /// Legacy: updates a mirrored register.
+    pub fn set_mirror(&self, register: u8, value: u8) {
+        self.memory.store(
+            OFFSET_MIRROR + usize::from(register % 64),
+            value,
+            Ordering::Release,
+        );
+    }
+
+    /// Legacy: asks for an edge on interrupt line `gsi` (0 to 30), or [`RESET_REQUEST`]. The caller
+    /// rings the interrupt doorbell.
+    pub fn request(&self, bits: u32) {
+        self.memory
+            .atomic_u32(OFFSET_INTERRUPTS)
+            .fetch_or(bits, Ordering::Release);
+    }
+
+    /// vCPU: takes all requests. Bits that the platform does not give the legacy process are
+    /// dropped by the caller.
+    #[must_use]
+    pub fn take_requests(&self) -> u32 {
+        self.memory
+            .atomic_u32(OFFSET_INTERRUPTS)
+            .swap(0, Ordering::Acquire)
+    }
+
+    /// Legacy: the next posted write, given how many have been taken so far in this generation.
+    #[must_use]
+    pub fn take_posted(&self, taken: u32) -> Option<Posted> {
+        if self.memory.load::<u32>(OFFSET_PRODUCER, Ordering::Acquire) == taken {
+            return None;
+        }
+        let at = OFFSET_POSTED + (taken % POSTED_ENTRIES) as usize * ENTRY_BYTES;
+        Some(Posted {
+            port: self.memory.read(at),
+            size: self.memory.read(at + 2),
+            value: self.memory.read(at + 4),
+            stream_position: self.memory.read(at + 8),
+        })
+    }
+
+    /// Legacy: reports that `taken` posted writes are done, with everything they change mirrored.
+    pub fn set_consumed(&self, taken: u32) {
+        self.memory.store(OFFSET_CONSUMER, taken, Ordering::Release);
+    }
+
+    /// Legacy: announces that it is about to sleep. Returns false when there is something to do, in
+    /// which case it must not sleep. `calls` is the number of calls answered.
+    #[must_use]
+    pub fn may_sleep(&self, taken: u32, calls: u32) -> bool {
+        self.memory.store(OFFSET_SLEEPING, 1u32, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        let idle = self.memory.load::<u32>(OFFSET_PRODUCER, Ordering::Relaxed) == taken
+            && self.memory.load::<u32>(OFFSET_CALL_SEQ, Ordering::Relaxed) == calls;
+        if !idle {
+            self.set_awake();
+        }
+        idle
+    }
+
+    /// Legacy: is awake and will look at ring and call slot by itself.
+    pub fn set_awake(&self) {
+        self.memory.store(OFFSET_SLEEPING, 0u32, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// vCPU: the legacy process's count of posted writes that it has carried out. Hostile.
+    #[must_use]
+    pub fn consumed(&self) -> u32 {
+        self.memory.load(OFFSET_CONSUMER, Ordering::Acquire)
+    }
+
+    /// vCPU: posts a write as number `produced` (the count so far). The caller has made sure that
+    /// fewer than [`POSTED_ENTRIES`] are outstanding. Returns whether the kick doorbell must be rung.
+    #[must_use]
+    pub fn post(&self, produced: u32, write: Posted) -> bool {
+        let at = OFFSET_POSTED + (produced % POSTED_ENTRIES) as usize * ENTRY_BYTES;
+        self.memory.write(at, write.port);
+        self.memory.write(at + 2, write.size);
+        self.memory.write(at + 4, write.value);
+        self.memory.write(at + 8, write.stream_position);
+        self.memory
+            .store(OFFSET_PRODUCER, produced.wrapping_add(1), Ordering::Release);
+        self.must_kick()
+    }
+
+    /// vCPU: places call number `seq`. Returns whether the kick doorbell must be rung.
+    #[must_use]
+    pub fn call(&self, seq: u32, call: Call) -> bool {
+        self.memory.write(OFFSET_CALL_PORT, call.port);
+        self.memory.write(OFFSET_CALL_SIZE, call.size);
+        self.memory.store(OFFSET_CALL_SEQ, seq, Ordering::Release);
+        self.must_kick()
+    }
+
+    /// vCPU: the answer to call `seq`, once it is there.
+    #[must_use]
+    pub fn reply(&self, seq: u32) -> Option<u32> {
+        (self.memory.load::<u32>(OFFSET_REPLY_SEQ, Ordering::Acquire) == seq)
+            .then(|| self.memory.load(OFFSET_REPLY_VALUE, Ordering::Relaxed))
+    }
+
+    /// Legacy: the outstanding call, given the number of the last one answered.
+    #[must_use]
+    pub fn take_call(&self, answered: u32) -> Option<(u32, Call)> {
+        let seq = self.memory.load::<u32>(OFFSET_CALL_SEQ, Ordering::Acquire);
+        if seq == answered {
+            return None;
+        }
+        let call = Call {
+            port: self.memory.read(OFFSET_CALL_PORT),
+            size: self.memory.read(OFFSET_CALL_SIZE),
+        };
+        Some((seq, call))
+    }
+
+    /// Legacy: answers call `seq`. The caller rings the reply doorbell.
+    pub fn answer(&self, seq: u32, value: u32) {
+        self.memory
+            .store(OFFSET_REPLY_VALUE, value, Ordering::Relaxed);
+        self.memory.store(OFFSET_REPLY_SEQ, seq, Ordering::Release);
+    }
+
+    fn must_kick(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.memory.load::<u32>(OFFSET_SLEEPING, Ordering::Relaxed) != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shared::sealed_memfd;
+
+    fn page() -> LegacyPage {
+        LegacyPage::map(sealed_memfd("l", LEGACY_PAGE_BYTES).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn posted_writes_arrive_in_order_around_the_ring() {
+        let p = page();
+        for n in 0..3 * POSTED_ENTRIES {
+            let w = Posted {
+                port: 0x3f8,
+                size: 1,
+                value: n,
+                stream_position: u64::from(n),
+            };
+            let _kick = p.post(n, w);
+            assert_eq!(p.take_posted(n), Some(w));
+            assert_eq!(p.take_posted(n + 1), None);
+            p.set_consumed(n + 1);
+            assert_eq!(p.consumed(), n + 1);
+        }
+    }
+
+    #[test]
+    fn sleeping_consumer_is_kicked_and_awake_one_is_not() {
+        let p = page();
+        let w = Posted {
+            port: 0x3f8,
+            size: 1,
+            value: 0,
+            stream_position: 0,
+        };
+        assert!(p.may_sleep(0, 0));
+        assert!(p.post(0, w), "it sleeps");
+        assert!(!p.may_sleep(0, 0), "there is work");
+        assert!(!p.post(1, w), "it is awake");
+    }
+
+    #[test]
+    fn call_is_answered_by_number() {
+        let p = page();
+        let call = Call {
+            port: 0x71,
+            size: 1,
+        };
+        let _kick = p.call(1, call);
+        assert_eq!(p.take_call(0), Some((1, call)));
+        assert_eq!(p.reply(1), None);
+        p.answer(1, 0x26);
+        assert_eq!(p.reply(1), Some(0x26));
+        assert_eq!(p.take_call(1), None);
+    }
+
+    #[test]
+    fn requests_are_taken_once() {
+        let p = page();
+        p.request(1 << 4);
+        p.request(RESET_REQUEST);
+        assert_eq!(p.take_requests(), 1 << 4 | RESET_REQUEST);
+        assert_eq!(p.take_requests(), 0);
+    }
+
+    #[test]
+    fn every_owned_port_has_a_read_rule_and_foreign_ports_none() {
+        assert!(owns_port(0x3f8) && owns_port(0x71) && owns_port(0x64) && owns_port(0xe9));
+        assert!(!owns_port(0x3f7) && !owns_port(0x61) && !owns_port(0xf4) && !owns_port(0x600));
+        assert_eq!(read_access(0x3fd), Access::Mirror(5));
+        assert_eq!(read_access(0x3f8), Access::Call);
+        assert_eq!(read_access(0x3fa), Access::Call);
+    }
+}

@@ -1,0 +1,247 @@
+//! Broker to a newborn process of any kind, and its answer.
+//!
+//! A process is executed with its control socket as descriptor [`CONTROL_FD`], its control page as
+//! [`PAGE_FD`], a bounded log pipe as descriptor 2, and the descriptors of its policy from
+//! [`FIRST_GRANT_FD`] on. The first message is [`Birth`]; the process installs the start-up filter,
+//! takes its descriptors, sets itself up, installs the locked filter and answers [`Born`].
+
+use crate::device_kind::VirtioKind;
+use crate::ident::ProcId;
+use serde::{Deserialize, Serialize};
+
+/// Descriptor of the control socket at exec.
+pub const CONTROL_FD: i32 = 3;
+/// Descriptor of the control page at exec.
+pub const PAGE_FD: i32 = 4;
+/// First descriptor of the policy's grants at exec.
+pub const FIRST_GRANT_FD: i32 = 5;
+/// Most descriptors that a process is born with.
+pub const GRANTS_MAX: usize = 128;
+
+/// What a granted descriptor is for. The names are those of the policy files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FdRole {
+    /// `/dev/kvm`, for `vcpu` alone.
+    Kvm,
+    /// The kernel file, read only; closed before lock unless symbols are wanted.
+    Kernel,
+    /// The initial RAM disk, read only; closed before lock.
+    Initrd,
+    /// The ELF core file to write on a crash.
+    Core,
+    /// A device window (sealed memfd). The index is the virtio slot in `vcpu`, 0 elsewhere.
+    Window,
+    /// The doorbell gate to device. Index as [`FdRole::Window`].
+    Kick,
+    /// The doorbell device to gate. Index as [`FdRole::Window`].
+    Call,
+    /// The legacy page (sealed memfd).
+    LegacyPage,
+    /// Doorbell vCPU to legacy.
+    LegacyKick,
+    /// Doorbell legacy to vCPU: interrupt requests.
+    LegacyInterrupt,
+    /// Doorbell legacy to vCPU: replies to calls.
+    LegacyReply,
+    /// The disk image or block device.
+    Disk,
+    /// The console output ring file, writable.
+    Output,
+    /// Doorbell to readers of the output ring.
+    OutputBell,
+    /// The console input ring (sealed memfd).
+    Input,
+    /// Doorbell of the console input ring.
+    InputBell,
+    /// The host's entropy source (`/dev/urandom`), read only.
+    Entropy,
+}
+
+/// One granted descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grant {
+    /// What it is for.
+    pub role: FdRole,
+    /// Which of several of its role.
+    pub index: u16,
+    /// Its number at exec.
+    pub fd: i32,
+}
+
+/// A compiled seccomp filter: `struct sock_filter` records, 8 bytes each, native byte order.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Filter {
+    /// The instructions.
+    pub bpf: Vec<u8>,
+}
+
+/// The locked filter of one kind of thread.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadFilter {
+    /// Thread name in the policy: `main`, `vcpu`, `gate`.
+    pub thread: String,
+    /// Its filter.
+    pub filter: Filter,
+}
+
+/// An io_uring opcode grant: the only operations that the ring is registered for.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct UringGrant {
+    /// Opcode numbers (IORING_OP_*).
+    pub opcodes: Vec<u8>,
+}
+
+/// The first message. Sender: broker. Not idempotent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Birth {
+    /// [`crate::protocol::PROTOCOL_VERSION`].
+    pub version: u32,
+    /// Who the process is.
+    pub id: ProcId,
+    /// Name of the VM, for logs; at most 64 bytes.
+    pub vm: String,
+    /// The broker's proof of identity for later connections.
+    pub token: [u8; 32],
+    /// The descriptors it was born with.
+    pub grants: Vec<Grant>,
+    /// Filter of the start-up phase.
+    pub startup: Filter,
+    /// Filters of the locked phase.
+    pub locked: Vec<ThreadFilter>,
+    /// io_uring opcodes; empty for kinds without a ring.
+    pub uring: UringGrant,
+    /// What it is to do.
+    pub config: KindConfig,
+}
+
+/// Configuration by kind of process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum KindConfig {
+    /// The vCPU group.
+    Vcpu(VcpuConfig),
+    /// Serial port, clock, keyboard controller.
+    Legacy(LegacyConfig),
+    /// A virtio device.
+    Device(DeviceConfig),
+}
+
+/// Size of the pages that back guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HugePages {
+    /// 4 KiB pages.
+    Off,
+    /// Transparent huge pages where the kernel has them.
+    Transparent,
+    /// 2 MiB pages from the host's reserved pool; starting fails when it is too small.
+    Reserved,
+}
+
+/// Configuration of `bulkhead-vcpu`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuConfig {
+    /// Number of vCPUs, 1 to 32.
+    pub vcpus: u8,
+    /// Guest memory in bytes, a multiple of 4096.
+    pub memory_bytes: u64,
+    /// Backing of guest memory.
+    pub huge_pages: HugePages,
+    /// Kernel command line, at most 4096 bytes.
+    pub cmdline: String,
+    /// Whether the host's KVM needs the quirks layer.
+    pub quirks: bool,
+    /// The virtio devices, by slot.
+    pub devices: Vec<VirtioSlot>,
+    /// Generation of the legacy process that the page belongs to.
+    pub legacy_generation: u32,
+}
+
+/// A virtio device as the gates see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioSlot {
+    /// virtio-mmio slot number.
+    pub slot: u8,
+    /// Name in the VM file, for messages; at most 64 bytes.
+    pub name: String,
+    /// What it is.
+    pub kind: VirtioKind,
+    /// Generation of the device process.
+    pub generation: u32,
+    /// Largest size of each queue, powers of two up to 256.
+    pub queue_sizes: Vec<u16>,
+    /// Size of the window in bytes.
+    pub window_bytes: u32,
+    /// Device feature bits (virtio 1.2) that may be offered; transport bits are the gate's.
+    pub features: u64,
+    /// Configuration image; the fields only the device knows are filled in by it.
+    pub config: Vec<u8>,
+}
+
+/// Configuration of `bulkhead-legacy`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LegacyConfig {
+    /// Capacity in bytes of the output ring.
+    pub output_capacity: u64,
+    /// Bytes in the output ring at birth.
+    pub output_head: u64,
+    /// Offset of the guest's real-time clock from the host's in seconds.
+    pub rtc_offset_s: i64,
+}
+
+/// Configuration of a virtio device process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceConfig {
+    /// What it is.
+    pub kind: VirtioKind,
+    /// As in [`VirtioSlot`].
+    pub queue_sizes: Vec<u16>,
+    /// As in [`VirtioSlot`].
+    pub window_bytes: u32,
+    /// As in [`VirtioSlot`].
+    pub features: u64,
+    /// As in [`VirtioSlot`].
+    pub config: Vec<u8>,
+    /// What only this kind needs.
+    pub own: DeviceOwn,
+}
+
+/// Configuration of one kind of virtio device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceOwn {
+    /// Block device.
+    Blk {
+        /// Whether writes are refused.
+        read_only: bool,
+        /// Identifier for VIRTIO_BLK_T_GET_ID, at most 20 bytes.
+        serial: String,
+    },
+    /// Console.
+    Console {
+        /// Capacity in bytes of the output ring.
+        output_capacity: u64,
+        /// Bytes in the output ring at birth.
+        output_head: u64,
+        /// Columns and rows at birth.
+        size: (u16, u16),
+    },
+    /// Entropy source.
+    Rng,
+}
+
+/// Answer to [`Birth`]. Sender: the process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Born {
+    /// Locked and serving.
+    Locked {
+        /// Protocol version of the process.
+        version: u32,
+        /// Landlock ABI in force, 0 for none.
+        landlock_abi: u8,
+    },
+    /// It could not start and exits now.
+    Failed {
+        /// Cause chain, one line.
+        reason: String,
+    },
+}

@@ -1,0 +1,31 @@
+//! Broker and device processes (`legacy`, `console`, `blk`, `rng`), after birth.
+
+use serde::{Deserialize, Serialize};
+
+/// Sender: broker. All are idempotent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToDevice {
+    /// Finish what is in flight and exit with code 0.
+    Shutdown,
+    /// Answer with the same number.
+    Ping(u64),
+    /// The attached terminal's size (consoles only).
+    Resize {
+        /// Columns.
+        columns: u16,
+        /// Rows.
+        rows: u16,
+    },
+}
+
+/// Sender: device process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromDevice {
+    /// Answer to [`ToDevice::Ping`].
+    Pong(u64),
+    /// It cannot serve any more and exits now.
+    Fault {
+        /// One line.
+        reason: String,
+    },
+}

@@ -1,0 +1,11 @@
+//! Every control message, one file per boundary. Plain data: fixed-width integers, stated maximum
+//! sizes, no I/O. Each message says who sends it and whether it may be sent again (*idempotent*).
+
+pub mod birth;
+pub mod device;
+pub mod vcpu;
+
+/// Version of all control messages; both sides must have the same one.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// Longest text in a message in bytes, so that any message fits a packet.
+pub const TEXT_BYTES_MAX: usize = 48 * 1024;

@@ -1,0 +1,77 @@
+//! Broker and `bulkhead-vcpu`, after birth.
+
+use serde::{Deserialize, Serialize};
+
+/// Sender: broker. All are idempotent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToVcpu {
+    /// Stop all vCPUs now and exit; answered by [`FromVcpu::Ended`] unless it has been sent.
+    Kill,
+    /// Answer with the same number.
+    Ping(u64),
+    /// Press the ACPI power button.
+    PowerButton,
+    /// Stop the vCPUs, keep everything. Answered by [`FromVcpu::Paused`].
+    Pause,
+    /// Undo [`ToVcpu::Pause`]. Answered by [`FromVcpu::Resumed`].
+    Resume,
+    /// The device process in this virtio slot is gone; its requests will not be answered.
+    DeviceLost {
+        /// virtio-mmio slot.
+        slot: u8,
+    },
+    /// The legacy process is gone; its registers read as all ones from now on.
+    LegacyLost,
+}
+
+/// How a virtual machine ended. Sent once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest reported a panic (pvpanic).
+    GuestPanic,
+    /// A vCPU took a triple fault.
+    TripleFault,
+    /// The guest wrote this byte to the debug exit port.
+    DebugExit(u8),
+    /// KVM cannot run the guest.
+    InternalError,
+    /// The broker said so.
+    Killed,
+}
+
+/// Sender: `bulkhead-vcpu`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromVcpu {
+    /// Answer to [`ToVcpu::Ping`].
+    Pong(u64),
+    /// The vCPUs are stopped and nothing of them is in flight.
+    Paused,
+    /// The vCPUs run again.
+    Resumed,
+    /// A device broke its protocol or said it failed; the guest sees DEVICE_NEEDS_RESET.
+    DeviceFault {
+        /// virtio-mmio slot.
+        slot: u8,
+        /// What it did; one line.
+        reason: String,
+    },
+    /// The guest broke the protocol of a device; it sees DEVICE_NEEDS_RESET. Rate-limited.
+    GuestFault {
+        /// virtio-mmio slot.
+        slot: u8,
+        /// What it did; one line.
+        reason: String,
+    },
+    /// A piece of the crash report, in order; the text may hold escaped guest bytes.
+    Report {
+        /// At most [`super::TEXT_BYTES_MAX`] bytes.
+        text: String,
+    },
+    /// The VM has ended; the process exits when the control channel closes or on `Kill`.
+    Ended(Outcome),
+}

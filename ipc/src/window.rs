@@ -1,0 +1,366 @@
+//! Windows: the memory that a DMA gate shares with one device process.
+//!
+//! ```text
+//! 0x0000  header: identity, what the driver negotiated, what the device published
+//! 0x1000  for each queue: descriptor table, avail ring, used ring, head slots (64 bytes each)
+//!         data area, page aligned, shared by all queues, handed out by the gate alone
+//! ```
+//!
+//! Both sides compute the offsets from the birth configuration with [`WindowLayout::new`]; no offset
+//! is ever read from the window. The shadow virtqueues have the split-ring layout of virtio 1.2
+//! section 2.7, with descriptor addresses that are offsets into the window, so that a device uses
+//! `virtio-queue` over a one-region guest memory at address 0.
+//!
+//! Device and gate distrust each other: each reads a field once and checks it.
+
+use crate::device_kind::{CONFIG_BYTES_MAX, HEAD_SLOT_BYTES};
+use crate::shared::{Doorbell, SharedError, SharedMemory};
+use serde::{Deserialize, Serialize};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{Ordering, fence};
+
+/// Descriptors that one request may take: head, readable data, writable data, tail.
+pub const DESCRIPTORS_PER_SLOT: u16 = 4;
+/// Largest number of requests in flight per queue, and largest guest queue.
+pub const SLOTS_MAX: u16 = 256;
+/// Unit of the data area in bytes.
+pub const DATA_PAGE_BYTES: usize = 4096;
+
+const HEADER_BYTES: usize = 4096;
+const MAGIC: u32 = 0x3157_4842; // "BHW1"
+
+const OFFSET_MAGIC: usize = 0x00;
+const OFFSET_GENERATION: usize = 0x08;
+const OFFSET_DRIVER_FEATURES: usize = 0x40;
+const OFFSET_DRIVER_EPOCH: usize = 0x48;
+const OFFSET_DEVICE_STATE: usize = 0x80;
+const OFFSET_CONFIG_SEQ: usize = 0x84;
+const OFFSET_DEVICE_FEATURES: usize = 0x88;
+const OFFSET_CONFIG: usize = 0x100;
+
+/// What a device says of itself in the window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceState {
+    /// It has not published its configuration yet.
+    Starting,
+    /// It serves its queues.
+    Ready,
+    /// It cannot go on (or wrote nonsense here): the gate sets DEVICE_NEEDS_RESET.
+    Failed,
+}
+
+/// Offsets of one shadow virtqueue in the window, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueLayout {
+    /// Requests that can be in flight.
+    pub slots: u16,
+    /// Descriptors: four for each slot.
+    pub descriptors: u16,
+    /// Descriptor table.
+    pub desc_table: usize,
+    /// Avail ring.
+    pub avail_ring: usize,
+    /// Used ring.
+    pub used_ring: usize,
+    /// Head slots.
+    pub heads: usize,
+}
+
+/// Offsets of everything in a window.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WindowLayout {
+    /// Size of the whole window in bytes.
+    pub bytes: usize,
+    /// The shadow virtqueues.
+    pub queues: Vec<QueueLayout>,
+    /// First byte of the data area.
+    pub data: usize,
+    /// Pages of [`DATA_PAGE_BYTES`] in the data area.
+    pub data_pages: usize,
+}
+
+/// A window that cannot be laid out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LayoutError {
+    /// A queue size is not a power of two in range.
+    #[error("queue {queue} has size {size}, expected a power of two from 1 to {SLOTS_MAX}")]
+    QueueSize {
+        /// Queue number.
+        queue: usize,
+        /// The size asked for.
+        size: u16,
+    },
+    /// The queues leave no room for data.
+    #[error("window of {bytes} bytes is too small, expected at least {needed}")]
+    TooSmall {
+        /// The size asked for.
+        bytes: usize,
+        /// The smallest that works.
+        needed: usize,
+    },
+}
+
+impl WindowLayout {
+    /// Lays a window of `bytes` bytes out for guest queues of the given sizes.
+    ///
+    /// # Errors
+    /// [`LayoutError`] when a size is not usable.
+    pub fn new(bytes: usize, queue_sizes: &[u16]) -> Result<Self, LayoutError> {
+        let mut at = HEADER_BYTES;
+        let mut queues = Vec::with_capacity(queue_sizes.len());
+        for (queue, &size) in queue_sizes.iter().enumerate() {
+            if !size.is_power_of_two() || size > SLOTS_MAX {
+                return Err(LayoutError::QueueSize { queue, size });
+            }
+            let descriptors = size * DESCRIPTORS_PER_SLOT;
+            let n = usize::from(descriptors);
+            let desc_table = at;
+            let avail_ring = desc_table + 16 * n;
+            let used_ring = align(avail_ring + 6 + 2 * n, 64);
+            let heads = align(used_ring + 6 + 8 * n, 64);
+            at = align(heads + HEAD_SLOT_BYTES * usize::from(size), 64);
+            queues.push(QueueLayout {
+                slots: size,
+                descriptors,
+                desc_table,
+                avail_ring,
+                used_ring,
+                heads,
+            });
+        }
+        let data = align(at, DATA_PAGE_BYTES);
+        let needed = data + 4 * DATA_PAGE_BYTES;
+        if bytes < needed || !bytes.is_multiple_of(DATA_PAGE_BYTES) || u32::try_from(bytes).is_err()
+        {
+            return Err(LayoutError::TooSmall { bytes, needed });
+        }
+        Ok(Self {
+            bytes,
+            queues,
+            data,
+            data_pages: (bytes - data) / DATA_PAGE_BYTES,
+        })
+    }
+
+    /// Largest request in data bytes that is accepted: a quarter of the data area.
+    #[must_use]
+    pub fn request_bytes_max(&self) -> usize {
+        self.data_pages / 4 * DATA_PAGE_BYTES
+    }
+}
+
+const fn align(value: usize, to: usize) -> usize {
+    value.next_multiple_of(to)
+}
+
+/// What the driver has negotiated, as the device reads it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DriverView {
+    /// Negotiated feature bits.
+    pub features: u64,
+    /// Counts resets and starts; odd while the driver is running (DRIVER_OK).
+    pub epoch: u64,
+}
+
+/// What the device has published, as the gate reads it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// Changes with each publication.
+    pub seq: u32,
+    /// Feature bits that the device can serve; it can only narrow what policy offers.
+    pub features: u64,
+    /// Configuration bytes; only the device's own fields are used.
+    pub config: [u8; CONFIG_BYTES_MAX],
+}
+
+/// A mapped window. Used by both sides; each side has its own methods.
+#[derive(Debug)]
+pub struct Window {
+    /// The offsets.
+    pub layout: WindowLayout,
+    /// The memory.
+    pub memory: SharedMemory,
+}
+
+/// The doorbells of a device: the gate rings `kick`, the device rings `call`.
+#[derive(Debug)]
+pub struct Doorbells {
+    /// Gate to device: there is something in an avail ring, or the header changed.
+    pub kick: Doorbell,
+    /// Device to gate: there is something in a used ring, or the header changed.
+    pub call: Doorbell,
+}
+
+impl Window {
+    /// Maps a window.
+    ///
+    /// # Errors
+    /// As [`SharedMemory::map`].
+    pub fn map(fd: OwnedFd, layout: WindowLayout) -> Result<Self, SharedError> {
+        let memory = SharedMemory::map(fd, layout.bytes as u64)?;
+        Ok(Self { layout, memory })
+    }
+
+    /// Gate: writes the identity, before the device is told of the window.
+    pub fn initialise(&self, generation: u32) {
+        self.memory.write(OFFSET_GENERATION, u64::from(generation));
+        self.memory.store(OFFSET_MAGIC, MAGIC, Ordering::Release);
+    }
+
+    /// Gate: tells the device what was negotiated. The caller rings the kick doorbell.
+    pub fn set_driver(&self, view: DriverView) {
+        self.memory
+            .store(OFFSET_DRIVER_FEATURES, view.features, Ordering::Relaxed);
+        self.memory
+            .store(OFFSET_DRIVER_EPOCH, view.epoch, Ordering::Release);
+    }
+
+    /// Device: what the driver negotiated.
+    #[must_use]
+    pub fn driver(&self) -> DriverView {
+        let epoch = self.memory.load(OFFSET_DRIVER_EPOCH, Ordering::Acquire);
+        let features = self.memory.load(OFFSET_DRIVER_FEATURES, Ordering::Relaxed);
+        DriverView { features, epoch }
+    }
+
+    /// Device: publishes features and configuration and becomes ready. The caller rings `call`.
+    /// `config` longer than [`CONFIG_BYTES_MAX`] is cut.
+    pub fn publish(&self, features: u64, config: &[u8]) {
+        let seq = self
+            .memory
+            .load::<u32>(OFFSET_CONFIG_SEQ, Ordering::Relaxed)
+            | 1;
+        self.memory.store(OFFSET_CONFIG_SEQ, seq, Ordering::Relaxed);
+        fence(Ordering::Release);
+        self.memory
+            .store(OFFSET_DEVICE_FEATURES, features, Ordering::Relaxed);
+        let len = config.len().min(CONFIG_BYTES_MAX);
+        self.memory.slice(OFFSET_CONFIG, len).copy_from(config);
+        self.memory
+            .store(OFFSET_CONFIG_SEQ, seq.wrapping_add(1), Ordering::Release);
+        self.set_device_state(DeviceState::Ready);
+    }
+
+    /// Device: says how it is.
+    pub fn set_device_state(&self, state: DeviceState) {
+        let value: u32 = match state {
+            DeviceState::Starting => 0,
+            DeviceState::Ready => 1,
+            DeviceState::Failed => 2,
+        };
+        self.memory
+            .store(OFFSET_DEVICE_STATE, value, Ordering::Release);
+    }
+
+    /// Gate: how the device says it is.
+    #[must_use]
+    pub fn device_state(&self) -> DeviceState {
+        match self
+            .memory
+            .load::<u32>(OFFSET_DEVICE_STATE, Ordering::Acquire)
+        {
+            0 => DeviceState::Starting,
+            1 => DeviceState::Ready,
+            _ => DeviceState::Failed,
+        }
+    }
+
+    /// Gate: the device's publication if it is newer than `known_seq` and not being written.
+    #[must_use]
+    pub fn published(&self, known_seq: u32) -> Option<Published> {
+        let seq = self
+            .memory
+            .load::<u32>(OFFSET_CONFIG_SEQ, Ordering::Acquire);
+        if seq == known_seq || seq % 2 == 1 {
+            return None;
+        }
+        let features = self.memory.load(OFFSET_DEVICE_FEATURES, Ordering::Relaxed);
+        let mut config = [0u8; CONFIG_BYTES_MAX];
+        self.memory
+            .slice(OFFSET_CONFIG, CONFIG_BYTES_MAX)
+            .copy_to(&mut config[..]);
+        fence(Ordering::Acquire);
+        let after = self
+            .memory
+            .load::<u32>(OFFSET_CONFIG_SEQ, Ordering::Relaxed);
+        (after == seq).then_some(Published {
+            seq,
+            features,
+            config,
+        })
+    }
+
+    /// Device: whether this is the window of `generation`.
+    #[must_use]
+    pub fn is_generation(&self, generation: u32) -> bool {
+        self.memory.load::<u32>(OFFSET_MAGIC, Ordering::Acquire) == MAGIC
+            && self.memory.read::<u64>(OFFSET_GENERATION) == u64::from(generation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shared::sealed_memfd;
+
+    fn window() -> Window {
+        let layout = WindowLayout::new(1 << 20, &[64, 128]).unwrap();
+        let fd = sealed_memfd("w", layout.bytes as u64).unwrap();
+        Window::map(fd, layout).unwrap()
+    }
+
+    #[test]
+    fn layout_does_not_overlap_and_stays_inside() {
+        for sizes in [&[1u16][..], &[256, 256, 256, 256], &[64, 1, 128]] {
+            let l = WindowLayout::new(8 << 20, sizes).unwrap();
+            let mut end = HEADER_BYTES;
+            for q in &l.queues {
+                assert!(q.desc_table >= end);
+                assert!(q.avail_ring >= q.desc_table + 16 * usize::from(q.descriptors));
+                assert!(q.used_ring >= q.avail_ring + 6 + 2 * usize::from(q.descriptors));
+                assert!(q.heads >= q.used_ring + 6 + 8 * usize::from(q.descriptors));
+                end = q.heads + HEAD_SLOT_BYTES * usize::from(q.slots);
+            }
+            assert!(l.data >= end);
+            assert_eq!(l.data + l.data_pages * DATA_PAGE_BYTES, l.bytes);
+        }
+    }
+
+    #[test]
+    fn bad_sizes_are_refused() {
+        assert!(matches!(
+            WindowLayout::new(1 << 20, &[3]),
+            Err(LayoutError::QueueSize { .. })
+        ));
+        assert!(matches!(
+            WindowLayout::new(1 << 20, &[512]),
+            Err(LayoutError::QueueSize { .. })
+        ));
+        assert!(matches!(
+            WindowLayout::new(8192, &[256]),
+            Err(LayoutError::TooSmall { .. })
+        ));
+    }
+
+    #[test]
+    fn publication_is_seen_once_and_whole() {
+        let w = window();
+        assert_eq!(w.device_state(), DeviceState::Starting);
+        assert_eq!(w.published(0), None);
+        w.publish(5, &[1, 2, 3]);
+        let p = w.published(0).unwrap();
+        assert_eq!((p.features, &p.config[..4]), (5, &[1, 2, 3, 0][..]));
+        assert_eq!(w.published(p.seq), None);
+        assert_eq!(w.device_state(), DeviceState::Ready);
+        w.memory
+            .store(OFFSET_DEVICE_STATE, 77u32, Ordering::Relaxed);
+        assert_eq!(w.device_state(), DeviceState::Failed);
+    }
+
+    #[test]
+    fn half_written_publication_is_not_seen() {
+        let w = window();
+        w.memory.store(OFFSET_CONFIG_SEQ, 3u32, Ordering::Relaxed);
+        assert_eq!(w.published(0), None);
+    }
+}
