@@ -1,1 +1,0 @@
-//! The ACPI tables of the machine.
