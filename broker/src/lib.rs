@@ -1,0 +1,8 @@
+//! The broker: everything behind the `bulkhead` command.
+//!
+//! The broker opens every resource on behalf of the processes of a virtual machine, starts them
+//! ([`launch`]), watches over them ([`supervisor`]) and runs the machine's life ([`vm`]). It never
+//! maps guest memory, never keeps a KVM descriptor after handing it over, and parses nothing that
+//! a guest wrote.
+
+pub mod vm;

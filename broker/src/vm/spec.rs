@@ -1,0 +1,391 @@
+//! What a virtual machine is to be: plain, checked data, as the VM file or the options of `run`
+//! describe it.
+//!
+//! The parser of VM files makes a [`VmSpec`]; [`VmSpec::check`] holds the rules that do not depend
+//! on the notation. Nothing here opens a file or starts a process.
+
+use bulkhead_ipc::platform::{MEMORY_BYTES_MIN, VCPUS_MAX, VIRTIO_MMIO_SLOTS};
+use bulkhead_ipc::protocol::birth::HugePages;
+use std::borrow::Cow;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Longest name of a VM or a device in bytes.
+pub const NAME_BYTES_MAX: usize = 64;
+/// Longest kernel command line in bytes.
+pub const CMDLINE_BYTES_MAX: usize = 4096;
+/// Longest serial number of a disk in bytes (virtio 1.2, section 5.2.6).
+pub const SERIAL_BYTES_MAX: usize = 20;
+/// Most queues of one disk.
+pub const DISK_QUEUES_MAX: u8 = 8;
+/// Most disks of one VM: every slot but console's and rng's.
+pub const DISKS_MAX: usize = VIRTIO_MMIO_SLOTS - 2;
+/// Smallest and largest history of a console in bytes.
+pub const HISTORY_BYTES: (u64, u64) = (4096, 64 << 20);
+
+/// A virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmSpec {
+    /// Name; letters, digits, `-`, `_`, `.`; at most [`NAME_BYTES_MAX`] bytes.
+    pub name: String,
+    /// Number of vCPUs, 1 to [`VCPUS_MAX`].
+    pub vcpus: u8,
+    /// Guest memory in bytes, a multiple of 4096, at least [`MEMORY_BYTES_MIN`].
+    pub memory_bytes: u64,
+    /// Backing of guest memory.
+    pub huge_pages: HugePages,
+    /// What is booted.
+    pub kernel: KernelSource,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line, at most [`CMDLINE_BYTES_MAX`] bytes, without the `console=` that
+    /// [`ConsoleSpec::on_cmdline`] adds.
+    pub cmdline: String,
+    /// Disks, in slot order.
+    pub disks: Vec<DiskSpec>,
+    /// The consoles.
+    pub console: ConsoleSpec,
+    /// What happens when the guest ends by itself.
+    pub lifecycle: Lifecycle,
+    /// Deadlines and caps.
+    pub limits: Limits,
+}
+
+/// Where the kernel comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KernelSource {
+    /// A file of the host.
+    File(PathBuf),
+    /// An image inside this program: the built-in guest.
+    Image {
+        /// For messages.
+        name: &'static str,
+        /// Its bytes.
+        bytes: Cow<'static, [u8]>,
+    },
+}
+
+/// A disk: a raw image file or a block device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// Name in messages, as [`VmSpec::name`].
+    pub name: String,
+    /// The image.
+    pub path: PathBuf,
+    /// Whether the guest's writes are refused.
+    pub read_only: bool,
+    /// What the guest reads as the disk's identifier, at most [`SERIAL_BYTES_MAX`] bytes.
+    pub serial: String,
+    /// Number of virtqueues, 1 to [`DISK_QUEUES_MAX`].
+    pub queues: u8,
+}
+
+/// The consoles: a serial port always, and a virtio console.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConsoleSpec {
+    /// Whether there is a virtio console.
+    pub virtio: bool,
+    /// The console that a terminal attaches to.
+    pub attach: ConsoleChoice,
+    /// Whether `console=` for [`ConsoleSpec::attach`] is added to a command line that has none.
+    pub on_cmdline: bool,
+    /// Bytes of output kept of each console.
+    pub history_bytes: u64,
+    /// Columns and rows of the virtio console at start.
+    pub size: (u16, u16),
+}
+
+/// One of the consoles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ConsoleChoice {
+    /// The 8250 at COM1 (`ttyS0`).
+    Serial,
+    /// The virtio console (`hvc0`).
+    Virtio,
+}
+
+/// What happens when the guest ends by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lifecycle {
+    /// After power-off.
+    pub on_poweroff: OnEnd,
+    /// After a reset.
+    pub on_reboot: OnEnd,
+    /// After a guest panic, a triple fault, a KVM internal error or the loss of the vCPU process.
+    pub on_crash: OnEnd,
+}
+
+/// What to do with a machine that has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum OnEnd {
+    /// It is over.
+    Destroy,
+    /// It starts again from the beginning, in new processes.
+    Restart,
+    /// It stays as it is, stopped, until it is killed.
+    Preserve,
+}
+
+/// Deadlines and caps. Nothing waits without one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// After this the machine is killed and the exit code is 124; `None` for no time-out.
+    pub run_timeout: Option<Duration>,
+    /// Time a process has from its start to being locked.
+    pub birth_timeout: Duration,
+    /// Time a process has to end when told to.
+    pub shutdown_timeout: Duration,
+    /// Restarts by [`OnEnd::Restart`] within one run before the machine is given up.
+    pub restarts_max: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            run_timeout: None,
+            birth_timeout: Duration::from_secs(20),
+            shutdown_timeout: Duration::from_secs(5),
+            restarts_max: 1000,
+        }
+    }
+}
+
+impl Default for Lifecycle {
+    fn default() -> Self {
+        Self {
+            on_poweroff: OnEnd::Destroy,
+            on_reboot: OnEnd::Restart,
+            on_crash: OnEnd::Destroy,
+        }
+    }
+}
+
+impl Default for ConsoleSpec {
+    fn default() -> Self {
+        Self {
+            virtio: true,
+            attach: ConsoleChoice::Serial,
+            on_cmdline: true,
+            history_bytes: bulkhead_ipc::output_ring::CAPACITY_BYTES_DEFAULT,
+            size: (80, 25),
+        }
+    }
+}
+
+impl VmSpec {
+    /// A machine with the defaults: one vCPU, 256 MiB, no disks.
+    #[must_use]
+    pub fn new(name: impl Into<String>, kernel: KernelSource) -> Self {
+        Self {
+            name: name.into(),
+            vcpus: 1,
+            memory_bytes: 256 << 20,
+            huge_pages: HugePages::Transparent,
+            kernel,
+            initrd: None,
+            cmdline: String::new(),
+            disks: Vec::new(),
+            console: ConsoleSpec::default(),
+            lifecycle: Lifecycle::default(),
+            limits: Limits::default(),
+        }
+    }
+
+    /// Checks every rule that can be checked without looking at the host.
+    ///
+    /// # Errors
+    /// The first field that is wrong.
+    pub fn check(&self) -> Result<(), SpecError> {
+        check_name("name", &self.name)?;
+        expect(
+            (1..=VCPUS_MAX).contains(&self.vcpus),
+            "vcpus",
+            self.vcpus,
+            "1 to 32",
+        )?;
+        let memory_fits =
+            self.memory_bytes >= MEMORY_BYTES_MIN && self.memory_bytes.is_multiple_of(4096);
+        expect(
+            memory_fits,
+            "memory",
+            self.memory_bytes,
+            "at least 16MiB, in whole 4 KiB pages",
+        )?;
+        expect(
+            self.cmdline_in_full().len() <= CMDLINE_BYTES_MAX && !self.cmdline.contains('\0'),
+            "cmdline",
+            format!("{} bytes", self.cmdline.len()),
+            "at most 4096 bytes without NUL",
+        )?;
+        expect(
+            self.disks.len() <= DISKS_MAX,
+            "disks",
+            self.disks.len(),
+            "at most 14 disks",
+        )?;
+        for (n, disk) in self.disks.iter().enumerate() {
+            disk.check(n)?;
+            let twin = self.disks.iter().take(n).any(|d| d.name == disk.name);
+            expect(
+                !twin,
+                &format!("disk[{n}].name"),
+                &disk.name,
+                "a name that no other disk has",
+            )?;
+        }
+        let (least, most) = HISTORY_BYTES;
+        expect(
+            (least..=most).contains(&self.console.history_bytes),
+            "console.history",
+            self.console.history_bytes,
+            "4KiB to 64MiB",
+        )?;
+        expect(
+            self.console.virtio || self.console.attach == ConsoleChoice::Serial,
+            "console.attach",
+            "virtio",
+            "a console that exists",
+        )
+    }
+
+    /// The command line with the `console=` of the attached console, unless it has one.
+    #[must_use]
+    pub fn cmdline_in_full(&self) -> String {
+        let has = self
+            .cmdline
+            .split_ascii_whitespace()
+            .any(|word| word.starts_with("console="));
+        if has || !self.console.on_cmdline {
+            return self.cmdline.clone();
+        }
+        let console = match self.console.attach {
+            ConsoleChoice::Serial => "console=ttyS0",
+            ConsoleChoice::Virtio => "console=hvc0",
+        };
+        format!("{console} {}", self.cmdline).trim_end().to_owned()
+    }
+}
+
+impl DiskSpec {
+    fn check(&self, n: usize) -> Result<(), SpecError> {
+        check_name(&format!("disk[{n}].name"), &self.name)?;
+        expect(
+            self.serial.len() <= SERIAL_BYTES_MAX && self.serial.is_ascii(),
+            &format!("disk[{n}].serial"),
+            &self.serial,
+            "at most 20 ASCII characters",
+        )?;
+        expect(
+            (1..=DISK_QUEUES_MAX).contains(&self.queues),
+            &format!("disk[{n}].queues"),
+            self.queues,
+            "1 to 8",
+        )
+    }
+}
+
+/// A field of a [`VmSpec`] that cannot be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field} is {value:?}, expected {expected}")]
+pub struct SpecError {
+    /// The field.
+    pub field: String,
+    /// Its value.
+    pub value: String,
+    /// What it may be.
+    pub expected: &'static str,
+}
+
+fn expect(
+    holds: bool,
+    field: &str,
+    value: impl ToString,
+    expected: &'static str,
+) -> Result<(), SpecError> {
+    if holds {
+        return Ok(());
+    }
+    Err(SpecError {
+        field: field.to_owned(),
+        value: value.to_string(),
+        expected,
+    })
+}
+
+fn check_name(field: &str, name: &str) -> Result<(), SpecError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let good = (1..=NAME_BYTES_MAX).contains(&name.len())
+        && name.chars().all(plain)
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric());
+    expect(
+        good,
+        field,
+        name,
+        "1 to 64 letters, digits, '-', '_' or '.', starting with a letter or digit",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> VmSpec {
+        VmSpec::new("vm", KernelSource::File("vmlinux".into()))
+    }
+
+    fn disk(name: &str) -> DiskSpec {
+        DiskSpec {
+            name: name.into(),
+            path: "d.img".into(),
+            read_only: false,
+            serial: "s".into(),
+            queues: 1,
+        }
+    }
+
+    #[test]
+    fn defaults_are_accepted() {
+        assert_eq!(spec().check(), Ok(()));
+    }
+
+    #[test]
+    fn each_wrong_field_is_named() {
+        type Break = fn(&mut VmSpec);
+        let faults: [(&str, Break); 10] = [
+            ("name", |s| s.name = "a b".into()),
+            ("name", |s| s.name = "..".into()),
+            ("vcpus", |s| s.vcpus = 33),
+            ("memory", |s| s.memory_bytes = 8 << 20),
+            ("memory", |s| s.memory_bytes = (64 << 20) + 1),
+            ("cmdline", |s| s.cmdline = "x".repeat(4097)),
+            ("disk[1].name", |s| s.disks = vec![disk("a"), disk("a")]),
+            ("disk[0].queues", |s| {
+                s.disks = vec![DiskSpec {
+                    queues: 9,
+                    ..disk("a")
+                }];
+            }),
+            ("console.history", |s| s.console.history_bytes = 1),
+            ("console.attach", |s| {
+                s.console.virtio = false;
+                s.console.attach = ConsoleChoice::Virtio;
+            }),
+        ];
+        for (field, breaks) in faults {
+            let mut s = spec();
+            breaks(&mut s);
+            assert_eq!(s.check().unwrap_err().field, field);
+        }
+    }
+
+    #[test]
+    fn console_is_added_unless_given() {
+        let mut s = spec();
+        s.cmdline = "quiet".into();
+        assert_eq!(s.cmdline_in_full(), "console=ttyS0 quiet");
+        s.console.attach = ConsoleChoice::Virtio;
+        assert_eq!(s.cmdline_in_full(), "console=hvc0 quiet");
+        s.cmdline = "console=tty0".into();
+        assert_eq!(s.cmdline_in_full(), "console=tty0");
+    }
+}
