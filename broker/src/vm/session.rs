@@ -1,0 +1,270 @@
+//! What the caller of [`super::run`] gives and gets: options, commands, events, the console's
+//! ends, and how a run ended. Plain types; the command line and, later, the API are the callers.
+
+use bulkhead_ipc::device_kind::VirtioKind;
+use bulkhead_ipc::ident::ProcId;
+use bulkhead_ipc::input_ring::InputWriter;
+use bulkhead_ipc::output_ring::OutputReader;
+use bulkhead_ipc::protocol::vcpu::Outcome;
+use bulkhead_ipc::shared::Doorbell;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Capacity that suits the channel of events. An event that does not fit is dropped and counted in
+/// the log, because a caller that does not listen must not hold up the machine.
+pub const EVENTS_CAPACITY: usize = 256;
+/// Longest crash report that is kept, in bytes.
+pub const REPORT_BYTES_MAX: usize = 1 << 20;
+
+/// Where things are, and what this run is allowed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunOptions {
+    /// Directory of the process binaries (`bulkhead-vcpu`, `bulkhead-blk`, …).
+    pub binaries: PathBuf,
+    /// Directory of policy overrides; missing means none.
+    pub policies: Option<PathBuf>,
+    /// Whether overrides may grant more than the built-in policies.
+    pub allow_looser_policy: bool,
+    /// Directory for compiled filters; `None` compiles each time.
+    pub cache: Option<PathBuf>,
+    /// Directory for this run's ring files; made if missing. Files in it are replaced.
+    pub state: PathBuf,
+    /// ELF core to write when the machine crashes.
+    pub core: Option<PathBuf>,
+    /// Whether a reset starts the machine again as its life cycle says (`--no-reboot` clears it).
+    pub reboot: bool,
+}
+
+/// What a caller may ask of a running machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Press the ACPI power button.
+    PowerButton,
+    /// Cut the power: ends with [`Ending::Killed`].
+    Kill,
+    /// The user interrupted the program: as [`Command::Kill`], ends with [`Ending::Interrupted`].
+    Interrupt,
+    /// Stop the vCPUs, keep everything.
+    Pause,
+    /// Undo [`Command::Pause`].
+    Resume,
+    /// The attached terminal has this size.
+    Resize {
+        /// Columns.
+        columns: u16,
+        /// Rows.
+        rows: u16,
+    },
+}
+
+/// What happens to a machine, for whoever watches. Text is one line and free of control characters,
+/// whatever a process wrote.
+#[derive(Debug)]
+pub enum Event {
+    /// The consoles can be read and typed at. Sent once, first; they survive restarts.
+    Consoles(Box<Consoles>),
+    /// A process was started and has this pid.
+    Started {
+        /// Who.
+        id: ProcId,
+        /// Name in the VM file, or the kind's.
+        name: String,
+        /// Process id on the host.
+        pid: i32,
+    },
+    /// A process is locked and serves.
+    Locked {
+        /// Who.
+        id: ProcId,
+        /// Time from its start.
+        after: Duration,
+        /// Landlock ABI in force, 0 for none.
+        landlock_abi: u8,
+    },
+    /// Every process is locked.
+    AllLocked {
+        /// Time from the first process's start.
+        after: Duration,
+    },
+    /// The vCPUs are stopped.
+    Paused,
+    /// The vCPUs run again.
+    Resumed,
+    /// A process was lost; the machine goes on without its device.
+    Degraded {
+        /// Who.
+        id: ProcId,
+        /// Name in the VM file.
+        name: String,
+        /// What happened to it.
+        reason: String,
+    },
+    /// A device broke its protocol, or said that it failed.
+    DeviceFault {
+        /// Name in the VM file.
+        name: String,
+        /// What it did.
+        reason: String,
+    },
+    /// The guest broke the protocol of a device.
+    GuestFault {
+        /// Name in the VM file.
+        name: String,
+        /// What it did.
+        reason: String,
+    },
+    /// The machine has ended in this way.
+    Ended(Outcome),
+    /// The machine is started again, for the `count`th time.
+    Restarting {
+        /// How often so far.
+        count: u32,
+    },
+}
+
+/// The consoles' ends on the broker's side.
+#[derive(Debug)]
+pub struct Consoles {
+    /// The 8250.
+    pub serial: ConsoleEnds,
+    /// The virtio console, if there is one.
+    pub virtio: Option<ConsoleEnds>,
+}
+
+/// One console: a reader and a writer that never block its guest.
+#[derive(Debug)]
+pub struct ConsoleEnds {
+    /// The output, from its oldest byte.
+    pub output: OutputReader,
+    /// Rung when there is new output.
+    pub output_bell: Doorbell,
+    /// The keyboard.
+    pub input: InputWriter,
+    /// To be rung after typing.
+    pub input_bell: Doorbell,
+}
+
+/// How a run ended, with what is known about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finished {
+    /// How.
+    pub ending: Ending,
+    /// The crash report, if the vCPU process wrote one. Guest bytes in it are escaped.
+    pub report: Option<String>,
+    /// Devices that were lost on the way: name and reason.
+    pub degraded: Vec<(String, String)>,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest switched itself off, or reset itself where that ends the run.
+    PoweredOff,
+    /// The guest reported a panic.
+    GuestPanic,
+    /// A vCPU took a triple fault.
+    TripleFault,
+    /// The guest wrote this byte to the debug exit port.
+    DebugExit(u8),
+    /// KVM could not run the guest.
+    InternalError,
+    /// Killed by command.
+    Killed,
+    /// Interrupted by the user.
+    Interrupted,
+    /// The run's time-out passed.
+    TimedOut(Duration),
+    /// A process that the machine cannot do without was lost.
+    Lost {
+        /// Which, and what happened to it.
+        reason: String,
+    },
+}
+
+impl Ending {
+    /// The exit code of `run` and `wait`.
+    #[must_use]
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::PoweredOff => 0,
+            Self::GuestPanic => 8,
+            Self::TripleFault => 10,
+            Self::Killed => 12,
+            Self::Lost { .. } => 14,
+            Self::InternalError => 16,
+            Self::TimedOut(_) => 124,
+            Self::Interrupted => 130,
+            Self::DebugExit(value) => (*value << 1) | 1,
+        }
+    }
+}
+
+/// Why a machine could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The specification, a policy or a file it names is wrong: exit code 2.
+    #[error("{0}")]
+    Configuration(String),
+    /// The host lacks something: exit code 4.
+    #[error("{lacks} (see 'bulkhead doctor')")]
+    Host {
+        /// What, and what the kernel said.
+        lacks: String,
+    },
+    /// A process could not be started or did not become ready: exit code 6.
+    #[error("{who} could not be started: {reason}")]
+    Start {
+        /// Which process.
+        who: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl RunError {
+    /// The exit code of `run`.
+    #[must_use]
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Configuration(_) => 2,
+            Self::Host { .. } => 4,
+            Self::Start { .. } => 6,
+        }
+    }
+}
+
+/// The name under which a virtio device without one appears in messages.
+#[must_use]
+pub const fn default_name(kind: VirtioKind) -> &'static str {
+    match kind {
+        VirtioKind::Blk => "disk",
+        VirtioKind::Console => "console",
+        VirtioKind::Rng => "rng",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_are_the_promised_ones_and_never_one() {
+        let debug = (0..=255u8).map(|v| Ending::DebugExit(v).exit_code());
+        assert!(debug.clone().all(|code| code % 2 == 1));
+        assert_eq!(Ending::DebugExit(0x31).exit_code(), 0x63);
+        let codes = [
+            Ending::PoweredOff,
+            Ending::GuestPanic,
+            Ending::TripleFault,
+            Ending::Killed,
+        ]
+        .map(|e| e.exit_code());
+        assert_eq!(codes, [0, 8, 10, 12]);
+        let lost = Ending::Lost {
+            reason: String::new(),
+        };
+        assert_eq!(lost.exit_code(), 14);
+        assert_eq!(Ending::TimedOut(Duration::ZERO).exit_code(), 124);
+        assert_eq!(Ending::Interrupted.exit_code(), 130);
+    }
+}
