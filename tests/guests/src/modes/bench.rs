@@ -1,0 +1,43 @@
+//! `bench-mmio` and `bench-legacy`: how long one exit takes that ring 0 sees, for a virtio register
+//! and for a register of the serial port.
+
+use crate::machine::Machine;
+use crate::report::{Failure, say};
+use crate::sys::{ring0, time};
+use crate::virtio::mmio;
+
+const COUNT: u64 = 20_000;
+const COM1_LSR: u16 = 0x3fd;
+
+fn measure(name: &str, count: u64, read: impl Fn(u64)) {
+    let tens = count.div_ceil(10);
+    read(10);
+    say!("{name}.begin count={}", tens * 10);
+    let start = time::cycles();
+    read(tens);
+    let cycles = time::cycles() - start;
+    say!(
+        "{name}.end count={} cycles={cycles} tsc_khz={}",
+        tens * 10,
+        time::khz()
+    );
+}
+
+/// Reads MagicValue of the first device `count=` times.
+pub fn mmio(machine: &Machine) -> Result<(), Failure> {
+    let device = mmio::each(machine, Some).ok_or(Failure::NoDevice { id: 0, index: 0 })?;
+    let count = machine.number("count", COUNT)?;
+    measure("bench-mmio", count, |tens| {
+        ring0::read_memory(device.base, tens)
+    });
+    Ok(())
+}
+
+/// Reads COM1's line status `count=` times.
+pub fn legacy(machine: &Machine) -> Result<(), Failure> {
+    let count = machine.number("count", COUNT)?;
+    measure("bench-legacy", count, |tens| {
+        ring0::read_port(COM1_LSR, tens)
+    });
+    Ok(())
+}

@@ -1,0 +1,66 @@
+//! The modes that the command line can name, one file each.
+
+mod bench;
+mod bench_blk;
+mod blk;
+mod blk_sweep;
+mod hello;
+mod idle;
+mod nonce;
+mod rng;
+mod smp;
+
+use bulkhead_guest::record::Escaped;
+
+use crate::machine::Machine;
+use crate::report::{Failure, fail, say};
+use crate::sys::phys;
+
+type Mode = fn(&Machine) -> Result<(), Failure>;
+
+const MODES: &[(&str, Mode)] = &[
+    ("bench-blk", bench_blk::run),
+    ("bench-legacy", bench::legacy),
+    ("bench-mmio", bench::mmio),
+    ("blk", blk::run),
+    ("hello", hello::run),
+    ("idle", idle::run),
+    ("nonce", nonce::run),
+    ("rng", rng::run),
+    ("smp", smp::run),
+];
+
+/// Runs the modes of the command line in order; a failure ends its mode, not the others.
+pub fn run_all(machine: &Machine) {
+    let args = machine.args();
+    say!(
+        "hello version=1 mode={} memory_bytes={}",
+        Escaped(args.text("mode").unwrap_or("hello").as_bytes()),
+        hello::ram_bytes(machine)
+    );
+    for name in args.modes() {
+        let Some((name, mode)) = MODES.iter().find(|(known, _)| *known == name) else {
+            fail!(
+                "boot",
+                "kind=unknown_mode mode={}",
+                Escaped(name.as_bytes())
+            );
+            continue;
+        };
+        let mark = phys::heap_mark();
+        match mode(machine) {
+            Ok(()) => say!("mode.end name={name} result=ok"),
+            Err(failure) => {
+                fail!(name, "{failure}");
+                say!("mode.end name={name} result=failed");
+            }
+        }
+        crate::virtio::mmio::reset_all(machine);
+        phys::heap_release(mark);
+    }
+}
+
+/// How long to wait for a device: `timeout=` in seconds, 10 by default.
+fn timeout_ms(machine: &Machine) -> Result<u64, Failure> {
+    Ok(machine.number("timeout", 10)?.saturating_mul(1000))
+}

@@ -1,0 +1,149 @@
+//! `smp`: starts every other CPU that the MADT lists (INIT, start-up IPI, a real-mode trampoline).
+//! Each gets to ring 3, checks in, and adds to a counter that all share.
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crate::machine::Machine;
+use crate::report::{Failure, expect, fail, say};
+use crate::sys::irq::{self, LAPIC};
+use crate::sys::time::Deadline;
+use crate::sys::{phys, ring0};
+
+/// Where the real-mode code is copied to.
+const TRAMPOLINE: u64 = 0x8000;
+const APS_MAX: usize = 32;
+const FIRST_TSS: u64 = 0x50;
+const TSS_LEN: u64 = 104;
+const STACK: usize = 16384;
+const ICR_LOW: u64 = 0x300;
+const ICR_HIGH: u64 = 0x310;
+const INIT: u32 = 0x4500;
+const STARTUP: u32 = 0x4600;
+/// How often each CPU adds 1.
+const ADDITIONS: u64 = 100_000;
+
+unsafe extern "C" {
+    static ap_trampoline: u8;
+    static ap_trampoline_end: u8;
+    static gdt: u8;
+    static ap_started: AtomicU32;
+    static ap_ring0_stacks: [AtomicU64; APS_MAX];
+    static ap_user_stacks: [AtomicU64; APS_MAX];
+}
+
+static CHECKED_IN: AtomicU32 = AtomicU32::new(0);
+static TOTAL: AtomicU64 = AtomicU64::new(0);
+static GO: AtomicU32 = AtomicU32::new(0);
+static APIC_IDS: [AtomicU32; APS_MAX] = [const { AtomicU32::new(u32::MAX) }; APS_MAX];
+
+/// Ring 3 of the other CPUs, each on its own stack.
+#[unsafe(no_mangle)]
+extern "sysv64" fn guest_ap_main(index: u64) -> ! {
+    if let Some(id) = APIC_IDS.get(index as usize) {
+        id.store(phys::read::<u32>(LAPIC + 0x20) >> 24, Ordering::Relaxed);
+    }
+    CHECKED_IN.fetch_add(1, Ordering::AcqRel);
+    while GO.load(Ordering::Acquire) == 0 {
+        core::hint::spin_loop();
+    }
+    for _ in 0..ADDITIONS {
+        TOTAL.fetch_add(1, Ordering::Relaxed);
+    }
+    CHECKED_IN.fetch_sub(1, Ordering::AcqRel);
+    ring0::park()
+}
+
+/// Starts them one after the other, then lets all count at once.
+pub fn run(machine: &Machine) -> Result<(), Failure> {
+    let ids = machine
+        .acpi
+        .as_ref()
+        .map_or(&[][..], |acpi| acpi.apic_ids());
+    let own = phys::read::<u32>(LAPIC + 0x20) >> 24;
+    let others = ids.iter().map(|id| u32::from(*id)).filter(|id| *id != own);
+    irq::start();
+    prepare();
+    let mut started = 0;
+    for id in others.take(APS_MAX) {
+        start_one(id);
+        if !waits_until(2000, || CHECKED_IN.load(Ordering::Acquire) == started + 1) {
+            fail!("smp", "kind=timeout what=check_in apic_id={id}");
+            break;
+        }
+        started += 1;
+    }
+    TOTAL.store(0, Ordering::Relaxed);
+    GO.store(1, Ordering::Release);
+    let done = waits_until(10_000, || CHECKED_IN.load(Ordering::Acquire) == 0);
+    for (index, id) in APIC_IDS.iter().take(started as usize).enumerate() {
+        say!(
+            "smp.cpu index={} apic_id={}",
+            index + 1,
+            id.load(Ordering::Relaxed)
+        );
+    }
+    let total = TOTAL.load(Ordering::Relaxed);
+    say!(
+        "smp listed={} started={} total={total}",
+        ids.len(),
+        started + 1
+    );
+    if !done {
+        return Err(Failure::Timeout("count"));
+    }
+    expect("total", total, u64::from(started) * ADDITIONS)?;
+    expect("started", u64::from(started) + 1, ids.len().max(1) as u64)
+}
+
+fn waits_until(milliseconds: u64, mut ready: impl FnMut() -> bool) -> bool {
+    irq::sleep_until(Deadline::after_ms(milliseconds), &mut ready)
+}
+
+/// Copies the trampoline, and gives every CPU a task state and two stacks.
+fn prepare() {
+    CHECKED_IN.store(0, Ordering::Relaxed);
+    GO.store(0, Ordering::Relaxed);
+    // SAFETY: boot.s defines it; no other CPU runs yet.
+    unsafe { ap_started.store(0, Ordering::Relaxed) };
+    let start = &raw const ap_trampoline as u64;
+    let len = &raw const ap_trampoline_end as u64 - start;
+    for offset in 0..len {
+        phys::write(TRAMPOLINE + offset, phys::read::<u8>(start + offset));
+    }
+    for index in 0..APS_MAX {
+        let ring0_stack = phys::allocate(4096);
+        let user_stack = phys::allocate(STACK);
+        let tss = phys::allocate(4096);
+        let ring0_top = ring0_stack.address + ring0_stack.len as u64;
+        tss.write(4, ring0_top);
+        tss.write(102, TSS_LEN as u16); // no I/O bitmap: no port I/O
+        let base = tss.address;
+        let low = (TSS_LEN - 1) | (base & 0xff_ffff) << 16 | 0x89 << 40 | (base >> 24 & 0xff) << 56;
+        let descriptor = &raw const gdt as u64 + FIRST_TSS + 16 * index as u64;
+        phys::write(descriptor, low);
+        phys::write(descriptor + 8, base >> 32);
+        // SAFETY: boot.s defines the arrays; no other CPU runs yet.
+        unsafe { ap_ring0_stacks[index].store(ring0_top, Ordering::Relaxed) };
+        let user_top = user_stack.address + STACK as u64 - 8;
+        // SAFETY: as above.
+        unsafe { ap_user_stacks[index].store(user_top, Ordering::Relaxed) };
+    }
+}
+
+fn start_one(id: u32) {
+    // SAFETY: boot.s defines it; started CPUs only add to it.
+    let started = || unsafe { ap_started.load(Ordering::Acquire) };
+    let before = started();
+    let send = |command: u32| {
+        phys::write::<u32>(LAPIC + ICR_HIGH, id << 24);
+        phys::write::<u32>(LAPIC + ICR_LOW, command);
+    };
+    send(INIT);
+    irq::sleep_ms(10);
+    for _ in 0..2 {
+        send(STARTUP | (TRAMPOLINE >> 12) as u32);
+        if waits_until(100, || started() != before) {
+            return;
+        }
+    }
+}

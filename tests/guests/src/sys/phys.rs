@@ -1,0 +1,109 @@
+//! Access to physical memory: device registers, tables from the VMM, and memory for DMA.
+//!
+//! The first 4 GiB are mapped one to one, so that every 32-bit address can be read without a
+//! fault. What must not be touched is this image itself; memory for DMA comes from [`allocate`].
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+static HEAP_NEXT: AtomicU64 = AtomicU64::new(0);
+static HEAP_END: AtomicU64 = AtomicU64::new(0);
+
+/// Reads a value that the VMM or a device may change.
+pub fn read<T: Copy>(address: u64) -> T {
+    // SAFETY: identity mapped; T is one of the unsigned integers.
+    unsafe { (address as *const T).read_volatile() }
+}
+
+/// Writes a device register or memory shared with a device.
+pub fn write<T: Copy>(address: u64, value: T) {
+    // SAFETY: identity mapped; callers write registers and memory from `allocate` only.
+    unsafe { (address as *mut T).write_volatile(value) }
+}
+
+/// Borrows memory that the VMM filled before it started us.
+pub fn bytes(address: u64, len: usize) -> &'static [u8] {
+    // SAFETY: identity mapped, and nobody writes the tables from the VMM.
+    unsafe { core::slice::from_raw_parts(address as *const u8, len) }
+}
+
+/// Gives `allocate` its memory. Called once, by `machine`.
+pub fn set_heap(start: u64, end: u64) {
+    HEAP_NEXT.store(start, Ordering::Relaxed);
+    HEAP_END.store(end, Ordering::Relaxed);
+}
+
+/// Bytes that are left for [`allocate`].
+pub fn heap_left() -> u64 {
+    HEAP_END
+        .load(Ordering::Relaxed)
+        .saturating_sub(HEAP_NEXT.load(Ordering::Relaxed))
+}
+
+/// What is handed out since is free again. The caller has reset the devices that knew it.
+pub fn heap_mark() -> u64 {
+    HEAP_NEXT.load(Ordering::Relaxed)
+}
+
+/// Frees everything that was allocated since `mark`.
+pub fn heap_release(mark: u64) {
+    HEAP_NEXT.store(mark, Ordering::Relaxed);
+}
+
+/// Zeroed memory of whole pages; panics when there is none.
+pub fn allocate(len: usize) -> Dma {
+    let len = len.next_multiple_of(4096);
+    let address = HEAP_NEXT.load(Ordering::Relaxed);
+    assert!(
+        len as u64 <= heap_left(),
+        "out of memory: {len} bytes wanted"
+    );
+    HEAP_NEXT.store(address + len as u64, Ordering::Relaxed);
+    let mut dma = Dma { address, len };
+    dma.all_mut().fill(0);
+    dma
+}
+
+/// A piece of memory that devices may be told about.
+#[derive(Debug, Clone, Copy)]
+pub struct Dma {
+    /// Its physical address.
+    pub address: u64,
+    /// Its size in bytes.
+    pub len: usize,
+}
+
+impl Dma {
+    /// A part of it; panics when it reaches beyond.
+    pub fn part(&self, offset: usize, len: usize) -> Dma {
+        assert!(
+            offset <= self.len && len <= self.len - offset,
+            "part beyond a buffer"
+        );
+        Dma {
+            address: self.address + offset as u64,
+            len,
+        }
+    }
+
+    /// Its bytes, to be read while no device writes them.
+    pub fn all(&self) -> &[u8] {
+        // SAFETY: the range came from `allocate`, is mapped and initialised.
+        unsafe { core::slice::from_raw_parts(self.address as *const u8, self.len) }
+    }
+
+    /// Its bytes, to be written while no device uses them.
+    pub fn all_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above; one owner at a time by construction of the modes.
+        unsafe { core::slice::from_raw_parts_mut(self.address as *mut u8, self.len) }
+    }
+
+    /// Reads an integer that a device may change.
+    pub fn read<T: Copy>(&self, offset: usize) -> T {
+        read(self.part(offset, size_of::<T>()).address)
+    }
+
+    /// Writes an integer that a device may read.
+    pub fn write<T: Copy>(&self, offset: usize, value: T) {
+        write(self.part(offset, size_of::<T>()).address, value);
+    }
+}

@@ -1,0 +1,5 @@
+//! Virtio 1 drivers over virtio-mmio, polled, small, and able to misbehave for `fuzz`.
+
+pub mod blk;
+pub mod mmio;
+pub mod queue;
