@@ -2,5 +2,7 @@
 
 pub mod acpi;
 pub mod boot;
+pub mod gate;
 pub mod quirks;
 pub mod report;
+pub mod virtio;

@@ -237,6 +237,12 @@ impl ShadowDriver {
         memory.load::<u16>(self.layout.used_ring + 2, Ordering::Relaxed) != self.used_next.0
     }
 
+    /// Whether the device has put completions that were not taken yet.
+    #[must_use]
+    pub fn has_completions(&self, memory: &SharedMemory) -> bool {
+        memory.load::<u16>(self.layout.used_ring + 2, Ordering::Relaxed) != self.used_next.0
+    }
+
     /// Asks not to be called while the gate is looking anyway.
     pub fn disable_calls(&self, memory: &SharedMemory) {
         let at = self.layout.avail_ring + 4 + 2 * usize::from(self.layout.descriptors);

@@ -1,0 +1,534 @@
+//! One virtqueue behind a gate: the guest's ring on one side, the shadow queue on the other.
+//!
+//! Invariant: every in-flight slot of the shadow queue has a journal entry, and the other way
+//! round. A guest reset ends the guest's interest in its entries at once, but their window pages
+//! stay taken until the device has returned them, since it may still be writing there.
+
+use super::copy::{Direction, NotMemory, copy_spans};
+use super::journal::{Entry, GuestSpan};
+use bulkhead_ipc::device_kind::{Framing, HEAD_SLOT_BYTES, POSITION_BYTES, TAIL_OFFSET};
+use bulkhead_ipc::ring::{RequestLayout, RingFault, ShadowDriver, Span, WindowPages};
+use bulkhead_ipc::shared::SharedMemory;
+use bulkhead_ipc::window::{DATA_PAGE_BYTES, Window};
+use std::sync::atomic::Ordering;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+/// Longest chain of descriptors, indirect ones included.
+const CHAIN_DESCRIPTORS_MAX: usize = 1024;
+const STATUS_IOERR: u8 = 1;
+const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// The guest broke the virtio protocol (virtio 1.2 section 2.7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum GuestFault {
+    /// A descriptor names memory that is not there.
+    #[error(transparent)]
+    NotMemory(#[from] NotMemory),
+    /// The chain loops, is longer than the queue, or points outside of its table.
+    #[error("descriptor chain {head} ends in the middle")]
+    Truncated {
+        /// Head descriptor.
+        head: u16,
+    },
+    /// A readable descriptor follows a writable one.
+    #[error("descriptor chain {head} has a readable descriptor after a writable one")]
+    Order {
+        /// Head descriptor.
+        head: u16,
+    },
+    /// The request is larger than the device advertised.
+    #[error("descriptor chain {head} has {bytes} bytes, at most {limit} are accepted")]
+    TooLarge {
+        /// Head descriptor.
+        head: u16,
+        /// Bytes in the chain.
+        bytes: usize,
+        /// Largest that is accepted.
+        limit: usize,
+    },
+    /// The avail index jumped by more than the queue size.
+    #[error("avail index runs ahead of the queue size")]
+    AvailIndex,
+    /// A ring is not in guest memory, or misaligned.
+    #[error("queue {queue} has a ring outside of guest memory")]
+    Ring {
+        /// Queue number.
+        queue: usize,
+    },
+}
+
+/// What stands behind a queue besides its rings.
+pub(crate) struct Backing<'a> {
+    pub(crate) memory: &'a GuestMemoryMmap,
+    pub(crate) window: &'a Window,
+    pub(crate) pages: &'a mut WindowPages,
+    /// Bytes of output so far, for positioned queues.
+    pub(crate) stream: &'a mut u64,
+    /// Count of guest resets.
+    pub(crate) epoch: u64,
+}
+
+/// How one attempt to take requests ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Taken {
+    /// The guest's ring is empty.
+    All,
+    /// The window or the budget is full; more is waiting.
+    Some,
+}
+
+#[derive(Debug)]
+pub(crate) struct GateQueue {
+    index: usize,
+    framing: Framing,
+    guest: Option<Queue>,
+    shadow: ShadowDriver,
+    journal: Vec<Entry>,
+    /// A chain that was taken from the guest but did not fit the window yet.
+    waiting: Option<Entry>,
+    spare: Entry,
+    used_added: bool,
+    /// Window pages that this queue holds, and how many it may: a queue whose requests stay with
+    /// the device (console input) must not starve the others.
+    pages_held: usize,
+    pages_limit: usize,
+}
+
+impl GateQueue {
+    pub(crate) fn new(index: usize, framing: Framing, window: &Window) -> Option<Self> {
+        let layout = *window.layout.queues.get(index)?;
+        let pages = window.layout.data_pages;
+        let pages_limit = (pages / window.layout.queues.len().max(1)).max(pages.div_ceil(4));
+        let mut journal = Vec::new();
+        journal.resize_with(usize::from(layout.slots), Entry::default);
+        Some(Self {
+            index,
+            framing,
+            guest: None,
+            shadow: ShadowDriver::new(layout),
+            journal,
+            waiting: None,
+            spare: Entry::default(),
+            used_added: false,
+            pages_held: 0,
+            pages_limit,
+        })
+    }
+
+    /// Whether requests are still in the hands of the device.
+    pub(crate) fn in_flight(&self) -> u16 {
+        self.shadow.in_flight()
+    }
+
+    /// Starts serving a guest's queue.
+    pub(crate) fn activate(
+        &mut self,
+        guest: Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), GuestFault> {
+        if !guest.is_valid(memory) {
+            return Err(GuestFault::Ring { queue: self.index });
+        }
+        self.guest = Some(guest);
+        Ok(())
+    }
+
+    /// The guest reset the device: nothing of it is answered any more.
+    pub(crate) fn detach(&mut self) {
+        self.guest = None;
+        // A waiting request holds no window pages yet.
+        if let Some(mut entry) = self.waiting.take() {
+            assert!(
+                entry.pages.is_none(),
+                "pages are taken right before submission"
+            );
+            entry.clear();
+            self.spare = entry;
+        }
+        self.used_added = false;
+    }
+
+    /// Takes requests from the guest and gives them to the device.
+    pub(crate) fn take(
+        &mut self,
+        backing: &mut Backing<'_>,
+        budget: &mut u32,
+    ) -> Result<Taken, GuestFault> {
+        loop {
+            if self.waiting.is_none() {
+                if *budget == 0 {
+                    return Ok(Taken::Some);
+                }
+                if self.shadow.next_slot().is_none() {
+                    return Ok(Taken::Some);
+                }
+                let mut entry = std::mem::take(&mut self.spare);
+                entry.clear();
+                let got = self.pop(backing, &mut entry);
+                match got {
+                    Ok(true) => self.waiting = Some(entry),
+                    Ok(false) => {
+                        self.spare = entry;
+                        return Ok(Taken::All);
+                    }
+                    Err(e) => {
+                        self.spare = entry;
+                        return Err(e);
+                    }
+                }
+                *budget -= 1;
+            }
+            if !self.submit_waiting(backing)? {
+                return Ok(Taken::Some);
+            }
+        }
+    }
+
+    /// Reads the guest's next chain into `entry`. False when there is none.
+    fn pop(&mut self, backing: &mut Backing<'_>, entry: &mut Entry) -> Result<bool, GuestFault> {
+        let Some(guest) = self.guest.as_mut() else {
+            return Ok(false);
+        };
+        let idx = guest
+            .avail_idx(backing.memory, Ordering::Acquire)
+            .map_err(|_| GuestFault::Ring { queue: self.index })?;
+        let ready = idx.0.wrapping_sub(guest.next_avail());
+        if ready == 0 {
+            return Ok(false);
+        }
+        if ready > guest.size() {
+            return Err(GuestFault::AvailIndex);
+        }
+        let Some(chain) = guest.pop_descriptor_chain(backing.memory) else {
+            return Err(GuestFault::Ring { queue: self.index });
+        };
+        let head = chain.head_index();
+        let limit = backing.window.layout.request_bytes_max();
+        let mut more = true;
+        for (descriptor, n) in chain.zip(0usize..) {
+            if n >= CHAIN_DESCRIPTORS_MAX {
+                return Err(GuestFault::Truncated { head });
+            }
+            more = descriptor.has_next();
+            collect(entry, backing.memory, head, &descriptor)?;
+            let bytes = entry.readable_bytes.saturating_add(entry.writable_bytes);
+            if bytes > limit && (self.framing.tail_bytes > 0 || entry.readable_bytes > 0) {
+                return Err(GuestFault::TooLarge { head, bytes, limit });
+            }
+        }
+        if more || entry.readable_bytes + entry.writable_bytes == 0 {
+            return Err(GuestFault::Truncated { head });
+        }
+        // A device may fill less than a pure input buffer, so a huge one is offered in part.
+        entry.writable_bytes = entry.writable_bytes.min(limit);
+        entry.head = head;
+        entry.epoch = backing.epoch;
+        if self.framing.positioned {
+            entry.stream_position = *backing.stream;
+            *backing.stream += entry.readable_bytes as u64;
+        }
+        Ok(true)
+    }
+
+    /// Gives the waiting request to the device. False when the window is full.
+    fn submit_waiting(&mut self, backing: &mut Backing<'_>) -> Result<bool, GuestFault> {
+        let Some(slot) = self.shadow.next_slot() else {
+            return Ok(false);
+        };
+        let Some(entry) = self.waiting.as_mut() else {
+            return Ok(true);
+        };
+        let head_len = usize::from(self.framing.head_bytes).min(entry.readable_bytes);
+        let tail_len = usize::from(self.framing.tail_bytes).min(entry.writable_bytes);
+        let read_len = entry.readable_bytes - head_len;
+        let write_len = entry.writable_bytes - tail_len;
+        let write_offset = read_len.next_multiple_of(DATA_PAGE_BYTES);
+        let need = if write_len > 0 {
+            write_offset + write_len
+        } else {
+            read_len
+        };
+        if need > 0 && entry.pages.is_none() {
+            if self.pages_held + need.div_ceil(DATA_PAGE_BYTES) > self.pages_limit {
+                return Ok(false);
+            }
+            let Some(pages) = backing.pages.take(need) else {
+                return Ok(false);
+            };
+            self.pages_held += pages.len() / DATA_PAGE_BYTES;
+            entry.pages = Some(pages);
+        }
+        let data = backing.window.layout.data + entry.pages.map_or(0, |p| p.offset());
+        entry.writable_at = data + write_offset;
+
+        let window = &backing.window.memory;
+        let head_at = self.shadow.head_offset(slot);
+        let mut head_bytes = 0;
+        if self.framing.positioned {
+            window.write(head_at, entry.stream_position);
+            head_bytes = POSITION_BYTES;
+        }
+        let gather = |skip, at, len| {
+            copy_spans(
+                backing.memory,
+                window,
+                Direction::ToWindow,
+                &entry.readable,
+                skip,
+                at,
+                len,
+            )
+        };
+        let copied = gather(0, head_at + head_bytes, head_len)
+            .and_then(|_| gather(head_len, data, read_len));
+        if let Err(e) = copied {
+            release(&mut self.pages_held, backing.pages, entry);
+            return Err(e.into());
+        }
+        let mut request = RequestLayout::default();
+        let mut push = |offset, len: usize, writable| {
+            let len = u32::try_from(len).unwrap_or(0);
+            request.push(Span {
+                offset,
+                len,
+                writable,
+            });
+        };
+        push(head_at, head_bytes + head_len, false);
+        push(data, read_len, false);
+        push(data + write_offset, write_len, true);
+        push(head_at + TAIL_OFFSET, tail_len, true);
+        let slot = self.shadow.submit(window, &request);
+        if let (Some(place), Some(mut entry)) =
+            (self.journal.get_mut(usize::from(slot)), self.waiting.take())
+        {
+            entry.in_flight = true;
+            std::mem::swap(place, &mut entry);
+            self.spare = entry;
+        }
+        Ok(true)
+    }
+
+    /// Whether the device must be woken for what was submitted.
+    pub(crate) fn announce(&mut self, window: &SharedMemory) -> bool {
+        self.shadow.announce(window)
+    }
+
+    /// Takes completions from the device and answers the guest. Returns how many there were.
+    pub(crate) fn complete(
+        &mut self,
+        backing: &mut Backing<'_>,
+        budget: &mut u32,
+    ) -> Result<u32, RingFault> {
+        let mut done = 0;
+        while *budget > 0 {
+            let Some(completion) = self.shadow.complete(&backing.window.memory)? else {
+                break;
+            };
+            *budget -= 1;
+            done += 1;
+            let mut entry = match self.journal.get_mut(usize::from(completion.slot)) {
+                Some(place) => std::mem::take(place),
+                None => continue,
+            };
+            if entry.epoch == backing.epoch && self.guest.is_some() {
+                let head_at = self.shadow.head_offset(completion.slot);
+                let written = usize::try_from(completion.written).unwrap_or(0);
+                self.answer(backing, &entry, head_at, written);
+            }
+            release(&mut self.pages_held, backing.pages, &mut entry);
+            entry.clear();
+            if let Some(place) = self.journal.get_mut(usize::from(completion.slot)) {
+                *place = entry;
+            }
+        }
+        Ok(done)
+    }
+
+    /// Copies what the device wrote to the guest and puts the used element. Guest memory cannot
+    /// vanish while a request is in flight, so the copies cannot fail.
+    fn answer(&mut self, backing: &Backing<'_>, entry: &Entry, head_at: usize, written: usize) {
+        let tail_len = usize::from(self.framing.tail_bytes).min(entry.writable_bytes);
+        let data_len = entry.writable_bytes - tail_len;
+        let data_written = written.saturating_sub(tail_len).min(data_len);
+        let window = &backing.window.memory;
+        let scatter = |skip, at, len| {
+            copy_spans(
+                backing.memory,
+                window,
+                Direction::ToGuest,
+                &entry.writable,
+                skip,
+                at,
+                len,
+            )
+        };
+        let copied = scatter(0, entry.writable_at, data_written)
+            .and_then(|_| scatter(data_len, head_at + TAIL_OFFSET, tail_len));
+        debug_assert!(
+            copied.is_ok(),
+            "guest memory was checked when the request was taken"
+        );
+        self.put_used(backing.memory, entry.head, written);
+    }
+
+    fn put_used(&mut self, memory: &GuestMemoryMmap, head: u16, written: usize) {
+        let Some(guest) = self.guest.as_mut() else {
+            return;
+        };
+        let len = u32::try_from(written).unwrap_or(u32::MAX);
+        // The rings were checked at activation and the head came out of this queue.
+        if guest.add_used(memory, head, len).is_ok() {
+            self.used_added = true;
+        }
+    }
+
+    /// The device is gone: answers everything in flight, and everything that the guest has put
+    /// since, with an error that its driver understands.
+    pub(crate) fn fail_all(
+        &mut self,
+        backing: &mut Backing<'_>,
+        budget: &mut u32,
+    ) -> Result<(), GuestFault> {
+        for slot in 0..self.journal.len() {
+            let Some(place) = self.journal.get_mut(slot) else {
+                break;
+            };
+            if !place.in_flight {
+                continue;
+            }
+            let mut entry = std::mem::take(place);
+            if entry.epoch == backing.epoch {
+                self.fail(backing.memory, &entry);
+            }
+            release(&mut self.pages_held, backing.pages, &mut entry);
+        }
+        if let Some(entry) = self.waiting.take() {
+            self.fail(backing.memory, &entry);
+        }
+        while *budget > 0 {
+            *budget -= 1;
+            let mut entry = Entry::default();
+            if !self.pop(backing, &mut entry)? {
+                break;
+            }
+            self.fail(backing.memory, &entry);
+        }
+        Ok(())
+    }
+
+    fn fail(&mut self, memory: &GuestMemoryMmap, entry: &Entry) {
+        let tail_len = usize::from(self.framing.tail_bytes);
+        if tail_len > 0
+            && let Some(last) = entry.writable.last()
+            && last.len > 0
+        {
+            // The status is the last writable byte; the span was checked when it was taken.
+            let at = last.address.0 + (last.len as u64 - 1);
+            let written = memory.write_obj(STATUS_IOERR, GuestAddress(at));
+            debug_assert!(written.is_ok(), "guest memory was checked");
+        }
+        self.put_used(memory, entry.head, tail_len.min(entry.writable_bytes));
+    }
+
+    /// Whether the guest wants an interrupt for the used elements put since the last call.
+    pub(crate) fn wants_interrupt(&mut self, memory: &GuestMemoryMmap) -> bool {
+        if !std::mem::take(&mut self.used_added) {
+            return false;
+        }
+        let Some(guest) = self.guest.as_mut() else {
+            return false;
+        };
+        if !guest.event_idx_enabled() {
+            let flags = memory
+                .load::<u16>(GuestAddress(guest.avail_ring()), Ordering::Acquire)
+                .map(u16::from_le);
+            return flags.is_ok_and(|f| f & VRING_AVAIL_F_NO_INTERRUPT == 0);
+        }
+        guest.needs_notification(memory).unwrap_or(false)
+    }
+
+    /// Stops kicks and calls while the gate is looking anyway.
+    pub(crate) fn quiet(&mut self, memory: &GuestMemoryMmap, window: &SharedMemory) {
+        if let Some(guest) = self.guest.as_mut() {
+            // Failing to suppress a kick only costs a wake-up.
+            let _suppressed = guest.disable_notification(memory);
+        }
+        self.shadow.disable_calls(window);
+    }
+
+    /// Asks guest and device to ring again. Returns whether something is there already.
+    pub(crate) fn listen(&mut self, memory: &GuestMemoryMmap, window: &SharedMemory) -> bool {
+        let completions = self.shadow.enable_calls(window);
+        let blocked = self.waiting.is_some() || self.shadow.next_slot().is_none();
+        if blocked {
+            // Requests wait for completions; a kick would tell nothing new.
+            return completions;
+        }
+        let requests = match self.guest.as_mut() {
+            Some(guest) => guest.enable_notification(memory).unwrap_or(false),
+            None => false,
+        };
+        completions || requests
+    }
+
+    /// Whether there is something to do, without changing any notification state.
+    pub(crate) fn has_work(&self, memory: &GuestMemoryMmap, window: &SharedMemory) -> bool {
+        self.shadow.has_completions(window)
+            || (self.waiting.is_none()
+                && self.guest.as_ref().is_some_and(|guest| {
+                    guest
+                        .avail_idx(memory, Ordering::Relaxed)
+                        .is_ok_and(|idx| idx.0 != guest.next_avail())
+                }))
+    }
+
+    /// Asks the guest for kicks only; used when the device is gone.
+    pub(crate) fn listen_guest(&mut self, memory: &GuestMemoryMmap) -> bool {
+        self.guest
+            .as_mut()
+            .is_some_and(|g| g.enable_notification(memory).unwrap_or(false))
+    }
+}
+
+fn release(held: &mut usize, pages: &mut WindowPages, entry: &mut Entry) {
+    if let Some(range) = entry.pages.take() {
+        *held -= range.len() / DATA_PAGE_BYTES;
+        pages.give(range);
+    }
+}
+
+fn collect(
+    entry: &mut Entry,
+    memory: &GuestMemoryMmap,
+    head: u16,
+    descriptor: &Descriptor,
+) -> Result<(), GuestFault> {
+    let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+    let address = descriptor.addr();
+    if len == 0 {
+        return Ok(());
+    }
+    if !GuestMemoryBackend::check_range(memory, address, len) {
+        return Err(NotMemory {
+            address: address.0,
+            len,
+        }
+        .into());
+    }
+    let span = GuestSpan { address, len };
+    if descriptor.is_write_only() {
+        entry.writable.push(span);
+        entry.writable_bytes = entry.writable_bytes.saturating_add(len);
+    } else if entry.writable.is_empty() {
+        entry.readable.push(span);
+        entry.readable_bytes = entry.readable_bytes.saturating_add(len);
+    } else {
+        return Err(GuestFault::Order { head });
+    }
+    Ok(())
+}
+
+const _: () = assert!(HEAD_SLOT_BYTES == 64 && TAIL_OFFSET == 32);

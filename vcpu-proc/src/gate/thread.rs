@@ -1,0 +1,175 @@
+//! The gate thread: one epoll loop over the guest's kicks (ioeventfds), the devices' calls and the
+//! commands of vCPU and control threads.
+//!
+//! Doorbells are watched edge-triggered and never read, which saves a system call for each wake-up:
+//! every ring makes an edge, and a peer that fills its eventfd only silences itself.
+
+use super::device::{Fault, Gate, Pass};
+use bulkhead_ipc::protocol::vcpu::FromVcpu;
+use flume::{Receiver, Sender};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Commands that may wait for the gate thread.
+pub(crate) const COMMANDS_MAX: usize = 64;
+/// Faults that may wait for the control thread; more are dropped.
+pub(crate) const FAULTS_MAX: usize = 64;
+/// Faults of one device that are reported; a guest can cause any number.
+const FAULTS_REPORTED_MAX: u32 = 100;
+
+const TOKEN_COMMAND: u64 = u64::MAX;
+
+/// What other threads ask of the gate thread.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// The guest wrote 0 to the status register.
+    Reset { slot: u8 },
+    /// The guest set DRIVER_OK.
+    Activate {
+        slot: u8,
+        features: u64,
+        queues: Vec<Option<Queue>>,
+    },
+    /// The device process is gone.
+    Lost { slot: u8 },
+    /// Leave.
+    Stop,
+}
+
+/// Sends commands and wakes the thread.
+#[derive(Debug, Clone)]
+pub(crate) struct CommandSender {
+    pub(crate) queue: Sender<Command>,
+    pub(crate) bell: Arc<EventFd>,
+}
+
+impl CommandSender {
+    /// Sends a command. Waits while [`COMMANDS_MAX`] are pending, which the gate thread, never
+    /// waiting for anybody itself, soon changes.
+    pub(crate) fn send(&self, command: Command) {
+        if self.queue.send(command).is_ok() {
+            let _already_rung = self.bell.write(1);
+        }
+    }
+}
+
+/// One device of the thread.
+#[derive(Debug)]
+pub(crate) struct Served {
+    pub(crate) slot: u8,
+    pub(crate) gate: Gate,
+    pub(crate) notify: Vec<EventFd>,
+    pub(crate) ready: bool,
+    pub(crate) faults_reported: u32,
+}
+
+/// The gate thread's whole state; [`GateThread::run`] is its life.
+#[derive(Debug)]
+pub struct GateThread {
+    pub(crate) memory: GuestMemoryMmap,
+    pub(crate) devices: Vec<Served>,
+    pub(crate) commands: Receiver<Command>,
+    pub(crate) command_bell: Arc<EventFd>,
+    pub(crate) faults: Sender<FromVcpu>,
+    pub(crate) fault_bell: Arc<EventFd>,
+    pub(crate) epoll: Epoll,
+}
+
+impl GateThread {
+    /// Registers all doorbells; before the thread is locked.
+    pub(crate) fn watch(&self) -> io::Result<()> {
+        let add = |fd: &EventFd, token| {
+            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
+            self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)
+        };
+        add(&self.command_bell, TOKEN_COMMAND)?;
+        for (device, token) in self.devices.iter().zip(0u64..) {
+            add(device.gate.call_bell(), token)?;
+            for notify in &device.notify {
+                add(notify, token)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves the gates until [`Command::Stop`] or an epoll failure (a bug; the VM then ends).
+    ///
+    /// # Errors
+    /// The kernel's error from `epoll_wait`.
+    pub fn run(mut self) -> io::Result<()> {
+        let mut events = [EpollEvent::default(); 32];
+        loop {
+            let busy = self.devices.iter().any(|d| d.ready);
+            let timeout = if busy { 0 } else { -1 };
+            let n = match self.epoll.wait(timeout, &mut events) {
+                Ok(n) => n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+                Err(e) => return Err(e),
+            };
+            for event in events.iter().take(n) {
+                let token = event.data();
+                if token == TOKEN_COMMAND {
+                    if !self.take_commands() {
+                        return Ok(());
+                    }
+                } else if let Some(device) = usize::try_from(token)
+                    .ok()
+                    .and_then(|t| self.devices.get_mut(t))
+                {
+                    device.ready = true;
+                }
+            }
+            for device in self.devices.iter_mut().filter(|d| d.ready) {
+                device.ready = device.gate.pass(&self.memory) == Pass::Again;
+                for fault in device.gate.take_faults() {
+                    device.faults_reported += 1;
+                    if device.faults_reported <= FAULTS_REPORTED_MAX {
+                        let report = to_message(device.slot, fault);
+                        if self.faults.try_send(report).is_ok() {
+                            let _already_rung = self.fault_bell.write(1);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Carries out what was asked. False when the thread is to leave.
+    fn take_commands(&mut self) -> bool {
+        while let Ok(command) = self.commands.try_recv() {
+            let slot = match &command {
+                Command::Reset { slot }
+                | Command::Activate { slot, .. }
+                | Command::Lost { slot } => *slot,
+                Command::Stop => return false,
+            };
+            let Some(device) = self.devices.iter_mut().find(|d| d.slot == slot) else {
+                continue;
+            };
+            device.ready = true;
+            match command {
+                Command::Reset { .. } => device.gate.reset(),
+                Command::Activate {
+                    features, queues, ..
+                } => {
+                    device.gate.activate(&self.memory, features, queues);
+                }
+                Command::Lost { .. } => device.gate.lost(),
+                Command::Stop => return false,
+            }
+        }
+        true
+    }
+}
+
+fn to_message(slot: u8, fault: Fault) -> FromVcpu {
+    match fault {
+        Fault::Guest(reason) => FromVcpu::GuestFault { slot, reason },
+        Fault::Device(reason) => FromVcpu::DeviceFault { slot, reason },
+    }
+}
