@@ -12,6 +12,7 @@
 pub mod channel;
 pub mod control_page;
 pub mod device_kind;
+pub mod host;
 pub mod ident;
 pub mod input_ring;
 pub mod legacy_page;

@@ -2,7 +2,9 @@
 
 pub mod acpi;
 pub mod boot;
+pub mod cpuid;
 pub mod gate;
+pub mod paging;
 pub mod quirks;
 pub mod report;
 pub mod virtio;

@@ -1,0 +1,175 @@
+//! The ioctls that the quirks layer makes, behind a trait so that tests can record and answer them.
+//!
+//! Each method is one ioctl of the vCPU, except the two that read the shared `kvm_run` page. Nothing
+//! else in this layer talks to KVM, so a recording of these calls is a recording of all it does.
+#![allow(unsafe_code, reason = "fields of the kvm_run union, and KVM_SET_XSAVE")]
+
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, Msrs, kvm_debugregs, kvm_guest_debug,
+    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{SyncReg, VcpuFd};
+
+/// The error of a failed ioctl.
+pub type Errno = kvm_ioctls::Error;
+/// The outcome of one ioctl.
+pub type OpResult<T> = Result<T, Errno>;
+
+/// What KVM_EXIT_INTERNAL_ERROR said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InternalError {
+    /// KVM's sub-error; 1 is "this instruction could not be emulated".
+    pub suberror: u32,
+    /// The instruction bytes that KVM fetched, padded with zeros.
+    pub instruction: [u8; 15],
+    /// Number of bytes in `instruction`; 0 if KVM gave none.
+    pub instruction_len: u8,
+}
+
+/// The vCPU as the quirks layer sees it. Every method that returns a result is one ioctl, and its
+/// error is the ioctl's.
+#[allow(clippy::missing_errors_doc, reason = "said once, above")]
+pub trait VcpuOps {
+    /// KVM_GET_REGS.
+    fn regs(&mut self) -> OpResult<kvm_regs>;
+    /// KVM_SET_REGS. KVM forgets a pending exception with it.
+    fn set_regs(&mut self, regs: &kvm_regs) -> OpResult<()>;
+    /// KVM_GET_SREGS.
+    fn sregs(&mut self) -> OpResult<kvm_sregs>;
+    /// KVM_SET_SREGS.
+    fn set_sregs(&mut self, sregs: &kvm_sregs) -> OpResult<()>;
+    /// KVM_GET_XSAVE: the 4 KiB image, which holds everything up to AVX-512.
+    fn xsave(&mut self) -> OpResult<Box<kvm_xsave>>;
+    /// KVM_SET_XSAVE.
+    fn set_xsave(&mut self, image: &kvm_xsave) -> OpResult<()>;
+    /// KVM_GET_XCRS.
+    fn xcrs(&mut self) -> OpResult<kvm_xcrs>;
+    /// KVM_SET_XCRS.
+    fn set_xcrs(&mut self, xcrs: &kvm_xcrs) -> OpResult<()>;
+    /// KVM_GET_MSRS of one register; `None` where KVM does not know it.
+    fn msr(&mut self, index: u32) -> OpResult<Option<u64>>;
+    /// KVM_SET_MSRS of one register; false where KVM refuses the value.
+    fn set_msr(&mut self, index: u32, value: u64) -> OpResult<bool>;
+    /// KVM_GET_VCPU_EVENTS.
+    fn events(&mut self) -> OpResult<kvm_vcpu_events>;
+    /// KVM_SET_VCPU_EVENTS.
+    fn set_events(&mut self, events: &kvm_vcpu_events) -> OpResult<()>;
+    /// KVM_GET_DEBUGREGS.
+    fn debug_regs(&mut self) -> OpResult<kvm_debugregs>;
+    /// KVM_SET_DEBUGREGS.
+    fn set_debug_regs(&mut self, regs: &kvm_debugregs) -> OpResult<()>;
+    /// KVM_SET_GUEST_DEBUG.
+    fn set_guest_debug(&mut self, debug: &kvm_guest_debug) -> OpResult<()>;
+    /// Asks KVM to leave the system registers in `kvm_run` at each exit from now on; no ioctl.
+    fn sync_sregs(&mut self);
+    /// The system registers that the last exit left in `kvm_run`; no ioctl.
+    fn synced_sregs(&mut self) -> kvm_sregs;
+    /// The details of the last exit, which was KVM_EXIT_INTERNAL_ERROR; no ioctl.
+    fn internal_error(&mut self) -> InternalError;
+}
+
+impl VcpuOps for VcpuFd {
+    fn regs(&mut self) -> OpResult<kvm_regs> {
+        self.get_regs()
+    }
+
+    fn set_regs(&mut self, regs: &kvm_regs) -> OpResult<()> {
+        Self::set_regs(self, regs)
+    }
+
+    fn sregs(&mut self) -> OpResult<kvm_sregs> {
+        self.get_sregs()
+    }
+
+    fn set_sregs(&mut self, sregs: &kvm_sregs) -> OpResult<()> {
+        Self::set_sregs(self, sregs)
+    }
+
+    fn xsave(&mut self) -> OpResult<Box<kvm_xsave>> {
+        self.get_xsave().map(Box::new)
+    }
+
+    fn set_xsave(&mut self, image: &kvm_xsave) -> OpResult<()> {
+        // SAFETY: KVM reads more than the 4 KiB of `kvm_xsave` only where the process has asked
+        // the kernel for dynamic features by arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM); it never does.
+        unsafe { Self::set_xsave(self, image) }
+    }
+
+    fn xcrs(&mut self) -> OpResult<kvm_xcrs> {
+        self.get_xcrs()
+    }
+
+    fn set_xcrs(&mut self, xcrs: &kvm_xcrs) -> OpResult<()> {
+        Self::set_xcrs(self, xcrs)
+    }
+
+    fn msr(&mut self, index: u32) -> OpResult<Option<u64>> {
+        let mut msrs = one_msr(index, 0)?;
+        let read = self.get_msrs(&mut msrs)?;
+        Ok(msrs
+            .as_slice()
+            .first()
+            .filter(|_| read == 1)
+            .map(|entry| entry.data))
+    }
+
+    fn set_msr(&mut self, index: u32, value: u64) -> OpResult<bool> {
+        Ok(self.set_msrs(&one_msr(index, value)?)? == 1)
+    }
+
+    fn events(&mut self) -> OpResult<kvm_vcpu_events> {
+        self.get_vcpu_events()
+    }
+
+    fn set_events(&mut self, events: &kvm_vcpu_events) -> OpResult<()> {
+        self.set_vcpu_events(events)
+    }
+
+    fn debug_regs(&mut self) -> OpResult<kvm_debugregs> {
+        self.get_debug_regs()
+    }
+
+    fn set_debug_regs(&mut self, regs: &kvm_debugregs) -> OpResult<()> {
+        Self::set_debug_regs(self, regs)
+    }
+
+    fn set_guest_debug(&mut self, debug: &kvm_guest_debug) -> OpResult<()> {
+        Self::set_guest_debug(self, debug)
+    }
+
+    fn sync_sregs(&mut self) {
+        self.set_sync_valid_reg(SyncReg::SystemRegister);
+    }
+
+    fn synced_sregs(&mut self) -> kvm_sregs {
+        self.sync_regs().sregs
+    }
+
+    fn internal_error(&mut self) -> InternalError {
+        // SAFETY: the caller has seen KVM_EXIT_INTERNAL_ERROR, for which KVM fills this member;
+        // all its fields are integers, so any bytes are valid.
+        let failure = unsafe { self.get_kvm_run().__bindgen_anon_1.emulation_failure };
+        let mut error = InternalError {
+            suberror: failure.suberror,
+            ..InternalError::default()
+        };
+        let has_bytes = failure.ndata >= 3
+            && failure.flags & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0;
+        if error.suberror == super::SUBERROR_EMULATION && has_bytes {
+            // SAFETY: the union has one member, of integers.
+            let bytes = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
+            error.instruction = bytes.insn_bytes;
+            error.instruction_len = bytes.insn_size.min(15);
+        }
+        error
+    }
+}
+
+fn one_msr(index: u32, data: u64) -> OpResult<Msrs> {
+    Msrs::from_entries(&[kvm_msr_entry {
+        index,
+        data,
+        ..kvm_msr_entry::default()
+    }])
+    .map_err(|_| Errno::new(libc::E2BIG))
+}
