@@ -112,6 +112,18 @@ impl From<OwnedFd> for Doorbell {
     }
 }
 
+impl From<Doorbell> for OwnedFd {
+    #[expect(
+        unsafe_code,
+        reason = "EventFd gives its descriptor up as a number only"
+    )]
+    fn from(bell: Doorbell) -> Self {
+        use std::os::fd::{FromRawFd, IntoRawFd};
+        // SAFETY: `into_raw_fd` gave the ownership of an open descriptor to us.
+        unsafe { Self::from_raw_fd(bell.0.into_raw_fd()) }
+    }
+}
+
 impl AsRawFd for Doorbell {
     fn as_raw_fd(&self) -> i32 {
         self.0.as_raw_fd()

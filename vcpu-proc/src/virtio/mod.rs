@@ -4,6 +4,8 @@
 //! read costs no IPC. Only reads that need what the device alone knows wait for it, with a deadline.
 
 mod mmio;
+#[cfg(test)]
+mod tests;
 
 use crate::gate::thread::{COMMANDS_MAX, Command, CommandSender, FAULTS_MAX, Served};
 use crate::gate::{Gate, GateLink, GateThread};
