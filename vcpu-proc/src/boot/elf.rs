@@ -10,6 +10,7 @@ use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use super::error::BootError;
 use super::guest::Guest;
+use super::recognise;
 use super::source::Source;
 
 /// The first bytes of every ELF file.
@@ -67,11 +68,7 @@ impl Header {
     pub(super) fn parse(head: &[u8]) -> Result<Self, BootError> {
         let (class, data) = (head.get(4), head.get(5));
         if data != Some(&DATA_LITTLE) {
-            return Err(field(
-                "ELF header: EI_DATA",
-                data.copied(),
-                "1 (little endian)",
-            ));
+            return Err(not_a_kernel(head));
         }
         let (header, size, machine, wanted) = match class {
             Some(1) => {
@@ -104,14 +101,10 @@ impl Header {
                     MACHINE_X86_64,
                 )
             }
-            other => {
-                let expected = "1 (32-bit) or 2 (64-bit)";
-                return Err(field("ELF header: EI_CLASS", other.copied(), expected));
-            }
+            _ => return Err(not_a_kernel(head)),
         };
         if machine != wanted {
-            let expected = format!("{wanted} (x86 of this class)");
-            return Err(BootError::field("ELF header: e_machine", machine, expected));
+            return Err(not_a_kernel(head));
         }
         if usize::from(size) != header.class.segment_bytes() {
             let expected = format!("{}", header.class.segment_bytes());
@@ -187,19 +180,10 @@ impl Elf {
         Ok(elf)
     }
 
-    /// Reads and parses header and program headers of a file that begins with the ELF magic.
-    pub(super) fn read(source: &Source<'_>) -> Result<Self, BootError> {
-        let mut head = [0; HEADER_BYTES];
-        let read = source.read_up_to(0, &mut head)?;
-        let Some(head) = head.get(..read).filter(|_| read == HEADER_BYTES) else {
-            source.check("the ELF header", 0, HEADER_BYTES as u64)?;
-            return Err(BootError::field("ELF header: bytes", read as u64, "64"));
-        };
-        if !head.starts_with(&MAGIC) {
-            return Err(BootError::NotAKernel {
-                recognised: "not an ELF file".into(),
-            });
-        }
+    /// Parses the header in `head`, the first bytes of the file, which begin with the ELF magic,
+    /// and reads and parses the program headers.
+    pub(super) fn read(source: &Source<'_>, head: &[u8]) -> Result<Self, BootError> {
+        source.check("the ELF header", 0, HEADER_BYTES as u64)?;
         let header = Header::parse(head)?;
         let (offset, bytes) = header.table();
         let table = source.read_exact("the ELF program header table", offset, bytes)?;
@@ -356,8 +340,10 @@ fn pvh_note(mut notes: &[u8], alignment: u64) -> Result<Option<u32>, BootError> 
     Ok(None)
 }
 
-fn field(name: &'static str, value: Option<u8>, expected: &'static str) -> BootError {
-    BootError::field(name, value.unwrap_or(0), expected)
+fn not_a_kernel(head: &[u8]) -> BootError {
+    BootError::NotAKernel {
+        recognised: recognise::contents(head, head.len() as u64),
+    }
 }
 
 fn prefix<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> Result<T, BootError> {

@@ -20,6 +20,13 @@ pub enum Entry {
         /// Guest-physical address of `boot_params`.
         rsi: u64,
     },
+    /// The 32-bit Linux boot protocol: protected mode without paging, ESI the zero page.
+    Linux32 {
+        /// First instruction.
+        rip: u32,
+        /// Guest-physical address of `boot_params`.
+        rsi: u32,
+    },
     /// PVH: 32-bit protected mode without paging, EBX the start info.
     Pvh32 {
         /// First instruction.
@@ -58,7 +65,9 @@ impl Entry {
     pub fn rip(&self) -> u64 {
         match *self {
             Self::Linux64 { rip, .. } => rip,
-            Self::Pvh32 { rip, .. } | Self::Multiboot { rip, .. } => rip.into(),
+            Self::Linux32 { rip, .. } | Self::Pvh32 { rip, .. } | Self::Multiboot { rip, .. } => {
+                rip.into()
+            }
         }
     }
 
@@ -101,6 +110,7 @@ impl Entry {
                 regs.rsi = rsi;
                 regs.rsp = layout::STACK_TOP;
             }
+            Self::Linux32 { rsi, .. } => regs.rsi = rsi.into(),
             Self::Pvh32 { rbx, .. } => regs.rbx = rbx.into(),
             Self::Multiboot { rax, rbx, .. } => {
                 regs.rax = rax.into();

@@ -22,6 +22,14 @@ pub enum BootError {
         /// What the host said.
         source: std::io::Error,
     },
+    /// The file has no contents that could be read as a whole.
+    #[error("the {what} is {recognised}, expected a regular file")]
+    NotAFile {
+        /// Which file.
+        what: &'static str,
+        /// What it is.
+        recognised: &'static str,
+    },
     /// The file is something else than a kernel.
     #[error("the kernel file is {recognised}; accepted are {ACCEPTED_KERNELS}")]
     NotAKernel {

@@ -195,3 +195,34 @@ pub(crate) fn elf32(entry: u32, segments: &[Segment]) -> Vec<u8> {
     }
     file
 }
+
+/// A bzImage of protocol 2.15 around `payload`, whose own code is `b"decompressor"`.
+pub(crate) fn bzimage(payload: &[u8]) -> Vec<u8> {
+    const SETUP: usize = 1024;
+    const PAYLOAD_OFFSET: u32 = 0x400;
+    let mut image = b"decompressor".to_vec();
+    image.resize(usize::try_from(PAYLOAD_OFFSET).unwrap(), 0x90);
+    image.extend(payload);
+    image.resize(image.len().next_multiple_of(16), 0);
+    let mut file = vec![0; SETUP];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]); // setup_sects
+    put(
+        0x1f4,
+        &u32::try_from(image.len() / 16).unwrap().to_le_bytes(),
+    ); // syssize
+    put(0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]); // boot_flag, jump
+    put(0x202, b"HdrS");
+    put(0x206, &0x20fu16.to_le_bytes()); // version
+    put(0x211, &[0x83]); // loadflags: loaded high, KASLR, heap
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes()); // initrd_addr_max
+    put(0x230, &0x20_0000u32.to_le_bytes()); // kernel_alignment
+    put(0x236, &0x7fu16.to_le_bytes()); // xloadflags
+    put(0x238, &2047u32.to_le_bytes()); // cmdline_size
+    put(0x248, &PAYLOAD_OFFSET.to_le_bytes());
+    put(0x24c, &u32::try_from(payload.len()).unwrap().to_le_bytes());
+    put(0x258, &0x100_0000u64.to_le_bytes()); // pref_address
+    put(0x260, &0x10_0000u32.to_le_bytes()); // init_size
+    file.extend(image);
+    file
+}

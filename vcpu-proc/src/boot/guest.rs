@@ -87,6 +87,11 @@ impl<'a> Guest<'a> {
         Ok(())
     }
 
+    /// Gives back every claim but the loader's own: a kernel is loaded anew in another way.
+    pub(super) fn release_claims(&mut self) {
+        self.claims.truncate(1);
+    }
+
     /// The highest page-aligned address below `limit` where `bytes` bytes of RAM from 1 MiB on are
     /// free, or the size of the largest free range.
     pub(super) fn highest_free(&self, bytes: u64, limit: u64) -> Result<u64, u64> {
@@ -109,6 +114,41 @@ impl<'a> Guest<'a> {
         best.ok_or(largest)
     }
 
+    /// The page behind everything that is claimed from 1 MiB to the MMIO hole, if `bytes` bytes of
+    /// RAM follow, or how many do.
+    pub(super) fn free_behind_claims(&self, bytes: u64) -> Result<u64, u64> {
+        let Some(range) = self
+            .ram()
+            .find(|range| range.start == layout::HIGH_MEMORY_START)
+        else {
+            return Err(0);
+        };
+        let claims = self
+            .claims
+            .iter()
+            .map(|claim| claim.end)
+            .filter(|end| *end <= range.end());
+        let start = claims.fold(range.start, u64::max).next_multiple_of(PAGE);
+        let available = range.end().saturating_sub(start);
+        if bytes <= available {
+            Ok(start)
+        } else {
+            Err(available)
+        }
+    }
+
+    /// Copies `count` bytes at `address` out of guest memory.
+    pub(super) fn read(&self, address: u64, count: usize) -> Result<Vec<u8>, BootError> {
+        let mut bytes = vec![0; count];
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(address))
+            .map_err(|_| BootError::Unbacked {
+                address,
+                bytes: count as u64,
+            })?;
+        Ok(bytes)
+    }
+
     /// Writes `bytes` at `address`; the range is claimed or the loader's own.
     pub(super) fn write(&self, address: u64, bytes: &[u8]) -> Result<(), BootError> {
         self.memory
@@ -117,6 +157,23 @@ impl<'a> Guest<'a> {
                 address,
                 bytes: bytes.len() as u64,
             })
+    }
+
+    /// Writes `bytes` at `address` but leaves out whole pages of zeros: guest memory is zero
+    /// wherever nothing was written, and a page that nobody touches costs nothing.
+    pub(super) fn write_sparse(&self, address: u64, bytes: &[u8]) -> Result<(), BootError> {
+        const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
+        let (mut address, mut rest) = (address, bytes);
+        while !rest.is_empty() {
+            let to_boundary = usize::try_from(PAGE - address % PAGE).unwrap_or(PAGE_BYTES);
+            let (page, after) = rest.split_at(to_boundary.min(rest.len()));
+            if ZEROS.get(..page.len()) != Some(page) {
+                self.write(address, page)?;
+            }
+            address = address.saturating_add(page.len() as u64);
+            rest = after;
+        }
+        Ok(())
     }
 
     /// Copies `count` bytes from `offset` of `source` to `address`, a claimed range.
@@ -170,3 +227,4 @@ impl<'a> Guest<'a> {
 }
 
 const PAGE: u64 = 0x1000;
+const PAGE_BYTES: usize = 0x1000;

@@ -3,6 +3,7 @@
 //!
 //! From the kernel's `Documentation/arch/x86/boot.rst` and `zero-page.rst`.
 
+use bulkhead_ipc::platform;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::ByteValued;
 
@@ -13,13 +14,20 @@ use super::source::Source;
 
 /// Things that were placed for the kernel before its own structures are written.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Placed {
+pub(super) struct Placed<'a> {
     /// Address and length of the initrd.
     pub(super) initrd: Option<(u64, u64)>,
-    /// Length of the command line without its NUL.
-    pub(super) command_line_bytes: usize,
+    /// The command line, which is at [`layout::COMMAND_LINE`].
+    pub(super) command_line: &'a str,
     /// Guest-physical address of the ACPI RSDP.
     pub(super) rsdp: u64,
+}
+
+impl Placed<'_> {
+    /// Address of a NUL byte, the one that ends the command line.
+    pub(super) fn empty_string(&self) -> u64 {
+        layout::COMMAND_LINE + self.command_line.len() as u64
+    }
 }
 
 /// "HdrS", the magic of the setup header.
@@ -59,24 +67,34 @@ pub(super) fn write_command_line(
     guest.write(layout::COMMAND_LINE + text.len() as u64, &[0])
 }
 
-/// Copies the initrd as high as possible below `limit`, after everything else has been claimed.
+/// Where an initrd may be.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum InitrdPlace {
+    /// As high as possible below the address, as Linux likes it.
+    HighBelow(u64),
+    /// Right behind the kernel, where simple kernels have memory mapped.
+    BehindKernel,
+}
+
+/// Copies the initrd to its place, after everything else has been claimed.
 pub(super) fn place_initrd(
     guest: &mut Guest<'_>,
     initrd: &Source<'_>,
-    limit: u64,
+    place: InitrdPlace,
 ) -> Result<(u64, u64), BootError> {
     let bytes = initrd.length();
     if bytes == 0 {
         return Err(BootError::InitrdEmpty);
     }
-    let address =
-        guest
-            .highest_free(bytes, limit)
-            .map_err(|available| BootError::InitrdTooLarge {
-                bytes,
-                available,
-                limit,
-            })?;
+    let (found, limit) = match place {
+        InitrdPlace::HighBelow(limit) => (guest.highest_free(bytes, limit), limit),
+        InitrdPlace::BehindKernel => (guest.free_behind_claims(bytes), platform::MMIO_HOLE_START),
+    };
+    let address = found.map_err(|available| BootError::InitrdTooLarge {
+        bytes,
+        available,
+        limit,
+    })?;
     guest.claim("the initrd", address, bytes)?;
     guest.read_from(initrd, "the initrd", 0, address, bytes)?;
     Ok((address, bytes))
@@ -97,7 +115,7 @@ pub(super) fn default_header() -> setup_header {
 /// Writes the zero page: `header` completed with what the loader decided, and the memory map.
 pub(super) fn write_zero_page(
     guest: &Guest<'_>,
-    placed: &Placed,
+    placed: &Placed<'_>,
     mut header: setup_header,
 ) -> Result<(), BootError> {
     header.type_of_loader = LOADER_UNDEFINED;
@@ -106,7 +124,7 @@ pub(super) fn write_zero_page(
     header.vid_mode = VIDEO_MODE_NORMAL;
     header.setup_data = 0;
     header.cmd_line_ptr = narrow("command line address", layout::COMMAND_LINE)?;
-    header.cmdline_size = narrow("command line length", placed.command_line_bytes as u64)?;
+    header.cmdline_size = narrow("command line length", placed.command_line.len() as u64)?;
     if let Some((address, bytes)) = placed.initrd {
         header.ramdisk_image = narrow("initrd address", address)?;
         header.ramdisk_size = narrow("initrd length", bytes)?;

@@ -13,7 +13,9 @@
 //! ```
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod bzimage;
 mod elf;
+mod elf_stream;
 mod entry;
 mod error;
 #[cfg(test)]
@@ -21,7 +23,11 @@ mod fixtures;
 mod guest;
 pub mod layout;
 mod linux;
+mod lz4_legacy;
+mod multiboot;
+mod payload;
 mod pvh;
+mod recognise;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -30,10 +36,13 @@ use std::fs::File;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use self::bzimage::BzImage;
+use self::elf::{Class, Elf};
 pub use self::entry::Entry;
 pub use self::error::{ACCEPTED_KERNELS, BootError};
 use self::guest::Guest;
-use self::linux::Placed;
+use self::linux::{InitrdPlace, Placed};
+pub use self::payload::{Compression, PayloadError};
 use self::source::Source;
 
 /// What [`load`] needs to know of the guest.
@@ -47,7 +56,7 @@ pub struct BootParams<'a> {
     pub cmdline: &'a str,
     /// Size of guest memory, laid out by [`layout::memory_ranges`].
     pub memory_bytes: u64,
-    /// Where [`crate::acpi`] wrote the RSDP.
+    /// Where [`crate::acpi::write_tables`] wrote the RSDP; it is there already.
     pub rsdp: GuestAddress,
 }
 
@@ -58,6 +67,17 @@ pub enum KernelFormat {
     ElfPvh,
     /// ELF entered by the 64-bit Linux protocol at its entry point.
     ElfLinux,
+    /// bzImage, unpacked by the host and entered at the kernel proper.
+    BzImage {
+        /// How the kernel was packed.
+        compression: Compression,
+    },
+    /// bzImage that the host could not unpack, entered at its own decompressor.
+    BzImageUnpackedByGuest,
+    /// Multiboot 1.
+    Multiboot1,
+    /// Multiboot 2.
+    Multiboot2,
 }
 
 /// Where a crash report finds the names of addresses. It reads the file again when it needs them.
@@ -70,7 +90,7 @@ pub enum SymbolSource {
 }
 
 /// A kernel in guest memory, ready to run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct LoadedKernel {
     /// How the boot vCPU begins.
     pub entry: Entry,
@@ -78,6 +98,8 @@ pub struct LoadedKernel {
     pub format: KernelFormat,
     /// Where symbols can be found.
     pub symbols: SymbolSource,
+    /// Why the guest has to unpack its kernel itself, if so; worth a warning, as it may be slow.
+    pub fallback: Option<PayloadError>,
 }
 
 /// Loads kernel, initrd and command line into `memory` and says how the boot vCPU begins.
@@ -89,70 +111,149 @@ pub fn load(memory: &GuestMemoryMmap, params: &BootParams<'_>) -> Result<LoadedK
         .initrd
         .map(|file| Source::new(file, "initrd"))
         .transpose()?;
-    let mut guest = Guest::new(memory, params.memory_bytes);
-    let loaded = load_elf(&mut guest, &kernel, initrd.as_ref(), params)?;
-    loaded.entry.write_tables(&guest)?;
+    let mut head = vec![0; HEAD_BYTES];
+    let read = kernel.read_up_to(0, &mut head)?;
+    head.truncate(read);
+    let mut loader = Loader {
+        guest: Guest::new(memory, params.memory_bytes),
+        kernel,
+        initrd,
+        cmdline: params.cmdline,
+        rsdp: params.rsdp.0,
+    };
+    let loaded = loader.load(&head)?;
+    loaded.entry.write_tables(&loader.guest)?;
     Ok(loaded)
 }
 
-fn load_elf(
-    guest: &mut Guest<'_>,
-    kernel: &Source<'_>,
-    initrd: Option<&Source<'_>>,
-    params: &BootParams<'_>,
-) -> Result<LoadedKernel, BootError> {
-    let elf = elf::Elf::read(kernel)?;
-    let pvh = elf.pvh_entry(kernel)?;
-    if pvh.is_none() && elf.header.class == elf::Class::Elf32 {
-        let recognised = "a 32-bit ELF executable with neither a PVH note nor a Multiboot header";
-        return Err(BootError::NotAKernel {
-            recognised: recognised.into(),
-        });
+/// Bytes from the start of a file by which every format is recognised.
+const HEAD_BYTES: usize = 0x9000;
+const _: () = assert!(HEAD_BYTES >= multiboot::SEARCH_BYTES && HEAD_BYTES >= bzimage::HEAD_BYTES);
+
+struct Loader<'a> {
+    guest: Guest<'a>,
+    kernel: Source<'a>,
+    initrd: Option<Source<'a>>,
+    cmdline: &'a str,
+    rsdp: u64,
+}
+
+impl<'a> Loader<'a> {
+    fn load(&mut self, head: &[u8]) -> Result<LoadedKernel, BootError> {
+        if BzImage::recognise(head) {
+            return self.load_bzimage(&BzImage::parse(head)?);
+        }
+        if head.starts_with(&elf::MAGIC) {
+            let elf = Elf::read(&self.kernel, head)?;
+            if let Some(rip) = elf.pvh_entry(&self.kernel)? {
+                return self.load_pvh(&elf, rip);
+            }
+            return match multiboot::find(head)? {
+                Some(header) => self.load_multiboot(&header, Some(&elf)),
+                None => self.load_elf(&elf, head),
+            };
+        }
+        match multiboot::find(head)? {
+            Some(header) => self.load_multiboot(&header, None),
+            None => {
+                let recognised = recognise::contents(head, self.kernel.length());
+                Err(BootError::NotAKernel { recognised })
+            }
+        }
     }
-    elf.load(kernel, guest)?;
-    let placed = place(
-        guest,
-        initrd,
-        params,
-        linux::COMMAND_LINE_MAX,
-        linux::INITRD_LIMIT,
-    )?;
-    let (entry, format) = if let Some(rip) = pvh {
-        pvh::write_start_info(guest, &placed)?;
+
+    fn load_bzimage(&mut self, image: &BzImage) -> Result<LoadedKernel, BootError> {
+        let loaded = image.load(&self.kernel, &mut self.guest)?;
+        let place = InitrdPlace::HighBelow(image.initrd_limit());
+        let placed = self.place(image.command_line_max(), place)?;
+        linux::write_zero_page(&self.guest, &placed, image.header())?;
+        Ok(LoadedKernel {
+            entry: loaded.entry,
+            format: loaded.format,
+            symbols: SymbolSource::None,
+            fallback: loaded.fallback,
+        })
+    }
+
+    fn load_pvh(&mut self, elf: &Elf, rip: u32) -> Result<LoadedKernel, BootError> {
+        elf.load(&self.kernel, &mut self.guest)?;
+        let place = InitrdPlace::HighBelow(linux::INITRD_LIMIT);
+        let placed = self.place(linux::COMMAND_LINE_MAX, place)?;
+        pvh::write_start_info(&self.guest, &placed)?;
         let rbx = address32("PVH start info", layout::PVH_START_INFO)?;
-        (Entry::Pvh32 { rip, rbx }, KernelFormat::ElfPvh)
-    } else {
-        linux::write_zero_page(guest, &placed, linux::default_header())?;
-        let entry = Entry::Linux64 {
-            rip: elf.entry()?,
-            rsi: layout::ZERO_PAGE,
+        Ok(from_elf(Entry::Pvh32 { rip, rbx }, KernelFormat::ElfPvh))
+    }
+
+    fn load_elf(&mut self, elf: &Elf, head: &[u8]) -> Result<LoadedKernel, BootError> {
+        if elf.header.class == Class::Elf32 {
+            let what = recognise::contents(head, self.kernel.length());
+            let recognised = format!("{what} with neither a PVH note nor a Multiboot header");
+            return Err(BootError::NotAKernel {
+                recognised: recognised.into(),
+            });
+        }
+        let rip = elf.entry()?;
+        elf.load(&self.kernel, &mut self.guest)?;
+        let place = InitrdPlace::HighBelow(linux::INITRD_LIMIT);
+        let placed = self.place(linux::COMMAND_LINE_MAX, place)?;
+        linux::write_zero_page(&self.guest, &placed, linux::default_header())?;
+        Ok(from_elf(
+            Entry::Linux64 {
+                rip,
+                rsi: layout::ZERO_PAGE,
+            },
+            KernelFormat::ElfLinux,
+        ))
+    }
+
+    fn load_multiboot(
+        &mut self,
+        header: &multiboot::Header,
+        elf: Option<&Elf>,
+    ) -> Result<LoadedKernel, BootError> {
+        let rip = header.load(&self.kernel, elf, &mut self.guest)?;
+        let placed = self.place(usize::MAX, InitrdPlace::BehindKernel)?;
+        let entry = header.enter(&self.guest, &placed, rip)?;
+        let symbols = match elf {
+            Some(_) => SymbolSource::KernelFile,
+            None => SymbolSource::None,
         };
-        (entry, KernelFormat::ElfLinux)
-    };
-    Ok(LoadedKernel {
+        Ok(LoadedKernel {
+            entry,
+            format: header.format(),
+            symbols,
+            fallback: None,
+        })
+    }
+
+    /// Places command line and initrd; the kernel's memory is claimed already.
+    fn place(
+        &mut self,
+        command_line_limit: usize,
+        place: InitrdPlace,
+    ) -> Result<Placed<'a>, BootError> {
+        linux::write_command_line(&self.guest, self.cmdline, command_line_limit)?;
+        let guest = &mut self.guest;
+        let initrd = self
+            .initrd
+            .as_ref()
+            .map(|initrd| linux::place_initrd(guest, initrd, place))
+            .transpose()?;
+        Ok(Placed {
+            initrd,
+            command_line: self.cmdline,
+            rsdp: self.rsdp,
+        })
+    }
+}
+
+fn from_elf(entry: Entry, format: KernelFormat) -> LoadedKernel {
+    LoadedKernel {
         entry,
         format,
         symbols: SymbolSource::KernelFile,
-    })
-}
-
-/// Places command line and initrd; the kernel's memory is claimed already.
-fn place(
-    guest: &mut Guest<'_>,
-    initrd: Option<&Source<'_>>,
-    params: &BootParams<'_>,
-    command_line_limit: usize,
-    initrd_limit: u64,
-) -> Result<Placed, BootError> {
-    linux::write_command_line(guest, params.cmdline, command_line_limit)?;
-    let initrd = initrd
-        .map(|initrd| linux::place_initrd(guest, initrd, initrd_limit))
-        .transpose()?;
-    Ok(Placed {
-        initrd,
-        command_line_bytes: params.cmdline.len(),
-        rsdp: params.rsdp.0,
-    })
+        fallback: None,
+    }
 }
 
 fn address32(field: &'static str, value: u64) -> Result<u32, BootError> {

@@ -52,7 +52,7 @@ const MEMORY_MAP: u64 = MODULE_LIST + size_of::<Module>() as u64;
 const _: () = assert!(MEMORY_MAP + 16 * size_of::<MapEntry>() as u64 <= layout::ZERO_PAGE);
 
 /// Writes the start info; the command line is already at its place.
-pub(super) fn write_start_info(guest: &Guest<'_>, placed: &Placed) -> Result<(), BootError> {
+pub(super) fn write_start_info(guest: &Guest<'_>, placed: &Placed<'_>) -> Result<(), BootError> {
     let mut entries = 0u32;
     let mut map = Vec::new();
     for range in guest.map() {

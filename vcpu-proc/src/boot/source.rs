@@ -15,6 +15,7 @@ use std::os::unix::fs::FileExt;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 use super::error::BootError;
+use super::recognise;
 
 /// A regular file of known length.
 #[derive(Debug, Clone, Copy)]
@@ -25,14 +26,16 @@ pub(super) struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    /// Takes the length of `file`; `what` names it in errors. Fails for anything but a regular
-    /// file or a block device of non-zero length.
+    /// Takes the length of `file`; `what` names it in errors. Only regular files have one.
     pub(super) fn new(file: &'a File, what: &'static str) -> Result<Self, BootError> {
         let metadata = file.metadata().map_err(|source| BootError::Read {
             what,
             offset: 0,
             source,
         })?;
+        if let Some(recognised) = recognise::special(metadata.file_type()) {
+            return Err(BootError::NotAFile { what, recognised });
+        }
         Ok(Self {
             file,
             what,
