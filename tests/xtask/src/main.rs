@@ -1,2 +1,60 @@
-//! placeholder
-fn main() {}
+//! `cargo xtask`: everything a developer or CI runs on this repository, in one place.
+//!
+//! Responsible for: checking the tree (`tidy`), building and fetching the guests that tests boot
+//! (`guest`), and running all suites (`test`). It fetches what it needs, so that a fresh Debian
+//! machine with Rust is enough.
+//!
+//! It must never be part of the product: nothing that Bulkhead does at run time may depend on it.
+//! Further subcommands (the demo, benchmarks, soaks) get a module each beside `suite.rs` and one
+//! variant of [`Task`].
+
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a command line tool talks to its terminal"
+)]
+
+mod cache;
+mod command;
+mod guest;
+mod packages;
+mod suite;
+mod tidy;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Bulkhead's development tasks")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Check formatting, lints, licences and the house rules.
+    Tidy,
+    /// Run every check: tidy, unit tests, guest builds, end-to-end tests.
+    Test(suite::Options),
+    /// Build or fetch the guests that tests boot.
+    #[command(subcommand)]
+    Guest(guest::Task),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Tidy => tidy::run(),
+        Task::Test(options) => suite::run(&options),
+        Task::Guest(task) => guest::run(task),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
