@@ -2,3 +2,4 @@
 
 mod bzimage;
 mod elf;
+mod multiboot;
