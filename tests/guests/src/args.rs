@@ -5,12 +5,10 @@
 
 /// Keys that this guest understands.
 const KNOWN: &[&str] = &[
-    "base",
     "bs",
     "count",
     "disk",
     "end",
-    "gib",
     "interval",
     "iterations",
     "lines",
@@ -20,7 +18,6 @@ const KNOWN: &[&str] = &[
     "rate",
     "requests",
     "resizes",
-    "restore",
     "seconds",
     "sector",
     "sectors",

@@ -58,6 +58,8 @@ pub fn finish(machine: &Machine) -> ! {
         "triple" => ring0::triple_fault(),
         "hang" => hang(),
         "halt" => ring0::park(),
+        "fault" => ring0::fault(),
+        "assert" => panic!("end=assert was asked for"),
         _ => fail!("end", "kind=parameter key=end"),
     }
     // The VMM may need a moment to act on it.

@@ -4,8 +4,15 @@ mod bench;
 mod bench_blk;
 mod blk;
 mod blk_sweep;
+mod button;
+mod changing;
+mod console;
+mod fuzz;
+mod fuzz_shapes;
 mod hello;
 mod idle;
+mod legacy;
+mod memory;
 mod nonce;
 mod rng;
 mod smp;
@@ -23,8 +30,15 @@ const MODES: &[(&str, Mode)] = &[
     ("bench-legacy", bench::legacy),
     ("bench-mmio", bench::mmio),
     ("blk", blk::run),
+    ("button", button::run),
+    ("console", console::run),
+    ("counter", changing::counter),
+    ("dirty", changing::dirty),
+    ("fuzz", fuzz::run),
     ("hello", hello::run),
     ("idle", idle::run),
+    ("legacy", legacy::run),
+    ("memory", memory::run),
     ("nonce", nonce::run),
     ("rng", rng::run),
     ("smp", smp::run),

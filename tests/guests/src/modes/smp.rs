@@ -33,7 +33,6 @@ unsafe extern "C" {
 
 static CHECKED_IN: AtomicU32 = AtomicU32::new(0);
 static TOTAL: AtomicU64 = AtomicU64::new(0);
-static GO: AtomicU32 = AtomicU32::new(0);
 static APIC_IDS: [AtomicU32; APS_MAX] = [const { AtomicU32::new(u32::MAX) }; APS_MAX];
 
 /// Ring 3 of the other CPUs, each on its own stack.
@@ -42,39 +41,43 @@ extern "sysv64" fn guest_ap_main(index: u64) -> ! {
     if let Some(id) = APIC_IDS.get(index as usize) {
         id.store(phys::read::<u32>(LAPIC + 0x20) >> 24, Ordering::Relaxed);
     }
-    CHECKED_IN.fetch_add(1, Ordering::AcqRel);
-    while GO.load(Ordering::Acquire) == 0 {
-        core::hint::spin_loop();
-    }
     for _ in 0..ADDITIONS {
         TOTAL.fetch_add(1, Ordering::Relaxed);
     }
-    CHECKED_IN.fetch_sub(1, Ordering::AcqRel);
+    CHECKED_IN.fetch_add(1, Ordering::AcqRel);
     ring0::park()
 }
 
-/// Starts them one after the other, then lets all count at once.
+/// Starts them all, adds while they add, and waits for every one.
 pub fn run(machine: &Machine) -> Result<(), Failure> {
     let ids = machine
         .acpi
         .as_ref()
         .map_or(&[][..], |acpi| acpi.apic_ids());
     let own = phys::read::<u32>(LAPIC + 0x20) >> 24;
-    let others = ids.iter().map(|id| u32::from(*id)).filter(|id| *id != own);
+    let others = || {
+        ids.iter()
+            .map(|id| u32::from(*id))
+            .filter(|id| *id != own)
+            .take(APS_MAX)
+    };
     irq::start();
     prepare();
+    others().for_each(|id| send(id, INIT));
+    irq::sleep_ms(10);
     let mut started = 0;
-    for id in others.take(APS_MAX) {
-        start_one(id);
-        if !waits_until(2000, || CHECKED_IN.load(Ordering::Acquire) == started + 1) {
-            fail!("smp", "kind=timeout what=check_in apic_id={id}");
-            break;
+    for id in others() {
+        if start_one(id) {
+            started += 1;
+        } else {
+            fail!("smp", "kind=timeout what=start apic_id={id}");
         }
-        started += 1;
     }
-    TOTAL.store(0, Ordering::Relaxed);
-    GO.store(1, Ordering::Release);
-    let done = waits_until(10_000, || CHECKED_IN.load(Ordering::Acquire) == 0);
+    for _ in 0..ADDITIONS {
+        TOTAL.fetch_add(1, Ordering::Relaxed);
+    }
+    let all_in = || CHECKED_IN.load(Ordering::Acquire) == started;
+    let done = irq::sleep_until(Deadline::after_ms(10_000), all_in);
     for (index, id) in APIC_IDS.iter().take(started as usize).enumerate() {
         say!(
             "smp.cpu index={} apic_id={}",
@@ -89,20 +92,16 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
         started + 1
     );
     if !done {
-        return Err(Failure::Timeout("count"));
+        return Err(Failure::Timeout("check_in"));
     }
-    expect("total", total, u64::from(started) * ADDITIONS)?;
+    expect("total", total, u64::from(started + 1) * ADDITIONS)?;
     expect("started", u64::from(started) + 1, ids.len().max(1) as u64)
-}
-
-fn waits_until(milliseconds: u64, mut ready: impl FnMut() -> bool) -> bool {
-    irq::sleep_until(Deadline::after_ms(milliseconds), &mut ready)
 }
 
 /// Copies the trampoline, and gives every CPU a task state and two stacks.
 fn prepare() {
     CHECKED_IN.store(0, Ordering::Relaxed);
-    GO.store(0, Ordering::Relaxed);
+    TOTAL.store(0, Ordering::Relaxed);
     // SAFETY: boot.s defines it; no other CPU runs yet.
     unsafe { ap_started.store(0, Ordering::Relaxed) };
     let start = &raw const ap_trampoline as u64;
@@ -130,20 +129,18 @@ fn prepare() {
     }
 }
 
-fn start_one(id: u32) {
+fn send(id: u32, command: u32) {
+    phys::write::<u32>(LAPIC + ICR_HIGH, id << 24);
+    phys::write::<u32>(LAPIC + ICR_LOW, command);
+}
+
+/// Sends the start-up IPI, a second time if the first has no effect.
+fn start_one(id: u32) -> bool {
     // SAFETY: boot.s defines it; started CPUs only add to it.
     let started = || unsafe { ap_started.load(Ordering::Acquire) };
     let before = started();
-    let send = |command: u32| {
-        phys::write::<u32>(LAPIC + ICR_HIGH, id << 24);
-        phys::write::<u32>(LAPIC + ICR_LOW, command);
-    };
-    send(INIT);
-    irq::sleep_ms(10);
-    for _ in 0..2 {
-        send(STARTUP | (TRAMPOLINE >> 12) as u32);
-        if waits_until(100, || started() != before) {
-            return;
-        }
-    }
+    (0..2).any(|_| {
+        send(id, STARTUP | (TRAMPOLINE >> 12) as u32);
+        irq::sleep_until(Deadline::after_ms(500), || started() != before)
+    })
 }

@@ -32,6 +32,38 @@ pub fn set_heap(start: u64, end: u64) {
     HEAP_END.store(end, Ordering::Relaxed);
 }
 
+/// Where the memory for [`allocate`] ends.
+pub fn heap_end() -> u64 {
+    HEAP_END.load(Ordering::Relaxed)
+}
+
+unsafe extern "C" {
+    static pdpt: u8;
+}
+
+/// Maps what lies between 4 GiB and `end` one to one, with 2 MiB pages. Never undone: the tables are
+/// taken from the end of the heap.
+pub fn map_beyond_4_gib(end: u64) {
+    const GIB: u64 = 1 << 30;
+    for gib in 4..end.div_ceil(GIB).min(512) {
+        let entry = &raw const pdpt as u64 + 8 * gib;
+        if read::<u64>(entry) != 0 {
+            continue;
+        }
+        let address = heap_end() - 4096;
+        assert!(heap_left() >= 4096, "out of memory for page tables");
+        HEAP_END.store(address, Ordering::Relaxed);
+        let directory = Dma { address, len: 4096 };
+        for page in 0..512 {
+            directory.write(8 * page, (gib * GIB + page as u64 * LARGE_PAGE) | 0xe7);
+        }
+        write(entry, directory.address | 0x27);
+    }
+}
+
+/// Size of the pages of every mapping.
+pub const LARGE_PAGE: u64 = 2 << 20;
+
 /// Bytes that are left for [`allocate`].
 pub fn heap_left() -> u64 {
     HEAP_END

@@ -4,7 +4,7 @@
 //! `kvm_pvm` hosts) or that must be privileged (`hlt`) is a service. Called by everything in `sys`
 //! and by the benchmark modes.
 
-use core::arch::global_asm;
+use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicU64, Ordering};
 
 global_asm!(include_str!("boot.s"), options(att_syntax));
@@ -84,5 +84,13 @@ pub fn park() -> ! {
 pub fn triple_fault() -> ! {
     loop {
         guest_service(0, 0, TRIPLE_FAULT);
+    }
+}
+
+/// Raises #GP in ring 3, which ends in the exception report.
+pub fn fault() -> ! {
+    loop {
+        // SAFETY: ring 3 may not halt; the exception is reported and never returns here.
+        unsafe { asm!("hlt", options(nomem, nostack)) };
     }
 }

@@ -11,6 +11,8 @@ use crate::virtio::queue::{QUEUE_SIZE_MAX, Queue};
 pub mod id {
     /// Block device.
     pub const BLK: u32 = 2;
+    /// Console.
+    pub const CONSOLE: u32 = 3;
     /// Entropy source.
     pub const RNG: u32 = 4;
 }

@@ -113,11 +113,18 @@ impl Queue {
         ]
     }
 
-    fn avail(&self) -> Dma {
+    /// The descriptor table, for those who want to write nonsense.
+    pub fn table(&self) -> Dma {
+        self.memory.part(0, 4096)
+    }
+
+    /// The available ring: flags, index, entries.
+    pub fn avail(&self) -> Dma {
         self.memory.part(4096, 4096)
     }
 
-    fn used(&self) -> Dma {
+    /// The used ring: flags, index, elements.
+    pub fn used(&self) -> Dma {
         self.memory.part(8192, 4096)
     }
 
@@ -127,7 +134,7 @@ impl Queue {
     }
 
     /// Writes one descriptor of a table.
-    pub fn describe(table: Dma, at: usize, segment: Segment, next: Option<u16>) {
+    fn describe(table: Dma, at: usize, segment: Segment, next: Option<u16>) {
         let flags = if segment.write { WRITE } else { 0 } | if next.is_some() { NEXT } else { 0 };
         Queue::describe_raw(
             table,
@@ -275,7 +282,7 @@ impl Queue {
                 return Ok(used);
             }
             spins += 1;
-            if spins & 0xff_ffff == 0 && self.device.needs_reset() {
+            if spins & 0x3f_ffff == 0 && self.device.needs_reset() {
                 return Err(Failure::NeedsReset("used_ring"));
             }
             if spins & 0xff == 0 && deadline.passed() {
