@@ -8,7 +8,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{
@@ -121,6 +121,14 @@ impl From<Doorbell> for OwnedFd {
         use std::os::fd::{FromRawFd, IntoRawFd};
         // SAFETY: `into_raw_fd` gave the ownership of an open descriptor to us.
         unsafe { Self::from_raw_fd(bell.0.into_raw_fd()) }
+    }
+}
+
+impl AsFd for Doorbell {
+    #[expect(unsafe_code, reason = "EventFd cannot be borrowed as a descriptor")]
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the eventfd stays open for as long as the doorbell is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
     }
 }
 

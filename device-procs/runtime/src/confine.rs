@@ -1,0 +1,163 @@
+//! The two walls that a process puts up around itself: Landlock without a single rule, and the
+//! seccomp filters of its birth message.
+//!
+//! Landlock comes first, before anything of the process has run, so that no phase of it can name a
+//! file, bind or connect a TCP port, or signal or reach sockets of another process. It is inherited by threads
+//! made later. Seccomp filters are per thread: each thread locks itself by its name in the policy.
+
+use crate::sys;
+use bulkhead_ipc::protocol::birth::{Filter, ThreadFilter};
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, Ruleset,
+    RulesetAttr, Scope,
+};
+use nix::errno::Errno;
+use std::sync::Arc;
+
+/// The newest Landlock ABI whose rights are asked for.
+const LANDLOCK_ABI: ABI = ABI::V7;
+const INSTRUCTION_BYTES: usize = 8;
+const INSTRUCTIONS_MAX: usize = 4096;
+
+/// Why a wall could not be put up.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfineError {
+    /// Landlock refused.
+    #[error("Landlock: {0}")]
+    Landlock(#[from] landlock::RulesetError),
+    /// The kernel refused a filter.
+    #[error("seccomp filter of {phase}: {errno}")]
+    Seccomp {
+        /// Thread name, or `start-up`.
+        phase: String,
+        /// Why.
+        errno: Errno,
+    },
+    /// The filter is no program.
+    #[error(
+        "seccomp filter of {phase} has {bytes} bytes, expected 1 to {INSTRUCTIONS_MAX} instructions of {INSTRUCTION_BYTES}"
+    )]
+    Malformed {
+        /// Thread name, or `start-up`.
+        phase: String,
+        /// Its length.
+        bytes: usize,
+    },
+    /// The policy has no filter for a thread of this name.
+    #[error("no locked filter for thread {thread:?}")]
+    NoFilter {
+        /// The name.
+        thread: String,
+    },
+}
+
+/// Forbids every file system, network and signalling right that this kernel's Landlock knows.
+/// Returns the ABI in force, 0 when the kernel has none.
+///
+/// # Errors
+/// [`ConfineError::Landlock`] when a kernel that has it refuses.
+pub fn forbid_paths() -> Result<u8, ConfineError> {
+    let status = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(LANDLOCK_ABI))?
+        .handle_access(AccessNet::from_all(LANDLOCK_ABI))?
+        .scope(Scope::from_all(LANDLOCK_ABI))?
+        .create()?
+        .restrict_self()?;
+    Ok(match status.landlock {
+        LandlockStatus::Available { effective_abi, .. } => (effective_abi as i32)
+            .min(LANDLOCK_ABI as i32)
+            .try_into()
+            .unwrap_or(0),
+        LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => 0,
+    })
+}
+
+/// The locked filters of a process, for each of its threads to put on itself.
+#[derive(Debug, Clone)]
+pub struct Locks {
+    filters: Arc<[ThreadFilter]>,
+}
+
+impl Locks {
+    pub(crate) fn new(filters: Vec<ThreadFilter>) -> Self {
+        Self {
+            filters: filters.into(),
+        }
+    }
+
+    /// Locks the calling thread. Nothing beyond the filter of `thread` works in it from here on.
+    ///
+    /// # Errors
+    /// [`ConfineError`]; the process must then end.
+    pub fn lock_thread(&self, thread: &str) -> Result<(), ConfineError> {
+        let found = self.filters.iter().find(|f| f.thread == thread);
+        let found = found.ok_or_else(|| ConfineError::NoFilter {
+            thread: thread.to_owned(),
+        })?;
+        sys::note_thread();
+        install(thread, &found.filter)
+    }
+}
+
+pub(crate) fn install(phase: &str, filter: &Filter) -> Result<(), ConfineError> {
+    let (instructions, rest) = filter.bpf.as_chunks::<INSTRUCTION_BYTES>();
+    if instructions.is_empty() || instructions.len() > INSTRUCTIONS_MAX || !rest.is_empty() {
+        return Err(ConfineError::Malformed {
+            phase: phase.to_owned(),
+            bytes: filter.bpf.len(),
+        });
+    }
+    let program: Vec<libc::sock_filter> = instructions
+        .iter()
+        .map(|&[a, b, jt, jf, k @ ..]| libc::sock_filter {
+            code: u16::from_ne_bytes([a, b]),
+            jt,
+            jf,
+            k: u32::from_ne_bytes(k),
+        })
+        .collect();
+    sys::install_filter(&program).map_err(|errno| ConfineError::Seccomp {
+        phase: phase.to_owned(),
+        errno,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filter_that_is_no_program_is_refused() {
+        for bytes in [0, 7, 9, 8 * (INSTRUCTIONS_MAX + 1)] {
+            let filter = Filter {
+                bpf: vec![0; bytes],
+            };
+            assert!(matches!(
+                install("start-up", &filter),
+                Err(ConfineError::Malformed { bytes: got, .. }) if got == bytes
+            ));
+        }
+    }
+
+    #[test]
+    fn thread_without_filter_is_refused() {
+        let locks = Locks::new(Vec::new());
+        assert!(matches!(
+            locks.lock_thread("vcpu"),
+            Err(ConfineError::NoFilter { .. })
+        ));
+    }
+
+    #[test]
+    fn landlock_closes_the_file_system_for_the_thread_that_asks() {
+        let opened = std::thread::spawn(|| {
+            let before = std::fs::File::open("/etc/hostname").is_ok();
+            let abi = forbid_paths().unwrap();
+            (abi, before, std::fs::File::open("/etc/hostname").is_ok())
+        });
+        let (abi, before, after) = opened.join().unwrap();
+        assert!(before);
+        assert_eq!(after, abi == 0, "Landlock ABI {abi}");
+    }
+}

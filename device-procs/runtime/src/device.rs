@@ -1,0 +1,252 @@
+//! What a virtio device is to the shell, and how its process runs from `main` to its end.
+//!
+//! A device author writes one type that implements [`Device`] and a `main` that calls [`run`].
+//! Everything happens in one thread. A device never blocks: what it cannot do at once it does when
+//! a descriptor that it watches has news.
+
+use crate::birth::{EXIT_STILLBORN, Newborn, Stillbirth};
+use crate::control::Control;
+use crate::grants::Grants;
+use crate::queues::{Chain, Queues, WindowMemory};
+use crate::serve::Server;
+use crate::spin::Spin;
+use crate::wait::Waiter;
+use crate::{log, sys};
+use bulkhead_ipc::device_kind::VirtioKind;
+use bulkhead_ipc::protocol::birth::{DeviceConfig, FdRole, KindConfig, UringGrant};
+use bulkhead_ipc::shared::Doorbell;
+use bulkhead_ipc::window::{Doorbells, Window, WindowLayout};
+use nix::errno::Errno;
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+
+/// Why a device cannot go on. Its gate then sets DEVICE_NEEDS_RESET.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceFault {
+    /// The gate's half of a ring is nonsense.
+    #[error("queue {index}: {cause}")]
+    Ring {
+        /// Which queue.
+        index: usize,
+        /// What is wrong with it.
+        cause: virtio_queue::Error,
+    },
+    /// The kernel refused something that cannot fail in a sound process.
+    #[error("{call}: {errno}")]
+    Os {
+        /// What.
+        call: &'static str,
+        /// Why.
+        errno: Errno,
+    },
+}
+
+/// First token for descriptors of a device's own.
+pub const FIRST_TOKEN: u8 = 8;
+
+/// What a device has while it sets itself up.
+#[derive(Debug)]
+pub struct Setup<'a> {
+    /// Its configuration.
+    pub config: &'a DeviceConfig,
+    /// Its descriptors, without the window and its doorbells.
+    pub grants: &'a mut Grants,
+    /// The io_uring operations that it may register.
+    pub uring: &'a UringGrant,
+    /// The window's memory.
+    pub memory: WindowMemory,
+    waiter: &'a Waiter,
+}
+
+impl<'a> Setup<'a> {
+    pub(crate) const fn new(
+        config: &'a DeviceConfig,
+        grants: &'a mut Grants,
+        uring: &'a UringGrant,
+        memory: WindowMemory,
+        waiter: &'a Waiter,
+    ) -> Self {
+        Self {
+            config,
+            grants,
+            uring,
+            memory,
+            waiter,
+        }
+    }
+
+    /// Has [`Device::on_event`] called with `token` (from [`FIRST_TOKEN`] on) whenever there is
+    /// something new on `fd`.
+    ///
+    /// # Errors
+    /// [`Stillbirth::Setup`] with the kernel's errno.
+    pub fn watch(&self, fd: impl AsFd, token: u8) -> Result<(), Stillbirth> {
+        self.waiter
+            .watch(fd, token)
+            .map_err(|e| Stillbirth::setup(format_args!("watching a descriptor: {e}")))
+    }
+}
+
+/// A virtio device.
+pub trait Device: Sized {
+    /// What it is.
+    const KIND: VirtioKind;
+
+    /// Takes its grants and sets itself up. Runs in the start-up phase.
+    ///
+    /// # Errors
+    /// [`Stillbirth`] when a grant or the configuration is not usable.
+    fn start(setup: &mut Setup<'_>) -> Result<Self, Stillbirth>;
+
+    /// Feature bits that it can serve; only those that its configuration offers count.
+    fn features(&self) -> u64;
+
+    /// Its configuration image; of it only the fields count that the device alone knows.
+    fn config(&self) -> Vec<u8>;
+
+    /// A request of queue `queue`. The device completes it now or keeps it.
+    ///
+    /// # Errors
+    /// [`DeviceFault`] when the device cannot go on; never for a bad request.
+    fn on_request(
+        &mut self,
+        queue: usize,
+        chain: Chain,
+        queues: &mut Queues,
+    ) -> Result<(), DeviceFault>;
+
+    /// Called after each batch of requests, and again as long as it returns true. Submits what the
+    /// batch has prepared and completes what is done.
+    ///
+    /// # Errors
+    /// As [`Device::on_request`].
+    fn settle(&mut self, queues: &mut Queues) -> Result<bool, DeviceFault> {
+        let _nothing_kept = queues;
+        Ok(false)
+    }
+
+    /// There is something new on the descriptor watched under `token`.
+    ///
+    /// # Errors
+    /// As [`Device::on_request`].
+    fn on_event(&mut self, token: u8, queues: &mut Queues) -> Result<(), DeviceFault> {
+        let _nothing_watched = (token, queues);
+        Ok(())
+    }
+
+    /// The driver has negotiated `features`, or (`None`) was reset. Requests that wait for something
+    /// other than I/O in progress are given back on a reset.
+    ///
+    /// # Errors
+    /// As [`Device::on_request`].
+    fn on_driver(&mut self, features: Option<u64>, queues: &mut Queues) -> Result<(), DeviceFault> {
+        let _nothing_kept = (features, queues);
+        Ok(())
+    }
+
+    /// The terminal has a new size. Returns whether the configuration has changed.
+    fn on_resize(&mut self, columns: u16, rows: u16) -> bool {
+        let _no_terminal = (columns, rows);
+        false
+    }
+
+    /// Whether [`Device::settle`] would find something new. Called while looking for work before
+    /// going to sleep, so it must be cheap.
+    fn has_news(&self) -> bool {
+        false
+    }
+
+    /// Requests whose I/O is in progress and must end before the process does.
+    fn in_flight(&self) -> usize {
+        0
+    }
+}
+
+/// Runs a device process from its birth to its end.
+#[must_use]
+pub fn run<D: Device>() -> ExitCode {
+    let newborn = match Newborn::receive(D::KIND.proc_kind()) {
+        Ok(newborn) => newborn,
+        Err(cause) => {
+            log::line(&cause.to_string());
+            sys::leave(EXIT_STILLBORN)
+        }
+    };
+    match bear::<D>(newborn) {
+        Ok(mut server) => sys::leave(server.run()),
+        Err(cause) => {
+            log::line(&cause.to_string());
+            sys::leave(EXIT_STILLBORN)
+        }
+    }
+}
+
+fn bear<D: Device>(mut newborn: Newborn) -> Result<Server<D>, Stillbirth> {
+    let parts = match prepare::<D>(&mut newborn) {
+        Ok(parts) => parts,
+        Err(cause) => newborn.fail(&cause),
+    };
+    let spin = Spin::for_cpus(newborn.cpus);
+    let waiter = parts.waiter;
+    waiter
+        .watch(&newborn.channel, crate::serve::TOKEN_CONTROL)
+        .map_err(Stillbirth::setup)?;
+    let (channel, id) = newborn.lock()?;
+    tracing::debug!(%id, "locked");
+    Ok(Server::new(
+        parts.device,
+        parts.window,
+        parts.queues,
+        parts.doorbells,
+        waiter,
+        Some(Control::from(channel)),
+        parts.offered,
+        spin,
+    ))
+}
+
+struct Prepared<D> {
+    device: D,
+    window: Window,
+    queues: Queues,
+    doorbells: Doorbells,
+    waiter: Waiter,
+    offered: u64,
+}
+
+fn prepare<D: Device>(newborn: &mut Newborn) -> Result<Prepared<D>, Stillbirth> {
+    let KindConfig::Device(config) = &newborn.config else {
+        return Err(Stillbirth::setup("no device configuration"));
+    };
+    let grants = &mut newborn.grants;
+    let bytes = usize::try_from(config.window_bytes).map_err(Stillbirth::setup)?;
+    let layout = WindowLayout::new(bytes, &config.queue_sizes).map_err(Stillbirth::setup)?;
+    let window_fd = grants.take(FdRole::Window, 0)?;
+    let queues = Queues::map(window_fd.try_clone().map_err(Stillbirth::setup)?, &layout)?;
+    let window = Window::map(window_fd, layout)?;
+    if !window.is_generation(newborn.id.generation) {
+        return Err(Stillbirth::Field {
+            field: "window",
+            got: "of another generation".to_owned(),
+            expected: "this process's own",
+        });
+    }
+    let doorbells = Doorbells {
+        kick: Doorbell::from(grants.take(FdRole::Kick, 0)?),
+        call: Doorbell::from(grants.take(FdRole::Call, 0)?),
+    };
+    let waiter = Waiter::new().map_err(Stillbirth::setup)?;
+    waiter
+        .watch(&doorbells.kick, crate::serve::TOKEN_KICK)
+        .map_err(Stillbirth::setup)?;
+    let mut setup = Setup::new(config, grants, &newborn.uring, queues.memory(), &waiter);
+    let device = D::start(&mut setup)?;
+    Ok(Prepared {
+        device,
+        window,
+        queues,
+        doorbells,
+        offered: config.features,
+        waiter,
+    })
+}

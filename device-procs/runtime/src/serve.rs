@@ -1,0 +1,219 @@
+//! The loop of a virtio device process.
+//!
+//! ```text
+//!   pass: driver changed? ── every queue drained ── settle ── call doorbell if asked for
+//!     │ something was done: again (control channel every PASSES_BETWEEN_LOOKS)
+//!     └ nothing: look for a while (spin) ── ask for kicks ── sleep in epoll
+//! ```
+//!
+//! A busy queue makes no system call here: kicks are suppressed by event index until the loop is
+//! about to sleep, and calls are made only when the gate asked.
+
+use crate::control::{Control, Wishes};
+use crate::device::{Device, DeviceFault, FIRST_TOKEN};
+use crate::queues::Queues;
+use crate::spin::Spin;
+use crate::wait::{WATCHED_MAX, Waiter, Woken};
+use bulkhead_ipc::protocol::device::FromDevice;
+use bulkhead_ipc::window::{DeviceState, Doorbells, Window};
+use std::time::{Duration, Instant};
+
+pub(crate) const TOKEN_KICK: u8 = 0;
+pub(crate) const TOKEN_CONTROL: u8 = 1;
+
+/// Busy passes after which the other descriptors are looked at without sleeping.
+const PASSES_BETWEEN_LOOKS: u32 = 1024;
+/// Looks at the rings between two looks at the clock while spinning.
+const LOOKS_PER_CLOCK: u32 = 32;
+/// Exit status after a fault.
+const EXIT_FAULT: i32 = 71;
+
+/// A device with everything it runs on.
+#[derive(Debug)]
+pub(crate) struct Server<D> {
+    /// The device.
+    pub(crate) device: D,
+    window: Window,
+    queues: Queues,
+    doorbells: Doorbells,
+    waiter: Waiter,
+    control: Option<Control>,
+    offered: u64,
+    epoch: u64,
+    spin: Spin,
+    draining: bool,
+}
+
+impl<D: Device> Server<D> {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of a process, put together in one place"
+    )]
+    pub(crate) fn new(
+        device: D,
+        window: Window,
+        queues: Queues,
+        doorbells: Doorbells,
+        waiter: Waiter,
+        control: Option<Control>,
+        offered: u64,
+        spin: Spin,
+    ) -> Self {
+        Self {
+            device,
+            window,
+            queues,
+            doorbells,
+            waiter,
+            control,
+            offered,
+            epoch: 0,
+            spin,
+            draining: false,
+        }
+    }
+
+    /// Serves until told to end. Returns the exit status.
+    pub(crate) fn run(&mut self) -> i32 {
+        self.publish();
+        match self.serve() {
+            Ok(()) => 0,
+            Err(fault) => {
+                let reason = fault.to_string();
+                tracing::error!(%reason, "the device cannot go on");
+                self.window.set_device_state(DeviceState::Failed);
+                self.doorbells.call.ring();
+                if let Some(control) = &self.control {
+                    control.say(&FromDevice::Fault { reason });
+                }
+                EXIT_FAULT
+            }
+        }
+    }
+
+    /// Says in the window what the device is; the gate is called.
+    pub(crate) fn publish(&self) {
+        let features = self.device.features() & self.offered;
+        self.window.publish(features, &self.device.config());
+        self.doorbells.call.ring();
+    }
+
+    fn serve(&mut self) -> Result<(), DeviceFault> {
+        let mut passes = 0u32;
+        loop {
+            if self.pass()? {
+                passes += 1;
+                if passes.is_multiple_of(PASSES_BETWEEN_LOOKS) {
+                    self.sleep(Some(Duration::ZERO))?;
+                }
+            } else if self.draining && self.device.in_flight() == 0 {
+                return Ok(());
+            } else if !self.look() && !self.ask_for_kicks()? {
+                let asleep = Instant::now();
+                self.sleep(None)?;
+                self.spin.slept(asleep.elapsed());
+            }
+        }
+    }
+
+    /// Does everything there is to do now. Returns whether there was anything.
+    pub(crate) fn pass(&mut self) -> Result<bool, DeviceFault> {
+        self.notice_driver()?;
+        let mut busy = false;
+        for index in 0..self.queues.len() {
+            while !self.draining
+                && let Some(chain) = self.queues.pop(index)?
+            {
+                self.device.on_request(index, chain, &mut self.queues)?;
+                busy = true;
+            }
+        }
+        busy |= self.device.settle(&mut self.queues)?;
+        if self.queues.call_needed()? {
+            self.doorbells.call.ring();
+        }
+        Ok(busy)
+    }
+
+    fn notice_driver(&mut self) -> Result<(), DeviceFault> {
+        let driver = self.window.driver();
+        if driver.epoch == self.epoch {
+            return Ok(());
+        }
+        let was_running = self.epoch % 2 == 1;
+        self.epoch = driver.epoch;
+        let running = driver.epoch % 2 == 1;
+        if was_running && running {
+            // The reset in between was over before it was seen.
+            self.device.on_driver(None, &mut self.queues)?;
+        }
+        let features = running.then_some(driver.features & self.offered);
+        self.device.on_driver(features, &mut self.queues)
+    }
+
+    /// Looks for work for as long as the spin budget says.
+    fn look(&self) -> bool {
+        let budget = self.spin.budget();
+        if budget.is_zero() || self.draining {
+            return false;
+        }
+        let start = Instant::now();
+        loop {
+            for _ in 0..LOOKS_PER_CLOCK {
+                if self.queues.any_waiting() || self.device.has_news() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if start.elapsed() >= budget {
+                return false;
+            }
+        }
+    }
+
+    /// Returns whether there is something to do, so that the loop must not sleep.
+    fn ask_for_kicks(&mut self) -> Result<bool, DeviceFault> {
+        let waiting = self.queues.ask_for_kicks()? && !self.draining;
+        Ok(waiting || self.device.has_news() || self.window.driver().epoch != self.epoch)
+    }
+
+    pub(crate) fn sleep(&mut self, within: Option<Duration>) -> Result<(), DeviceFault> {
+        let woken = self.waiter.sleep(within);
+        let woken = woken.map_err(|errno| DeviceFault::Os {
+            call: "epoll_wait",
+            errno,
+        })?;
+        self.attend(woken)
+    }
+
+    fn attend(&mut self, woken: Woken) -> Result<(), DeviceFault> {
+        if woken.by(TOKEN_CONTROL) {
+            while self.listen() {}
+        }
+        for token in (FIRST_TOKEN..).take(WATCHED_MAX) {
+            if woken.by(token) {
+                self.device.on_event(token, &mut self.queues)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns whether there may be more to hear.
+    fn listen(&mut self) -> bool {
+        let Some(control) = &self.control else {
+            return false;
+        };
+        let Wishes {
+            shutdown,
+            resize,
+            more,
+        } = control.listen();
+        self.draining |= shutdown;
+        if let Some((columns, rows)) = resize
+            && self.device.on_resize(columns, rows)
+        {
+            self.publish();
+        }
+        more && !shutdown
+    }
+}

@@ -1,0 +1,153 @@
+//! The system calls that no crate wraps safely: seccomp filters, the SIGSYS handler, process
+//! attributes, and leaving without running destructors.
+#![allow(
+    unsafe_code,
+    reason = "raw system calls and a signal handler; the only such module of the runtime beside uring"
+)]
+
+use bulkhead_ipc::control_page::{ControlPage, Denial};
+use nix::errno::Errno;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
+
+/// Exit status of a process that tried a system call it may not make: 128 + SIGSYS.
+pub(crate) const EXIT_DENIED: i32 = 159;
+
+static PAGE: OnceLock<ControlPage> = OnceLock::new();
+
+thread_local! {
+    /// Thread id for the SIGSYS handler, which may not ask the kernel for it.
+    static THREAD: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Takes ownership of a descriptor that the launcher placed at a fixed number.
+///
+/// Called once for each number, before anything else could have made a descriptor.
+pub(crate) fn adopt(fd: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: fcntl(F_GETFD) on any number is harmless; it answers EBADF for what is not open.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
+    // SAFETY: the descriptor is open, was inherited at exec, and each is adopted once.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Closes every descriptor from `first` to `last` inclusive.
+pub(crate) fn close_range(first: RawFd, last: RawFd) -> Result<(), Errno> {
+    let (Ok(first), Ok(last)) = (u32::try_from(first), u32::try_from(last)) else {
+        return Err(Errno::EBADF);
+    };
+    // SAFETY: called at birth for numbers that no object of this process owns.
+    Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0u32) }).map(drop)
+}
+
+/// Makes the process non-dumpable, which also closes its /proc to others of its user, and gives up
+/// gaining privileges by exec.
+pub(crate) fn harden() -> Result<(), Errno> {
+    // SAFETY: plain integers.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) })?;
+    // SAFETY: plain integers.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+    Ok(())
+}
+
+/// CPUs that the process may run on.
+pub(crate) fn cpus() -> usize {
+    let set = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0));
+    set.map_or(1, |set| {
+        (0..nix::sched::CpuSet::count())
+            .filter(|&cpu| set.is_set(cpu).unwrap_or(false))
+            .count()
+    })
+}
+
+/// Gives the heap `bytes` of headroom and keeps it from asking the kernel for more or giving any
+/// back, so that the locked phase allocates without system calls. Untouched headroom costs nothing.
+pub(crate) fn settle_heap(bytes: i32) {
+    for (parameter, value) in [
+        (libc::M_ARENA_MAX, 1),
+        (libc::M_TOP_PAD, bytes),
+        (libc::M_TRIM_THRESHOLD, i32::MAX),
+        (libc::M_MMAP_THRESHOLD, i32::MAX),
+    ] {
+        // SAFETY: plain integers; a refused parameter keeps its default.
+        let _accepted = unsafe { libc::mallopt(parameter, value) };
+    }
+}
+
+/// Installs a seccomp filter for the calling thread.
+pub(crate) fn install_filter(instructions: &[libc::sock_filter]) -> Result<(), Errno> {
+    let len = u16::try_from(instructions.len()).map_err(|_| Errno::E2BIG)?;
+    let program = libc::sock_fprog {
+        len,
+        filter: instructions.as_ptr().cast_mut(),
+    };
+    // SAFETY: the kernel copies the program, which lives across the call, and writes nothing.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &raw const program,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// Remembers the calling thread's id for the SIGSYS handler.
+pub(crate) fn note_thread() {
+    let id = u32::try_from(nix::unistd::gettid().as_raw()).unwrap_or(0);
+    THREAD.set(id);
+}
+
+/// Installs the SIGSYS handler, which reports to `page`. Returns the page for use by the process.
+pub(crate) fn report_denials(page: ControlPage) -> Result<&'static ControlPage, Errno> {
+    let page = PAGE.get_or_init(|| page);
+    note_thread();
+    let action = SigAction::new(
+        SigHandler::SigAction(on_denial),
+        SaFlags::SA_SIGINFO,
+        SigSet::all(),
+    );
+    // SAFETY: the handler is async-signal-safe: it reads a thread-local and an initialised
+    // OnceLock, writes to a mapped page and leaves the process.
+    unsafe { sigaction(Signal::SIGSYS, &action) }?;
+    Ok(page)
+}
+
+extern "C" fn on_denial(_signal: i32, _info: *mut libc::siginfo_t, context: *mut c_void) {
+    let context: *const libc::ucontext_t = context.cast();
+    // SAFETY: with SA_SIGINFO the kernel passes a valid ucontext, which nothing else writes.
+    let registers = unsafe { &(*context).uc_mcontext.gregs };
+    let register = |name: i32| {
+        let value = usize::try_from(name)
+            .ok()
+            .and_then(|n| registers.get(n).copied())
+            .unwrap_or(0);
+        value.cast_unsigned()
+    };
+    if let Some(page) = PAGE.get() {
+        page.set_denial(Denial {
+            // The kernel restores the registers of the refused call, so RAX holds its number.
+            number: u32::try_from(register(libc::REG_RAX)).unwrap_or(u32::MAX),
+            thread: THREAD.get(),
+            args: [
+                register(libc::REG_RDI),
+                register(libc::REG_RSI),
+                register(libc::REG_RDX),
+                register(libc::REG_R10),
+                register(libc::REG_R8),
+                register(libc::REG_R9),
+            ],
+        });
+    }
+    leave(EXIT_DENIED);
+}
+
+/// Ends the process at once, with no destructor and no exit handler: those would unmap and close,
+/// which the locked filter refuses.
+pub fn leave(status: i32) -> ! {
+    // SAFETY: `_exit` is exit_group; it touches no memory of the process.
+    unsafe { libc::_exit(status) }
+}
