@@ -5,7 +5,7 @@
 //! machine with Rust is enough.
 //!
 //! It must never be part of the product: nothing that Bulkhead does at run time may depend on it.
-//! Further subcommands (the demo, benchmarks, soaks) get a module each beside `suite.rs` and one
+//! Further subcommands (the demo, soaks) get a module each beside `suite.rs` and one
 //! variant of [`Task`].
 
 #![allow(
@@ -14,6 +14,7 @@
     reason = "a command line tool talks to its terminal"
 )]
 
+mod bench;
 mod cache;
 mod command;
 mod guest;
@@ -39,6 +40,8 @@ enum Task {
     Tidy,
     /// Run every check: tidy, unit tests, guest builds, end-to-end tests.
     Test(suite::Options),
+    /// Measure what the README publishes, beside QEMU.
+    Bench(bench::Options),
     /// Build or fetch the guests that tests boot.
     #[command(subcommand)]
     Guest(guest::Task),
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Tidy => tidy::run(),
         Task::Test(options) => suite::run(&options),
+        Task::Bench(options) => bench::run(&options),
         Task::Guest(task) => guest::run(task),
     };
     match result {

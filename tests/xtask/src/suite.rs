@@ -37,7 +37,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     end_to_end(options)
 }
 
-fn require_kvm() -> Result<()> {
+pub(crate) fn require_kvm() -> Result<()> {
     File::options()
         .read(true)
         .write(true)
@@ -78,7 +78,7 @@ fn end_to_end(options: &Options) -> Result<()> {
 }
 
 /// Builds all processes as users run them and returns the folder of the binaries.
-fn release_binaries() -> Result<PathBuf> {
+pub(crate) fn release_binaries() -> Result<PathBuf> {
     let mut build = command::cargo();
     build.args([
         "build",

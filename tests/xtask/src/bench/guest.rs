@@ -1,0 +1,257 @@
+//! Running the test guest under Bulkhead and under QEMU, the same way.
+
+use super::process;
+use crate::guest::Image;
+use crate::{command, suite};
+use anyhow::{Context, Result, bail, ensure};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a guest may take in all. Every mode used here ends by itself well before.
+const GUEST_TIMEOUT_S: u64 = 60;
+/// Guest memory in MiB.
+pub(super) const MEMORY_MIB: u64 = 128;
+
+/// Who runs the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Vmm {
+    /// The release build of this tree.
+    Bulkhead,
+    /// `qemu-system-x86_64 -M microvm`.
+    Qemu,
+}
+
+/// What all benchmarks share.
+pub(super) struct Bench {
+    /// Runs of each measurement.
+    pub(super) runs: u32,
+    peer: bool,
+    binaries: PathBuf,
+    guest: PathBuf,
+    directory: tempfile::TempDir,
+}
+
+impl Bench {
+    /// Builds what is measured.
+    pub(super) fn prepare(runs: u32, peer: bool) -> Result<Self> {
+        let binaries = suite::release_binaries()?;
+        let guest = Image::TestGuest.path()?;
+        let directory = tempfile::Builder::new()
+            .prefix("bulkhead-bench-")
+            .tempdir_in("/dev/shm")?;
+        Ok(Self {
+            runs,
+            peer,
+            binaries,
+            guest,
+            directory,
+        })
+    }
+
+    /// Those who run, in the order in which they take turns.
+    pub(super) fn vmms(&self) -> &'static [Vmm] {
+        if self.peer {
+            &[Vmm::Bulkhead, Vmm::Qemu]
+        } else {
+            &[Vmm::Bulkhead]
+        }
+    }
+
+    /// Where files on tmpfs may be put.
+    pub(super) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Measures `runs` times with each VMM in turns: first ours, then the peer's values.
+    pub(super) fn alternate(
+        &self,
+        mut measure: impl FnMut(Vmm) -> Result<f64>,
+    ) -> Result<(Vec<f64>, Vec<f64>)> {
+        let (mut ours, mut peers) = (Vec::new(), Vec::new());
+        for run in 0..=self.runs {
+            for &vmm in self.vmms() {
+                let value = measure(vmm)?;
+                // The first round warms caches, on disk too, and is not counted.
+                if run > 0 {
+                    let values = if vmm == Vmm::Bulkhead {
+                        &mut ours
+                    } else {
+                        &mut peers
+                    };
+                    values.push(value);
+                }
+            }
+        }
+        Ok((ours, peers))
+    }
+
+    /// The command that boots the guest with `arguments` on its command line.
+    pub(super) fn command(&self, vmm: Vmm, arguments: &str, disk: Option<&Path>) -> Command {
+        match vmm {
+            Vmm::Bulkhead => self.bulkhead(arguments, disk),
+            Vmm::Qemu => self.qemu(arguments, disk),
+        }
+    }
+
+    fn bulkhead(&self, arguments: &str, disk: Option<&Path>) -> Command {
+        let mut run = command::command(self.binaries.join("bulkhead"));
+        run.env("BULKHEAD_STATE_DIR", self.directory().join("state"));
+        run.env("BULKHEAD_RUNTIME_DIR", self.directory().join("run"));
+        run.env("BULKHEAD_LIBEXEC_DIR", &self.binaries);
+        run.arg("run").arg("--kernel").arg(&self.guest);
+        run.args(["--cmdline", arguments, "-c", "1", "-m"])
+            .arg(format!("{MEMORY_MIB}MiB"));
+        run.arg(format!("--timeout={GUEST_TIMEOUT_S}s"));
+        if let Some(disk) = disk {
+            run.arg("--disk").arg(disk);
+        }
+        run
+    }
+
+    fn qemu(&self, arguments: &str, disk: Option<&Path>) -> Command {
+        let mut run = command::command("timeout");
+        run.args([
+            "-k",
+            "1",
+            &GUEST_TIMEOUT_S.to_string(),
+            "qemu-system-x86_64",
+        ]);
+        run.args([
+            "-M",
+            "microvm,rtc=on,pit=on,pic=on,isa-serial=on",
+            "-accel",
+            "kvm",
+        ]);
+        run.args(["-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()]);
+        run.args(["-nodefaults", "-no-user-config", "-no-reboot", "-nographic"]);
+        run.args([
+            "-serial",
+            "stdio",
+            "-global",
+            "virtio-mmio.force-legacy=false",
+        ]);
+        run.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
+        run.args([
+            "-device",
+            "virtio-rng-device",
+            "-append",
+            arguments,
+            "-kernel",
+        ]);
+        run.arg(&self.guest);
+        if let Some(disk) = disk {
+            run.args(["-object", "iothread,id=io0", "-drive"]);
+            run.arg(format!(
+                "id=d0,if=none,format=raw,aio=io_uring,file={}",
+                disk.display()
+            ));
+            run.args(["-device", "virtio-blk-device,drive=d0,iothread=io0"]);
+        }
+        run
+    }
+
+    /// Starts the guest with its serial port on a pipe.
+    pub(super) fn start(&self, vmm: Vmm, arguments: &str, disk: Option<&Path>) -> Result<Running> {
+        let mut command = self.command(vmm, arguments, disk);
+        let log = self.directory().join("stderr");
+        let errors = File::create(&log)?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(errors);
+        let started = Instant::now();
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start {vmm:?}"))?;
+        let output = child.stdout.take().context("no pipe")?;
+        Ok(Running {
+            child,
+            output: BufReader::with_capacity(4096, output),
+            started,
+            log,
+        })
+    }
+}
+
+/// A guest that runs. Dropping it ends it.
+pub(super) struct Running {
+    child: Child,
+    output: BufReader<std::process::ChildStdout>,
+    started: Instant,
+    log: PathBuf,
+}
+
+impl Running {
+    /// The pid of the VMM (the broker's, for Bulkhead).
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Time from just before exec to the first byte of the guest, in milliseconds.
+    pub(super) fn first_byte_ms(&mut self) -> Result<f64> {
+        let mut byte = [0];
+        let got = self.output.read(&mut byte)?;
+        let elapsed = self.started.elapsed();
+        ensure!(got == 1 && byte == *b"B", "no output: {}", self.errors());
+        Ok(elapsed.as_secs_f64() * 1e3)
+    }
+
+    /// Reads up to the record `BH <name> …` and returns when it came, with its keys.
+    pub(super) fn record(&mut self, name: &str) -> Result<(Instant, String)> {
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            if self.output.read_until(b'\n', &mut line)? == 0 {
+                bail!(
+                    "the guest ended before its record `{name}`: {}",
+                    self.errors()
+                );
+            }
+            let text = String::from_utf8_lossy(&line);
+            let mut words = text.trim().splitn(3, ' ');
+            let (tag, kind, rest) = (words.next(), words.next(), words.next());
+            if tag == Some("BH") && kind == Some("error") {
+                bail!("the guest reports: {text}");
+            }
+            // The first byte may have been read already.
+            if matches!(tag, Some("BH" | "H")) && kind == Some(name) {
+                return Ok((Instant::now(), rest.unwrap_or_default().to_owned()));
+            }
+        }
+    }
+
+    /// Waits for the end of a guest that ends by itself.
+    pub(super) fn finish(mut self) -> Result<()> {
+        let mut rest = Vec::new();
+        self.output.read_to_end(&mut rest)?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    fn errors(&self) -> String {
+        std::fs::read_to_string(&self.log)
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            process::end_tree(self.child.id(), Duration::from_secs(2));
+            let _ended = self.child.wait();
+        }
+    }
+}
+
+/// The value of `key` in a record's keys.
+pub(super) fn value(keys: &str, key: &str) -> Result<u64> {
+    keys.split(' ')
+        .find_map(|pair| pair.strip_prefix(key)?.strip_prefix('='))
+        .and_then(|text| text.parse().ok())
+        .with_context(|| format!("no number `{key}` in `{keys}`"))
+}

@@ -1,0 +1,86 @@
+//! `cargo xtask bench`: the figures that the README publishes.
+//!
+//! Responsible for: running the same test guest under Bulkhead and under QEMU's microvm in turns, in
+//! one run, and printing medians and their ratio. This machine's absolute times mean little; the
+//! ratios do. Nothing is asserted here; a human, or the README, compares.
+//!
+//! Standard output carries figures alone: a table, or with `--json` one JSON object a line.
+
+mod blk;
+mod boot;
+mod figure;
+mod guest;
+mod memory;
+mod mmio;
+mod process;
+
+use crate::{packages, suite};
+use anyhow::Result;
+use clap::ValueEnum;
+use figure::Figure;
+use guest::Bench;
+
+/// `cargo xtask bench …`
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Which figures; all of them when none is named.
+    suites: Vec<Suite>,
+    /// One JSON object a line instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// Runs of each measurement.
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(11..))]
+    runs: u32,
+    /// Do not run QEMU beside it (figures then have no ratio).
+    #[arg(long)]
+    no_peer: bool,
+}
+
+/// A group of figures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Suite {
+    /// From exec to the guest's first byte.
+    Boot,
+    /// Memory and idle CPU beside the guest's own.
+    Memory,
+    /// Device registers, read by the guest's kernel.
+    Mmio,
+    /// Block device throughput and latency.
+    Blk,
+}
+
+/// Runs the suites asked for.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    suite::require_kvm()?;
+    if !options.no_peer {
+        packages::ensure(&["qemu-system-x86"])?;
+    }
+    let bench = Bench::prepare(options.runs, !options.no_peer)?;
+    let suites = match options.suites.as_slice() {
+        [] => Suite::value_variants(),
+        some => some,
+    };
+    if !options.json {
+        println!("{}", Figure::heading());
+    }
+    let mut print = |figure: Figure| -> Result<()> {
+        if options.json {
+            println!("{}", serde_json::to_string(&figure)?);
+        } else {
+            println!("{}", figure.row());
+        }
+        Ok(())
+    };
+    for suite in suites {
+        match suite {
+            Suite::Boot => boot::run(&bench, &mut print)?,
+            Suite::Memory => memory::run(&bench, &mut print)?,
+            Suite::Mmio => mmio::run(&bench, &mut print)?,
+            Suite::Blk => blk::run(&bench, &mut print)?,
+        }
+    }
+    Ok(())
+}
+
+/// Receives each figure as soon as it is known.
+type Print<'a> = dyn FnMut(Figure) -> Result<()> + 'a;

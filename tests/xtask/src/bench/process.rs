@@ -1,0 +1,111 @@
+//! What /proc tells about a tree of processes.
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs;
+use std::time::{Duration, Instant};
+
+/// `root` and all its descendants.
+pub(super) fn tree(root: u32) -> Vec<u32> {
+    let parents: Vec<(u32, u32)> = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(|pid| Some((pid, parent(pid)?)))
+        .collect();
+    let mut tree = vec![root];
+    let mut next = 0;
+    while let Some(&pid) = tree.get(next) {
+        tree.extend(
+            parents
+                .iter()
+                .filter(|(_, parent)| *parent == pid)
+                .map(|(child, _)| child),
+        );
+        next += 1;
+    }
+    tree
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything, parentheses included.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// Proportional set size of `pid` in KiB, without and within mappings of at least `guest_bytes`,
+/// which back guest memory.
+pub(super) fn pss_kib(pid: u32, guest_bytes: u64) -> Result<(u64, u64)> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))
+        .with_context(|| format!("process {pid}"))?;
+    let (mut own, mut guest) = (0, 0);
+    let mut is_guest = false;
+    for line in smaps.lines() {
+        if let Some(size) = mapping_bytes(line) {
+            is_guest = size >= guest_bytes;
+        } else if let Some(kib) = line.strip_prefix("Pss:") {
+            let kib: u64 = kib.trim().trim_end_matches(" kB").parse()?;
+            *(if is_guest { &mut guest } else { &mut own }) += kib;
+        }
+    }
+    Ok((own, guest))
+}
+
+/// The size of the mapping that a heading line of smaps names.
+fn mapping_bytes(line: &str) -> Option<u64> {
+    let (start, rest) = line.split_once('-')?;
+    let (end, _) = rest.split_once(' ')?;
+    let start = u64::from_str_radix(start, 16).ok()?;
+    u64::from_str_radix(end, 16).ok()?.checked_sub(start)
+}
+
+/// CPU time that `pid` with all its threads has used.
+pub(super) fn cpu_time(pid: u32) -> Duration {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    threads
+        .filter_map(|thread| fs::read_to_string(thread.path().join("schedstat")).ok())
+        .filter_map(|text| text.split(' ').next()?.parse().ok())
+        .map(Duration::from_nanos)
+        .sum()
+}
+
+/// MemAvailable in KiB.
+pub(super) fn available_kib() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok())
+        .context("/proc/meminfo has no MemAvailable")
+}
+
+/// Ends `root` with SIGTERM, and what is left of its tree after `patience` with SIGKILL.
+pub(super) fn end_tree(root: u32, patience: Duration) {
+    let pids = tree(root);
+    let send = |pid: u32, signal| {
+        if let Ok(pid) = i32::try_from(pid) {
+            // A process that has ended meanwhile is what is wanted.
+            let _gone = kill(Pid::from_raw(pid), signal);
+        }
+    };
+    send(root, Signal::SIGTERM);
+    let start = Instant::now();
+    while start.elapsed() < patience && pids.iter().any(|pid| is_alive(*pid)) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    pids.iter()
+        .filter(|pid| is_alive(**pid))
+        .for_each(|pid| send(*pid, Signal::SIGKILL));
+}
+
+fn is_alive(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
+        stat.rsplit_once(')')
+            .is_some_and(|(_, s)| !s.starts_with(" Z"))
+    })
+}
