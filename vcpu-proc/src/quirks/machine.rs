@@ -109,6 +109,8 @@ pub struct Machine<'a, V, M> {
     xsave_changed: bool,
 }
 
+/// RFLAGS.RF.
+const RESUME: u64 = 1 << 16;
 /// Longest instruction in bytes.
 const INSTRUCTION_BYTES_MAX: usize = 15;
 
@@ -206,10 +208,12 @@ impl<'a, V: VcpuOps, M: GuestMemoryBackend> Machine<'a, V, M> {
             Register::R15 => r.r15,
             _ => return Err(Stop::Unknown),
         };
-        Ok(match register.size() {
-            8 => full,
-            4 => full & 0xffff_ffff,
-            2 => full & 0xffff,
+        Ok(match (register.size(), register) {
+            (8, _) => full,
+            (4, _) => full & 0xffff_ffff,
+            (2, _) => full & 0xffff,
+            (1, Register::AH | Register::CH | Register::DH | Register::BH) => full >> 8 & 0xff,
+            (1, _) => full & 0xff,
             _ => return Err(Stop::Unknown),
         })
     }
@@ -504,7 +508,6 @@ impl<'a, V: VcpuOps, M: GuestMemoryBackend> Machine<'a, V, M> {
     /// # Errors
     /// If KVM refuses one of the ioctls.
     pub fn commit(&mut self, next: Next) -> Result<(), Errno> {
-        const RESUME: u64 = 1 << 16;
         const TRAP: u64 = 1 << 8;
         let rip = self.regs.rip.wrapping_add(self.insn.len() as u64);
         self.regs.rip = if self.code_bits() == 64 {
@@ -545,6 +548,13 @@ impl<'a, V: VcpuOps, M: GuestMemoryBackend> Machine<'a, V, M> {
             let mut debug = self.ops.debug_regs()?;
             debug.dr6 |= SINGLE_STEP;
             self.ops.set_debug_regs(&debug)?;
+        }
+        let is_trap = matches!(exception, Exception::DEBUG | Exception::BREAKPOINT);
+        if !is_trap {
+            // The frame of a fault has RF set; KVM sees to that only where the fault is its own.
+            let mut regs = self.ops.regs()?;
+            regs.rflags |= RESUME;
+            self.ops.set_regs(&regs)?;
         }
         let mut events = self.ops.events()?;
         // Only what is said here: flags of the reply would write back NMI and SMM state that

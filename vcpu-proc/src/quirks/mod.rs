@@ -25,7 +25,10 @@
 //!   LSTAR; a guest that never does pays nothing.
 //!
 //! # What is not
-//! `int 0x80` from ring 3 raises #UD on such hosts. A guest's own hardware breakpoints do not work
+//! Where KVM does not exit, nothing can be completed: `int 0x80` from ring 3 and `movbe` and `rdpid` in
+//! ring 0 raise #UD, `lzcnt` and `tzcnt` in ring 0 run as `bsr` and `bsf`, and `rdpid` and `rdtscp` in ring 3
+//! tell the number of the host's CPU. (Stock kernels use neither count; the kernel parameter
+//! `clearcpuid=rdpid,movbe` keeps them off the others.) A guest's own hardware breakpoints do not work
 //! while the one on the page-fault handler is set. Instructions of the completed kinds that address
 //! device registers are refused.
 
@@ -161,8 +164,9 @@ pub fn prepare_vm(vm: &VmFd) -> Result<(), Errno> {
     vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[lstar])
 }
 
-/// Takes features away that such a host cannot carry: the paravirtual ones that make guests use
-/// `vmcall`, which hangs there (leaf 0x4000_0001, EAX bits 4-7, 9 and 11-14).
+/// Takes away the paravirtual features that make guests use `vmcall`, which hangs on such a host
+/// (leaf 0x4000_0001, EAX bits 4-7, 9 and 11-14). Most other bits the guest sees as the processor has
+/// them, whatever is set here.
 pub fn filter_cpuid(cpuid: &mut CpuId) {
     const KVM_FEATURES: u32 = 0x4000_0001;
     const HYPERCALLS: u32 = 0xf0 | 1 << 9 | 0xf << 11;

