@@ -1,0 +1,490 @@
+//! The rules that a policy must keep, whoever wrote it. Each has a test with a file that breaks it.
+
+use crate::constants;
+use crate::plan::{Condition, FdGrant, Limits, OpcodeGrant, Permit, Policy, Request, Test, Thread};
+use crate::schema::{
+    ArgCondition, Call, LandlockDeny, Namespace, Number, Opcode, Phase, PolicyFile,
+};
+use crate::syscalls;
+use bulkhead_ipc::ident::ProcKind;
+use std::ops::Range;
+
+/// Most permitted requests of a device process in its locked phase.
+pub const DEVICE_REQUESTS_MAX: usize = 25;
+/// Most permitted requests of one thread of `vcpu` in its locked phase.
+pub const THREAD_REQUESTS_MAX: usize = 20;
+/// Most permitted requests of `vcpu` over all its threads in the locked phase.
+pub const VCPU_REQUESTS_MAX: usize = 35;
+
+/// A policy file that is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{file}{}: {key}: {fault}", .line.map(|l| format!(":{l}")).unwrap_or_default())]
+pub struct PolicyError {
+    /// The file, or `built-in KIND.toml`.
+    pub file: String,
+    /// The line, from 1, where it is known.
+    pub line: Option<usize>,
+    /// The key at fault.
+    pub key: String,
+    /// What is wrong with it, and what was expected.
+    pub fault: String,
+}
+
+/// System calls that would undo the lock, and what each would let a process do.
+const NEVER_AFTER_LOCK: &[(&str, &str)] = &[
+    ("open", "opens files"),
+    ("openat", "opens files"),
+    ("openat2", "opens files"),
+    ("creat", "opens files"),
+    ("open_by_handle_at", "opens files"),
+    ("open_tree", "opens files"),
+    ("socket", "makes sockets"),
+    ("socketpair", "makes sockets"),
+    ("connect", "connects sockets"),
+    ("bind", "binds sockets"),
+    ("accept", "accepts connections"),
+    ("accept4", "accepts connections"),
+    ("execve", "executes programs"),
+    ("execveat", "executes programs"),
+    ("clone", "makes tasks"),
+    ("clone3", "makes tasks"),
+    ("fork", "makes tasks"),
+    ("vfork", "makes tasks"),
+    ("ptrace", "controls processes"),
+    ("process_vm_readv", "reads other processes"),
+    ("process_vm_writev", "writes other processes"),
+    ("pidfd_getfd", "takes descriptors of other processes"),
+    ("bpf", "loads programs into the kernel"),
+    ("perf_event_open", "observes the kernel"),
+    ("userfaultfd", "controls page faults"),
+    ("io_uring_setup", "makes rings that no filter sees"),
+    ("io_uring_register", "changes what a ring may do"),
+    ("rt_sigaction", "replaces the handler that reports denials"),
+    ("rt_sigprocmask", "blocks the signal that reports denials"),
+    ("mount", "changes mounts"),
+    ("setns", "joins namespaces"),
+    ("unshare", "makes namespaces"),
+    ("keyctl", "uses the kernel's key rings"),
+    ("vmsplice", "lends pages of the process to pipes"),
+    ("prctl", "changes the process's own restrictions"),
+    ("seccomp", "adds filters"),
+    ("dup", "makes descriptors"),
+    ("memfd_create", "makes memory that can be shared"),
+    ("personality", "changes how memory is mapped"),
+    ("kill", "signals processes"),
+];
+
+struct Checker<'a> {
+    file: &'a str,
+    text: &'a str,
+}
+
+type Checked<T> = Result<T, PolicyError>;
+
+/// Reads and checks a policy file.
+///
+/// # Errors
+/// The first fault, with file, line and key.
+pub fn policy(file: &str, text: &str, kind: ProcKind) -> Checked<Policy> {
+    let checker = Checker { file, text };
+    let parsed: PolicyFile = parse(file, text)?;
+    if parsed.kind != kind {
+        return Err(checker.fault(
+            None,
+            "kind",
+            format!("is {}, expected {kind} in this file", parsed.kind),
+        ));
+    }
+    let policy = Policy {
+        kind,
+        fds: checker.fds(&parsed)?,
+        startup: checker.startup(&parsed.startup)?,
+        locked: checker.locked(&parsed)?,
+        opcodes: checker.opcodes(&parsed.io_uring.opcode)?,
+        namespaces: checker.namespaces(&parsed)?,
+        landlock: checker.landlock(&parsed)?,
+        limits: limits(&parsed),
+        on_death: parsed.supervision.on_death,
+        birth_timeout_ms: parsed.supervision.birth_timeout_ms,
+        purpose: checker.said(None, "purpose", &parsed.purpose)?,
+        sources: vec![file.to_owned()],
+    };
+    counts(file, &policy)?;
+    Ok(policy)
+}
+
+/// Parses TOML of either kind of file.
+pub(crate) fn parse<T: serde::de::DeserializeOwned>(file: &str, text: &str) -> Checked<T> {
+    toml::from_str(text).map_err(|e| PolicyError {
+        file: file.to_owned(),
+        line: e.span().map(|span| line_of(text, &span)),
+        key: "syntax".to_owned(),
+        fault: e.message().to_owned(),
+    })
+}
+
+/// Reads the calls of one locked thread of an override.
+pub(crate) fn extra_calls(
+    file: &str,
+    text: &str,
+    thread: &str,
+    phase: &Phase,
+) -> Checked<Vec<Permit>> {
+    Checker { file, text }.phase(&format!("allow.{thread}"), phase, true)
+}
+
+/// Checks how many requests a policy permits.
+pub(crate) fn counts(file: &str, policy: &Policy) -> Checked<()> {
+    let too_many = |key: String, count: usize, most: usize| PolicyError {
+        file: file.to_owned(),
+        line: None,
+        key,
+        fault: format!("permits {count} requests after lock, expected at most {most}"),
+    };
+    let all = policy.locked_requests().len();
+    let most = match policy.kind {
+        ProcKind::Vcpu => VCPU_REQUESTS_MAX,
+        _ => DEVICE_REQUESTS_MAX,
+    };
+    if all > most {
+        return Err(too_many("locked".to_owned(), all, most));
+    }
+    if policy.kind == ProcKind::Vcpu {
+        for (thread, count) in policy.summary().per_thread {
+            if thread != "main" && count > THREAD_REQUESTS_MAX {
+                return Err(too_many(
+                    format!("locked.{thread}"),
+                    count,
+                    THREAD_REQUESTS_MAX,
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn line_of(text: &str, span: &Range<usize>) -> usize {
+    let before = text.get(..span.start).unwrap_or(text);
+    before.matches('\n').count() + 1
+}
+
+fn limits(parsed: &PolicyFile) -> Limits {
+    let l = &parsed.limits;
+    Limits {
+        open_files: l.open_files,
+        locked_memory_bytes: l.locked_memory.0,
+        stack_bytes: l.stack.0,
+        file_size_bytes: l.file_size.map(|s| s.0),
+        address_space_bytes: l.address_space.map(|s| s.0),
+        memory_bytes: l.memory.0,
+        plus_guest_memory: l.plus_guest_memory,
+        tasks: l.tasks,
+        plus_vcpus: l.plus_vcpus,
+    }
+}
+
+impl Checker<'_> {
+    fn fault(
+        &self,
+        span: Option<&Range<usize>>,
+        key: impl Into<String>,
+        fault: impl Into<String>,
+    ) -> PolicyError {
+        PolicyError {
+            file: self.file.to_owned(),
+            line: span.map(|span| line_of(self.text, span)),
+            key: key.into(),
+            fault: fault.into(),
+        }
+    }
+
+    fn said(&self, span: Option<&Range<usize>>, key: &str, text: &str) -> Checked<String> {
+        if text.trim().is_empty() {
+            return Err(self.fault(span, key, "is missing, expected a reason in words"));
+        }
+        Ok(text.to_owned())
+    }
+
+    fn fds(&self, parsed: &PolicyFile) -> Checked<Vec<FdGrant>> {
+        let mut grants: Vec<FdGrant> = Vec::new();
+        for (n, entry) in parsed.fd.iter().enumerate() {
+            let (span, role) = (entry.role.span(), *entry.role.get_ref());
+            if grants.iter().any(|grant| grant.role == role) {
+                return Err(self.fault(Some(&span), format!("fd[{n}].role"), "is granted twice"));
+            }
+            if entry.min > entry.max || entry.max == 0 {
+                return Err(self.fault(
+                    Some(&span),
+                    format!("fd[{n}].max"),
+                    format!("is {}, expected at least 1 and at least min", entry.max),
+                ));
+            }
+            grants.push(FdGrant {
+                role,
+                is: entry.is,
+                access: entry.access,
+                min: entry.min,
+                max: entry.max,
+                why: self.said(Some(&span), &format!("fd[{n}].why"), &entry.why)?,
+            });
+        }
+        Ok(grants)
+    }
+
+    fn startup(&self, phase: &Phase) -> Checked<Vec<Permit>> {
+        self.phase("startup", phase, false)
+    }
+
+    fn locked(&self, parsed: &PolicyFile) -> Checked<Vec<Thread>> {
+        let names: &[&str] = match parsed.kind {
+            ProcKind::Vcpu => &["main", "vcpu", "gate"],
+            _ => &["main"],
+        };
+        let mut threads = Vec::new();
+        for &name in names {
+            let key = format!("locked.{name}");
+            let Some(phase) = parsed.locked.get(name) else {
+                return Err(self.fault(None, key, "is missing"));
+            };
+            threads.push(Thread {
+                name: name.to_owned(),
+                permits: self.phase(&key, phase, true)?,
+            });
+        }
+        match parsed.locked.keys().find(|k| !names.contains(&k.as_str())) {
+            Some(other) => Err(self.fault(
+                None,
+                format!("locked.{other}"),
+                format!("is no thread of this kind, expected {}", names.join(", ")),
+            )),
+            None => Ok(threads),
+        }
+    }
+
+    fn phase(&self, key: &str, phase: &Phase, locked: bool) -> Checked<Vec<Permit>> {
+        let mut permits: Vec<Permit> = Vec::new();
+        for (n, call) in phase.call.iter().enumerate() {
+            let permit = self.call(&format!("{key}.call[{n}]"), call, locked)?;
+            let open = |p: &Permit| p.conditions.is_empty() && p.requests.is_empty();
+            let twin = permits.iter().find(|p| p.name == permit.name);
+            if twin.is_some_and(|twin| open(twin) || open(&permit)) {
+                return Err(self.fault(
+                    Some(&call.name.span()),
+                    format!("{key}.call[{n}].name"),
+                    format!(
+                        "{} is permitted twice, once without a condition",
+                        permit.name
+                    ),
+                ));
+            }
+            permits.push(permit);
+        }
+        Ok(permits)
+    }
+
+    fn call(&self, key: &str, call: &Call, locked: bool) -> Checked<Permit> {
+        let span = call.name.span();
+        let name = call.name.get_ref().as_str();
+        let Some(number) = syscalls::number(name) else {
+            return Err(self.fault(
+                Some(&span),
+                format!("{key}.name"),
+                format!("{name:?} is no system call of x86_64 Linux"),
+            ));
+        };
+        let why = self.said(Some(&span), &format!("{key}.why"), &call.why)?;
+        let mut requests = Vec::with_capacity(call.request.len());
+        for request in &call.request {
+            let code = constants::request(request).ok_or_else(|| {
+                self.fault(
+                    Some(&span),
+                    format!("{key}.request"),
+                    format!("{request:?} is no known ioctl request"),
+                )
+            })?;
+            requests.push(Request {
+                name: request.clone(),
+                code,
+            });
+        }
+        if (name == "ioctl") == requests.is_empty() {
+            return Err(self.fault(
+                Some(&span),
+                format!("{key}.request"),
+                "expected request codes with ioctl, and only with ioctl",
+            ));
+        }
+        let mut conditions = Vec::with_capacity(call.arg.len());
+        for (n, arg) in call.arg.iter().enumerate() {
+            conditions.push(self.condition(&span, &format!("{key}.arg[{n}]"), arg)?);
+        }
+        if locked {
+            self.locked_call(&span, key, name, &conditions)?;
+        }
+        Ok(Permit {
+            name: name.to_owned(),
+            number,
+            requests,
+            conditions,
+            why,
+        })
+    }
+
+    fn condition(&self, span: &Range<usize>, key: &str, arg: &ArgCondition) -> Checked<Condition> {
+        let number = |number: &Number| match number {
+            Number::Value(value) => Ok(*value),
+            Number::Name(name) => constants::flag(name)
+                .or_else(|| constants::request(name))
+                .ok_or_else(|| self.fault(Some(span), key, format!("{name:?} is no known number"))),
+        };
+        let test = match (&arg.is, &arg.bits_clear, &arg.at_most) {
+            (Some(values), None, None) if !values.is_empty() => {
+                Test::Is(values.iter().map(number).collect::<Checked<_>>()?)
+            }
+            (None, Some(bits), None) => Test::BitsClear(u64::from(number(bits)?)),
+            (None, None, Some(most)) => Test::AtMost(u64::from(number(most)?)),
+            _ => {
+                return Err(self.fault(
+                    Some(span),
+                    key,
+                    "expected exactly one of is, bits_clear and at_most",
+                ));
+            }
+        };
+        if arg.index > 5 {
+            return Err(self.fault(
+                Some(span),
+                format!("{key}.index"),
+                format!("is {}, expected 0 to 5", arg.index),
+            ));
+        }
+        Ok(Condition {
+            index: arg.index,
+            test,
+        })
+    }
+
+    /// What may never be permitted once a process serves.
+    fn locked_call(
+        &self,
+        span: &Range<usize>,
+        key: &str,
+        name: &str,
+        conditions: &[Condition],
+    ) -> Checked<()> {
+        let fault = |what: String| Err(self.fault(Some(span), format!("{key}.name"), what));
+        if let Some((_, does)) = NEVER_AFTER_LOCK.iter().find(|(n, _)| *n == name) {
+            return fault(format!("{name} {does}: never permitted after lock"));
+        }
+        let no_exec = |c: &Condition| {
+            c.index == 2
+                && match &c.test {
+                    Test::BitsClear(bits) => bits & 4 != 0,
+                    Test::Is(values) => values.iter().all(|v| v & 4 == 0),
+                    Test::AtMost(most) => *most < 4,
+                }
+        };
+        let maps = matches!(name, "mmap" | "mprotect" | "pkey_mprotect");
+        if maps && !conditions.iter().any(no_exec) {
+            return fault(format!(
+                "{name} must not map executable memory after lock: expected a condition on argument 2"
+            ));
+        }
+        let names_command = |c: &Condition| {
+            c.index == 1
+                && matches!(&c.test, Test::Is(values) if !values.contains(&4) && !values.contains(&0) && !values.contains(&1030))
+        };
+        if name == "fcntl" && !conditions.iter().any(names_command) {
+            return fault(
+                "fcntl must not change file flags or make descriptors after lock: expected the permitted commands in argument 1".to_owned(),
+            );
+        }
+        Ok(())
+    }
+
+    fn opcodes(&self, opcodes: &[Opcode]) -> Checked<Vec<OpcodeGrant>> {
+        let mut grants = Vec::with_capacity(opcodes.len());
+        for (n, opcode) in opcodes.iter().enumerate() {
+            let (span, name) = (opcode.name.span(), opcode.name.get_ref());
+            let key = format!("io_uring.opcode[{n}]");
+            let Some(number) = constants::opcode(name) else {
+                return Err(self.fault(
+                    Some(&span),
+                    format!("{key}.name"),
+                    format!("{name:?} is no io_uring operation"),
+                ));
+            };
+            const MOVES_DATA: &[&str] = &[
+                "NOP",
+                "READ",
+                "WRITE",
+                "READV",
+                "WRITEV",
+                "READ_FIXED",
+                "WRITE_FIXED",
+                "FSYNC",
+                "FALLOCATE",
+                "POLL_ADD",
+                "POLL_REMOVE",
+                "TIMEOUT",
+                "TIMEOUT_REMOVE",
+                "ASYNC_CANCEL",
+                "SYNC_FILE_RANGE",
+                "READV_FIXED",
+                "WRITEV_FIXED",
+            ];
+            if !MOVES_DATA.contains(&name.as_str()) {
+                return Err(self.fault(
+                    Some(&span),
+                    format!("{key}.name"),
+                    format!(
+                        "{name} does more than move data of a file the process has: never permitted"
+                    ),
+                ));
+            }
+            grants.push(OpcodeGrant {
+                name: name.clone(),
+                number,
+                why: self.said(Some(&span), &format!("{key}.why"), &opcode.why)?,
+            });
+        }
+        Ok(grants)
+    }
+
+    fn namespaces(&self, parsed: &PolicyFile) -> Checked<Vec<Namespace>> {
+        use Namespace::{Cgroup, Ipc, Mount, Pid, User, Uts};
+        let mut own = parsed.sandbox.namespaces.clone();
+        own.sort_unstable();
+        own.dedup();
+        if own != [User, Pid, Mount, Ipc, Uts, Cgroup] {
+            return Err(self.fault(
+                None,
+                "sandbox.namespaces",
+                "expected user, pid, mount, ipc, uts and cgroup",
+            ));
+        }
+        if let Some(capability) = parsed.sandbox.capabilities.first() {
+            return Err(self.fault(
+                None,
+                "sandbox.capabilities",
+                format!("{capability:?} is kept, expected none"),
+            ));
+        }
+        Ok(own)
+    }
+
+    fn landlock(&self, parsed: &PolicyFile) -> Checked<Vec<LandlockDeny>> {
+        use LandlockDeny::{AbstractUnixSocket, Filesystem, Network, Signal};
+        let mut deny = parsed.sandbox.landlock.clone();
+        deny.sort_unstable();
+        deny.dedup();
+        if deny != [Filesystem, Network, AbstractUnixSocket, Signal] {
+            return Err(self.fault(
+                None,
+                "sandbox.landlock",
+                "expected filesystem, network, abstract-unix-socket and signal",
+            ));
+        }
+        Ok(deny)
+    }
+}

@@ -1,0 +1,266 @@
+//! A policy in its meaning: names resolved to numbers, overrides applied. Everything that launches,
+//! compiles, shows or explains a policy works on this.
+
+use crate::schema::{Access, FdType, LandlockDeny, Namespace, OnDeath};
+use bulkhead_ipc::ident::ProcKind;
+use bulkhead_ipc::protocol::birth::FdRole;
+use serde::{Deserialize, Serialize};
+
+/// What processes of one kind are granted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policy {
+    /// The kind.
+    pub kind: ProcKind,
+    /// What such a process is for.
+    pub purpose: String,
+    /// The descriptors it is born with.
+    pub fds: Vec<FdGrant>,
+    /// System calls that only the start-up phase needs.
+    pub startup: Vec<Permit>,
+    /// System calls of the locked phase.
+    pub locked: Vec<Thread>,
+    /// io_uring operations; none means that there is no ring.
+    pub opcodes: Vec<OpcodeGrant>,
+    /// Namespaces of its own, in order.
+    pub namespaces: Vec<Namespace>,
+    /// What Landlock denies.
+    pub landlock: Vec<LandlockDeny>,
+    /// Limits.
+    pub limits: Limits,
+    /// What its death means.
+    pub on_death: OnDeath,
+    /// Time it has from its start to being locked, in milliseconds.
+    pub birth_timeout_ms: u32,
+    /// Files that the policy was read from: the built-in one, then overrides.
+    pub sources: Vec<String>,
+}
+
+/// A descriptor grant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FdGrant {
+    /// What for.
+    pub role: FdRole,
+    /// What it is.
+    pub is: FdType,
+    /// What may be done with it.
+    pub access: Access,
+    /// Fewest.
+    pub min: u16,
+    /// Most.
+    pub max: u16,
+    /// Why.
+    pub why: String,
+}
+
+/// The locked phase of one kind of thread.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Thread {
+    /// `main`, `vcpu` or `gate`.
+    pub name: String,
+    /// Its system calls.
+    pub permits: Vec<Permit>,
+}
+
+/// A permitted system call.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Permit {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub number: u32,
+    /// ioctl request codes; empty for other system calls.
+    pub requests: Vec<Request>,
+    /// Conditions that must all hold.
+    pub conditions: Vec<Condition>,
+    /// Why.
+    pub why: String,
+}
+
+/// An ioctl request code.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub code: u32,
+}
+
+/// A condition on an argument.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Condition {
+    /// Which argument, from 0.
+    pub index: u8,
+    /// What must hold.
+    pub test: Test,
+}
+
+/// What must hold of an argument.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Test {
+    /// Its low 32 bits are one of these.
+    Is(Vec<u32>),
+    /// None of these bits is set.
+    BitsClear(u64),
+    /// It is at most this.
+    AtMost(u64),
+}
+
+/// An io_uring operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpcodeGrant {
+    /// Its name without `IORING_OP_`.
+    pub name: String,
+    /// Its number.
+    pub number: u8,
+    /// Why.
+    pub why: String,
+}
+
+/// Limits in numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// RLIMIT_NOFILE.
+    pub open_files: u32,
+    /// RLIMIT_MEMLOCK in bytes.
+    pub locked_memory_bytes: u64,
+    /// RLIMIT_STACK in bytes.
+    pub stack_bytes: u64,
+    /// RLIMIT_FSIZE in bytes.
+    pub file_size_bytes: Option<u64>,
+    /// RLIMIT_AS in bytes.
+    pub address_space_bytes: Option<u64>,
+    /// Memory of the control group in bytes, besides guest memory.
+    pub memory_bytes: u64,
+    /// Whether guest memory is added.
+    pub plus_guest_memory: bool,
+    /// Tasks of the control group.
+    pub tasks: u32,
+    /// Whether one for each vCPU is added.
+    pub plus_vcpus: bool,
+}
+
+/// One thing that a locked process may ask of the kernel: a system call, an ioctl request, or an
+/// io_uring operation.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PermittedRequest {
+    /// System call, `ioctl` with its request, or `io_uring` with its operation.
+    pub name: String,
+    /// The threads that may.
+    pub threads: Vec<String>,
+    /// Conditions on its arguments in words; empty for none.
+    pub when: Vec<String>,
+    /// Why.
+    pub why: String,
+}
+
+/// A policy in figures and words, for tables.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Summary {
+    /// The kind.
+    pub kind: ProcKind,
+    /// What for.
+    pub purpose: String,
+    /// Everything that the locked process may ask of the kernel.
+    pub requests: Vec<PermittedRequest>,
+    /// Permitted requests of each thread in the locked phase.
+    pub per_thread: Vec<(String, usize)>,
+    /// Descriptors: role, type, access, count, why.
+    pub fds: Vec<FdGrant>,
+    /// System calls of the start-up phase alone, with their reasons.
+    pub startup: Vec<PermittedRequest>,
+    /// Files that the policy was read from.
+    pub sources: Vec<String>,
+}
+
+impl Permit {
+    /// The requests it stands for: one, or one for each ioctl request code.
+    #[must_use]
+    pub fn request_names(&self) -> Vec<String> {
+        if self.requests.is_empty() {
+            return vec![self.name.clone()];
+        }
+        let named = |r: &Request| format!("{}({})", self.name, r.name);
+        self.requests.iter().map(named).collect()
+    }
+
+    fn when(&self) -> Vec<String> {
+        self.conditions.iter().map(Condition::in_words).collect()
+    }
+}
+
+impl Condition {
+    fn in_words(&self) -> String {
+        let n = self.index;
+        match &self.test {
+            Test::Is(values) => {
+                let values: Vec<String> = values.iter().map(ToString::to_string).collect();
+                format!("argument {n} is {}", values.join(" or "))
+            }
+            Test::BitsClear(bits) => format!("argument {n} has none of the bits {bits:#x}"),
+            Test::AtMost(most) => format!("argument {n} is at most {most}"),
+        }
+    }
+}
+
+impl Policy {
+    /// Everything that the locked process may ask of the kernel, over all its threads.
+    #[must_use]
+    pub fn locked_requests(&self) -> Vec<PermittedRequest> {
+        let mut all: Vec<PermittedRequest> = Vec::new();
+        for thread in &self.locked {
+            for permit in &thread.permits {
+                for name in permit.request_names() {
+                    match all.iter_mut().find(|known| known.name == name) {
+                        Some(known) if known.threads.contains(&thread.name) => {}
+                        Some(known) => known.threads.push(thread.name.clone()),
+                        None => all.push(permitted(name, permit, Some(&thread.name))),
+                    }
+                }
+            }
+        }
+        all.extend(self.opcodes.iter().map(|opcode| PermittedRequest {
+            name: format!("io_uring({})", opcode.name),
+            threads: vec!["main".to_owned()],
+            when: vec!["on a registered file".to_owned()],
+            why: opcode.why.clone(),
+        }));
+        all
+    }
+
+    /// The policy in figures and words.
+    #[must_use]
+    pub fn summary(&self) -> Summary {
+        let per_thread = self.locked.iter().map(|thread| {
+            let count: usize = thread.permits.iter().map(|p| p.requests.len().max(1)).sum();
+            (thread.name.clone(), count)
+        });
+        let startup = self.startup.iter().flat_map(|permit| {
+            let names = permit.request_names().into_iter();
+            names.map(move |name| permitted(name, permit, None))
+        });
+        Summary {
+            kind: self.kind,
+            purpose: self.purpose.clone(),
+            requests: self.locked_requests(),
+            per_thread: per_thread.collect(),
+            fds: self.fds.clone(),
+            startup: startup.collect(),
+            sources: self.sources.clone(),
+        }
+    }
+
+    /// The grant for descriptors of `role`.
+    #[must_use]
+    pub fn fd(&self, role: FdRole) -> Option<&FdGrant> {
+        self.fds.iter().find(|grant| grant.role == role)
+    }
+}
+
+fn permitted(name: String, permit: &Permit, thread: Option<&String>) -> PermittedRequest {
+    PermittedRequest {
+        name,
+        threads: thread.cloned().into_iter().collect(),
+        when: permit.when(),
+        why: permit.why.clone(),
+    }
+}

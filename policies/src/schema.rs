@@ -1,0 +1,387 @@
+//! The notation of a policy file. Unknown keys are errors, and every error names file, line, key.
+//!
+//! These types say only what may be written; [`crate::check`] holds the rules, [`crate::plan`] the
+//! meaning.
+
+use bulkhead_ipc::ident::ProcKind;
+use bulkhead_ipc::protocol::birth::FdRole;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use toml::Spanned;
+
+/// `policies/KIND.toml`: everything that processes of one kind are granted.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyFile {
+    /// The kind of process.
+    #[schemars(with = "String")]
+    pub kind: ProcKind,
+    /// What such a process is for, in one sentence.
+    pub purpose: String,
+    /// The descriptors it is born with, besides log pipe, control socket and control page.
+    #[serde(default)]
+    pub fd: Vec<FdEntry>,
+    /// System calls of the start-up phase; those of the locked phase need not be repeated.
+    pub startup: Phase,
+    /// System calls of the locked phase by kind of thread: `main`, `vcpu`, `gate`.
+    pub locked: BTreeMap<String, Phase>,
+    /// The io_uring that is made during start-up, if any.
+    #[serde(default)]
+    pub io_uring: Uring,
+    /// Namespaces, root file system, Landlock.
+    pub sandbox: SandboxEntry,
+    /// Limits that the kernel enforces on the process.
+    pub limits: LimitsEntry,
+    /// What its death means.
+    pub supervision: SupervisionEntry,
+}
+
+/// One descriptor, or several of one role.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FdEntry {
+    /// What it is for.
+    #[schemars(with = "String")]
+    pub role: Spanned<FdRole>,
+    /// What it is.
+    pub is: FdType,
+    /// What may be done with it.
+    pub access: Access,
+    /// Fewest of this role.
+    #[serde(default = "one")]
+    pub min: u16,
+    /// Most of this role.
+    #[serde(default = "one")]
+    pub max: u16,
+    /// Why the process needs it.
+    pub why: String,
+}
+
+const fn one() -> u16 {
+    1
+}
+
+/// What kind of file a descriptor refers to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum FdType {
+    /// Sealed shared memory.
+    Memfd,
+    /// A doorbell.
+    Eventfd,
+    /// A regular file.
+    File,
+    /// A regular file or a block device.
+    FileOrBlock,
+    /// A character device.
+    CharDevice,
+    /// A connected SOCK_SEQPACKET socket.
+    Seqpacket,
+}
+
+/// The access mode a descriptor is opened with.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Access {
+    /// O_RDONLY.
+    Read,
+    /// O_WRONLY.
+    Write,
+    /// O_RDWR.
+    ReadWrite,
+}
+
+/// The system calls of one phase or thread.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Phase {
+    /// The system calls.
+    #[serde(default)]
+    pub call: Vec<Call>,
+}
+
+/// One permitted system call.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Call {
+    /// Its name.
+    #[schemars(with = "String")]
+    pub name: Spanned<String>,
+    /// For `ioctl`: the request codes, by the names of [`crate::constants`].
+    #[serde(default)]
+    pub request: Vec<String>,
+    /// Conditions on arguments; all must hold.
+    #[serde(default)]
+    pub arg: Vec<ArgCondition>,
+    /// Why the process needs it.
+    #[serde(default)]
+    pub why: String,
+}
+
+/// A condition on one argument. Exactly one of `is`, `bits_clear` and `at_most` is given.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ArgCondition {
+    /// Which argument, from 0.
+    pub index: u8,
+    /// It has one of these values (compared as 32 bits, like the kernel's `int` arguments).
+    #[serde(default)]
+    pub is: Option<Vec<Number>>,
+    /// None of these bits is set (of 64).
+    #[serde(default)]
+    pub bits_clear: Option<Number>,
+    /// It is at most this (as 64 bits).
+    #[serde(default)]
+    pub at_most: Option<Number>,
+}
+
+/// A number, or the name of one in [`crate::constants`].
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Number {
+    /// A number.
+    Value(u32),
+    /// A name.
+    Name(String),
+}
+
+/// The io_uring of a kind. No opcodes: no ring.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Uring {
+    /// The only operations that the ring is registered for.
+    #[serde(default)]
+    pub opcode: Vec<Opcode>,
+}
+
+/// One permitted io_uring operation.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Opcode {
+    /// Its name without `IORING_OP_`.
+    #[schemars(with = "String")]
+    pub name: Spanned<String>,
+    /// Why the process needs it.
+    #[serde(default)]
+    pub why: String,
+}
+
+/// What surrounds the process.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SandboxEntry {
+    /// Namespaces of its own.
+    pub namespaces: Vec<Namespace>,
+    /// Its network.
+    pub network: Network,
+    /// Its root file system.
+    pub root: Root,
+    /// Landlock: everything that is not listed is denied, and nothing can be listed yet.
+    pub landlock: Vec<LandlockDeny>,
+    /// Capabilities that it keeps: none.
+    pub capabilities: Vec<String>,
+    /// Its user.
+    pub user: User,
+}
+
+/// A namespace.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Namespace {
+    /// Users and capabilities.
+    User,
+    /// Process ids.
+    Pid,
+    /// Mounts.
+    Mount,
+    /// System V IPC and POSIX message queues.
+    Ipc,
+    /// Host name.
+    Uts,
+    /// Control groups.
+    Cgroup,
+}
+
+/// A network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Network {
+    /// A network namespace without any interface in use, shared with other processes that have none.
+    Empty,
+}
+
+/// A root file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Root {
+    /// An empty read-only directory.
+    Empty,
+}
+
+/// What Landlock denies.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum LandlockDeny {
+    /// Every access to files by path.
+    Filesystem,
+    /// Binding and connecting TCP sockets.
+    Network,
+    /// Connecting to abstract Unix sockets outside.
+    AbstractUnixSocket,
+    /// Signals to processes outside.
+    Signal,
+}
+
+/// Whom the process runs as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum User {
+    /// A user id that no other process has, where the broker may choose; the broker's own id,
+    /// wrapped in a user namespace, otherwise.
+    Own,
+}
+
+/// Limits. Sizes are strings with a unit.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LimitsEntry {
+    /// RLIMIT_NOFILE.
+    pub open_files: u32,
+    /// RLIMIT_MEMLOCK.
+    pub locked_memory: Size,
+    /// RLIMIT_STACK.
+    pub stack: Size,
+    /// RLIMIT_FSIZE; absent for no limit (the process may write a disk).
+    #[serde(default)]
+    pub file_size: Option<Size>,
+    /// RLIMIT_AS; absent for no limit (the process maps guest memory).
+    #[serde(default)]
+    pub address_space: Option<Size>,
+    /// Memory of its control group, besides guest memory.
+    pub memory: Size,
+    /// Whether guest memory is added to `memory`.
+    #[serde(default)]
+    pub plus_guest_memory: bool,
+    /// Tasks of its control group, besides one for each vCPU.
+    pub tasks: u32,
+    /// Whether one task for each vCPU is added to `tasks`.
+    #[serde(default)]
+    pub plus_vcpus: bool,
+}
+
+/// A size in bytes, written as a number with a unit: `"64KiB"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, JsonSchema)]
+#[schemars(transparent)]
+pub struct Size(#[schemars(with = "String")] pub u64);
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        let expected = "expected a size with a unit, such as \"64KiB\"";
+        let split = text.find(|c: char| !c.is_ascii_digit());
+        let (digits, unit) = text.split_at(split.unwrap_or(text.len()));
+        let shift = match unit {
+            "B" => 0,
+            "KiB" => 10,
+            "MiB" => 20,
+            "GiB" => 30,
+            _ => {
+                return Err(serde::de::Error::custom(format!(
+                    "size {text:?}: {expected}"
+                )));
+            }
+        };
+        digits
+            .parse::<u64>()
+            .ok()
+            .and_then(|n| n.checked_mul(1 << shift))
+            .map(Self)
+            .ok_or_else(|| serde::de::Error::custom(format!("size {text:?}: {expected}")))
+    }
+}
+
+/// What the death of such a process means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SupervisionEntry {
+    /// What is done.
+    pub on_death: OnDeath,
+    /// Time it has from its start to being locked, in milliseconds.
+    pub birth_timeout_ms: u32,
+}
+
+/// What is done when a process dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDeath {
+    /// The machine goes on without the device.
+    Degrade,
+    /// The machine has ended.
+    EndMachine,
+}
+
+/// `policies.d/KIND.toml`: what an operator changes. Without permission for looser policies, only
+/// what takes away is accepted.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OverrideFile {
+    /// The kind of process.
+    #[schemars(with = "String")]
+    pub kind: ProcKind,
+    /// System calls taken away.
+    #[serde(default)]
+    pub deny: Vec<DenyEntry>,
+    /// io_uring operations taken away.
+    #[serde(default)]
+    pub deny_opcode: Vec<String>,
+    /// System calls added to a thread's locked phase (looser).
+    #[serde(default)]
+    pub allow: BTreeMap<String, Phase>,
+    /// Limits replaced.
+    #[serde(default)]
+    pub limits: LimitsChange,
+}
+
+/// A system call that an operator takes away.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DenyEntry {
+    /// Its name.
+    #[schemars(with = "String")]
+    pub name: Spanned<String>,
+    /// The thread, or every one.
+    #[serde(default)]
+    pub thread: Option<String>,
+    /// For `ioctl`: only these request codes.
+    #[serde(default)]
+    pub request: Vec<String>,
+}
+
+/// Limits that an operator replaces.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LimitsChange {
+    /// As [`LimitsEntry::open_files`].
+    pub open_files: Option<u32>,
+    /// As [`LimitsEntry::file_size`].
+    pub file_size: Option<Size>,
+    /// As [`LimitsEntry::address_space`].
+    pub address_space: Option<Size>,
+    /// As [`LimitsEntry::memory`].
+    pub memory: Option<Size>,
+    /// As [`LimitsEntry::tasks`].
+    pub tasks: Option<u32>,
+}
+
+/// The JSON schema of policy files.
+#[must_use]
+pub fn json_schema() -> serde_json::Value {
+    schemars::schema_for!(PolicyFile).into()
+}
