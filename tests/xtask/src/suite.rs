@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use crate::guest::Image;
+use crate::guest::{Image, TEST_GUEST};
 use crate::{command, packages, tidy, workspace};
 
 /// The package of end-to-end tests.
@@ -54,7 +54,12 @@ fn unit_tests() -> Result<()> {
         tests.arg("test");
     }
     tests.args(["--workspace", "--exclude", END_TO_END]);
-    command::run(&mut tests)
+    command::run(&mut tests)?;
+    let mut guest_tests = command::cargo();
+    guest_tests
+        .args(["test", "--lib"])
+        .current_dir(workspace::root().join(TEST_GUEST));
+    command::run(&mut guest_tests)
 }
 
 fn end_to_end(options: &Options) -> Result<()> {

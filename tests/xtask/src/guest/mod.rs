@@ -15,6 +15,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Subcommand, ValueEnum};
 
+/// The package of the freestanding test guest, a workspace of its own.
+pub(crate) const TEST_GUEST: &str = "tests/guests";
+
 /// `cargo xtask guest …`
 #[derive(Subcommand)]
 pub(crate) enum Task {

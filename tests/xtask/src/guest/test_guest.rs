@@ -5,17 +5,17 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
+use super::TEST_GUEST;
 use crate::cache::{self, Key};
 use crate::{command, workspace};
 
-const PACKAGE: &str = "tests/guests";
 const BINARY: &str = "bulkhead-guest";
 /// Change this when the steps below change what they produce.
 const RECIPE: &str = "test guest 1";
 
 /// Builds the guest when its sources have changed, and returns the path of the ELF file.
 pub(super) fn build() -> Result<PathBuf> {
-    let package = workspace::root().join(PACKAGE);
+    let package = workspace::root().join(TEST_GUEST);
     let mut key = Key::new(RECIPE);
     for part in ["Cargo.toml", "Cargo.lock", "build.rs", "linker.ld"] {
         key.add_file(&package.join(part))?;

@@ -11,23 +11,32 @@ mod text;
 
 use anyhow::{Result, bail};
 
+use crate::guest::TEST_GUEST;
 use crate::{command, workspace};
 
 /// Runs every check of the source tree.
 pub(crate) fn run() -> Result<()> {
     rules()?;
-    command::run(command::cargo().args(["fmt", "--all", "--check"]))?;
-    let mut clippy = command::cargo();
-    clippy.args([
-        "clippy",
-        "--workspace",
-        "--all-targets",
-        "--quiet",
-        "--",
-        "-D",
-        "warnings",
-    ]);
-    command::run(&mut clippy)
+    // The test guest is a workspace of its own.
+    for workspace in [workspace::root(), workspace::root().join(TEST_GUEST)] {
+        let mut fmt = command::cargo();
+        command::run(
+            fmt.args(["fmt", "--all", "--check"])
+                .current_dir(&workspace),
+        )?;
+        let mut clippy = command::cargo();
+        clippy.args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--quiet",
+            "--",
+            "-D",
+            "warnings",
+        ]);
+        command::run(clippy.current_dir(&workspace))?;
+    }
+    Ok(())
 }
 
 fn rules() -> Result<()> {
