@@ -58,7 +58,7 @@ pub enum AcpiError {
     /// The tables outgrew the range reserved for them.
     #[error(
         "a table of {bytes} bytes at {address:#x} does not end below {:#x}",
-        layout::FIRMWARE_END
+        layout::ACPI_TABLES_END
     )]
     Space {
         /// Where the table would begin.
@@ -128,7 +128,7 @@ impl Writer<'_> {
     fn reserve(&mut self, bytes: usize) -> Result<u64, AcpiError> {
         let address = self.next;
         let end = address + bytes as u64;
-        if end > layout::FIRMWARE_END {
+        if end > layout::ACPI_TABLES_END {
             return Err(AcpiError::Space { address, bytes });
         }
         self.next = end.next_multiple_of(ALIGNMENT);

@@ -1,10 +1,13 @@
 //! Placing things in guest memory: every range is claimed before it is written.
 //!
-//! A claim is refused unless it lies wholly within RAM of the guest's memory map and overlaps
-//! neither the loader's own structures nor an earlier claim. Callers write only what they claimed.
+//! A claim is refused unless it lies wholly within the guest's memory and overlaps neither the
+//! loader's own structures, nor the ACPI tables, nor an earlier claim. Callers write only what they
+//! claimed. A kernel may claim what its memory map calls reserved (linkers like to put ELF headers
+//! on the page below 1 MiB); an initrd is only put into RAM.
 
 use std::borrow::Cow;
 
+use bulkhead_ipc::platform;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::error::BootError;
@@ -23,6 +26,7 @@ struct Claim {
 #[derive(Debug)]
 pub(super) struct Guest<'a> {
     memory: &'a GuestMemoryMmap,
+    ranges: Vec<(GuestAddress, u64)>,
     map: Vec<MapEntry>,
     claims: Vec<Claim>,
 }
@@ -30,15 +34,24 @@ pub(super) struct Guest<'a> {
 impl<'a> Guest<'a> {
     /// A guest of `bytes` bytes whose memory is `memory`, with the loader's own range claimed.
     pub(super) fn new(memory: &'a GuestMemoryMmap, bytes: u64) -> Self {
-        let own = Claim {
-            start: 0,
-            end: layout::BOOT_DATA_END,
-            what: Cow::Borrowed("the loader's own structures"),
+        let own = |start, end, what| Claim {
+            start,
+            end,
+            what: Cow::Borrowed(what),
         };
+        let claims = vec![
+            own(0, layout::BOOT_DATA_END, "the loader's own structures"),
+            own(
+                platform::ACPI_TABLES_START,
+                layout::ACPI_TABLES_END,
+                "the ACPI tables",
+            ),
+        ];
         Self {
             memory,
+            ranges: layout::memory_ranges(bytes),
             map: layout::memory_map(bytes),
-            claims: vec![own],
+            claims,
         }
     }
 
@@ -56,12 +69,13 @@ impl<'a> Guest<'a> {
     ) -> Result<(), BootError> {
         let what = what.into();
         let end = start.saturating_add(bytes);
-        let inside = start.checked_add(bytes).is_some()
-            && self
-                .ram()
-                .any(|range| range.start <= start && end <= range.end());
+        let inside = self.ranges.iter().any(|(range, length)| {
+            start
+                .checked_sub(range.0)
+                .is_some_and(|offset| offset.checked_add(bytes).is_some_and(|end| end <= *length))
+        });
         if !inside {
-            let available = self.describe_ram();
+            let available = self.describe_memory();
             return Err(BootError::OutsideMemory {
                 what,
                 start,
@@ -89,7 +103,7 @@ impl<'a> Guest<'a> {
 
     /// Gives back every claim but the loader's own: a kernel is loaded anew in another way.
     pub(super) fn release_claims(&mut self) {
-        self.claims.truncate(1);
+        self.claims.truncate(OWN_CLAIMS);
     }
 
     /// The highest page-aligned address below `limit` where `bytes` bytes of RAM from 1 MiB on are
@@ -217,14 +231,15 @@ impl<'a> Guest<'a> {
         free
     }
 
-    fn describe_ram(&self) -> String {
-        let ranges: Vec<_> = self
-            .ram()
-            .map(|range| format!("{:#x} to {:#x}", range.start, range.end()))
-            .collect();
-        ranges.join(", ")
+    fn describe_memory(&self) -> String {
+        let range = |(start, bytes): &(GuestAddress, u64)| {
+            format!("{:#x} to {:#x}", start.0, start.0.saturating_add(*bytes))
+        };
+        self.ranges.iter().map(range).collect::<Vec<_>>().join(", ")
     }
 }
 
+/// The first claims, which are the loader's and stay.
+const OWN_CLAIMS: usize = 2;
 const PAGE: u64 = 0x1000;
 const PAGE_BYTES: usize = 0x1000;

@@ -30,8 +30,10 @@ pub const BOOT_DATA_END: u64 = COMMAND_LINE_END;
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// Where memory goes on above the legacy video and firmware ranges.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
-/// First address after the reserved range that holds the ACPI tables.
-pub const FIRMWARE_END: u64 = HIGH_MEMORY_START;
+/// First address after the space of the ACPI tables.
+pub const ACPI_TABLES_END: u64 = platform::ACPI_TABLES_START + 0x1_0000;
+/// First address after the reserved range in which kernels look for firmware tables.
+const FIRMWARE_END: u64 = HIGH_MEMORY_START;
 
 /// What a range of the guest's memory map is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -21,6 +21,7 @@ mod error;
 #[cfg(test)]
 mod fixtures;
 mod guest;
+mod heap;
 pub mod layout;
 mod linux;
 mod lz4_legacy;
@@ -106,6 +107,12 @@ pub struct LoadedKernel {
 ///
 /// `memory` is zero wherever the guest has not been given anything; no vCPU runs yet.
 pub fn load(memory: &GuestMemoryMmap, params: &BootParams<'_>) -> Result<LoadedKernel, BootError> {
+    let result = prepare(memory, params);
+    heap::release();
+    result
+}
+
+fn prepare(memory: &GuestMemoryMmap, params: &BootParams<'_>) -> Result<LoadedKernel, BootError> {
     let kernel = Source::new(params.kernel, "kernel")?;
     let initrd = params
         .initrd

@@ -142,7 +142,17 @@ fn a_segment_outside_of_memory_is_refused_with_its_addresses() {
 #[test]
 fn a_segment_over_the_acpi_tables_is_refused() {
     let error = load(&elf64(0xe_0000, &[Segment::load(0xe_0000, b"code")])).unwrap_err();
-    assert!(matches!(error, BootError::OutsideMemory { .. }), "{error}");
+    assert!(matches!(error, BootError::Overlap { .. }), "{error}");
+}
+
+#[test]
+fn elf_headers_on_the_page_below_1_mib_are_loaded() {
+    let segments = [
+        Segment::load(0xf_f000, b"headers"),
+        Segment::load(TEXT, b"code"),
+    ];
+    let (_, memory) = load(&elf64(TEXT, &segments)).unwrap();
+    assert_eq!(bytes(&memory, 0xf_f000, 7), b"headers");
 }
 
 #[test]
