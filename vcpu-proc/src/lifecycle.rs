@@ -1,0 +1,254 @@
+//! The life of the VM as the control thread decides it, without doing anything: events in, actions
+//! out.
+//!
+//! ```text
+//!   Running <-> Pausing -> Paused          a pause may be undone at any time
+//!      \___________|_________/
+//!                  v
+//!              Stopping -> Ended           for good; the first outcome counts
+//! ```
+//!
+//! It never waits, and it never asks anything of a vCPU but through a [`Directive`].
+
+use bulkhead_ipc::protocol::vcpu::{FromVcpu, Outcome, ToVcpu};
+
+use crate::group::{Directive, Ending};
+
+/// What has happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The broker said something.
+    Message(ToVcpu),
+    /// The broker has gone, or talks nonsense. Nobody could manage the VM any more.
+    BrokerLost,
+    /// Every vCPU holds.
+    AllHold,
+    /// The guest has ended.
+    GuestEnded(Ending),
+    /// Every vCPU thread has left its loop.
+    AllStopped,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Give the vCPUs a directive.
+    Direct(Directive),
+    /// Tell the broker.
+    Send(FromVcpu),
+    /// Press the power button.
+    PressPowerButton,
+    /// Answer the requests of this slot with errors.
+    LoseDevice(u8),
+    /// Let the legacy registers read as all ones.
+    LoseLegacy,
+    /// Report the end: a crash report where the outcome calls for one, then the outcome.
+    Conclude(Ending),
+    /// End the process.
+    Exit,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Phase {
+    Running,
+    Pausing,
+    Paused,
+    Stopping(Ending),
+    Ended,
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub struct Lifecycle {
+    phase: Phase,
+    /// The process ends with the VM, without waiting to be told.
+    leave: bool,
+}
+
+impl Default for Lifecycle {
+    fn default() -> Self {
+        Self {
+            phase: Phase::Running,
+            leave: false,
+        }
+    }
+}
+
+impl Lifecycle {
+    /// Whether vCPUs are being waited for, so that they have to be kicked again.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        matches!(self.phase, Phase::Pausing | Phase::Stopping(_))
+    }
+
+    /// Takes one event.
+    pub fn step(&mut self, event: Event) -> Vec<Action> {
+        match event {
+            Event::Message(message) => self.hear(message),
+            Event::BrokerLost => self.kill(),
+            Event::AllHold if self.phase == Phase::Pausing => {
+                self.phase = Phase::Paused;
+                vec![Action::Send(FromVcpu::Paused)]
+            }
+            Event::AllHold => Vec::new(),
+            Event::GuestEnded(ending) => self.stop(ending),
+            Event::AllStopped => self.conclude(),
+        }
+    }
+
+    fn hear(&mut self, message: ToVcpu) -> Vec<Action> {
+        match message {
+            ToVcpu::Kill => self.kill(),
+            ToVcpu::Ping(number) => vec![Action::Send(FromVcpu::Pong(number))],
+            ToVcpu::PowerButton => vec![Action::PressPowerButton],
+            ToVcpu::DeviceLost { slot } => vec![Action::LoseDevice(slot)],
+            ToVcpu::LegacyLost => vec![Action::LoseLegacy],
+            ToVcpu::Pause => match self.phase {
+                Phase::Running => {
+                    self.phase = Phase::Pausing;
+                    vec![Action::Direct(Directive::Hold)]
+                }
+                Phase::Paused => vec![Action::Send(FromVcpu::Paused)],
+                Phase::Pausing | Phase::Stopping(_) | Phase::Ended => Vec::new(),
+            },
+            ToVcpu::Resume => match self.phase {
+                Phase::Pausing | Phase::Paused => {
+                    self.phase = Phase::Running;
+                    vec![
+                        Action::Direct(Directive::Run),
+                        Action::Send(FromVcpu::Resumed),
+                    ]
+                }
+                Phase::Running => vec![Action::Send(FromVcpu::Resumed)],
+                Phase::Stopping(_) | Phase::Ended => Vec::new(),
+            },
+        }
+    }
+
+    fn kill(&mut self) -> Vec<Action> {
+        self.leave = true;
+        if self.phase == Phase::Ended {
+            return vec![Action::Exit];
+        }
+        self.stop(Ending {
+            outcome: Outcome::Killed,
+            vcpu: 0,
+            detail: String::new(),
+        })
+    }
+
+    fn stop(&mut self, ending: Ending) -> Vec<Action> {
+        match self.phase {
+            Phase::Running | Phase::Pausing | Phase::Paused => {
+                self.phase = Phase::Stopping(ending);
+                vec![Action::Direct(Directive::Stop)]
+            }
+            Phase::Stopping(_) | Phase::Ended => Vec::new(),
+        }
+    }
+
+    fn conclude(&mut self) -> Vec<Action> {
+        let Phase::Stopping(ending) = &self.phase else {
+            return Vec::new();
+        };
+        let mut actions = vec![Action::Conclude(ending.clone())];
+        self.phase = Phase::Ended;
+        if self.leave {
+            actions.push(Action::Exit);
+        }
+        actions
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn ended(outcome: Outcome) -> Event {
+        Event::GuestEnded(Ending {
+            outcome,
+            vcpu: 1,
+            detail: String::new(),
+        })
+    }
+
+    fn outcome_of(actions: &[Action]) -> Option<Outcome> {
+        actions.iter().find_map(|action| match action {
+            Action::Conclude(ending) => Some(ending.outcome),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn pause_is_answered_when_every_vcpu_holds() {
+        let mut life = Lifecycle::default();
+        let actions = life.step(Event::Message(ToVcpu::Pause));
+        assert_eq!(actions, [Action::Direct(Directive::Hold)]);
+        assert!(life.is_waiting());
+        assert_eq!(life.step(Event::AllHold), [Action::Send(FromVcpu::Paused)]);
+        assert!(!life.is_waiting());
+        assert_eq!(life.step(Event::AllHold), []);
+    }
+
+    #[test]
+    fn first_outcome_counts_and_a_later_kill_only_ends_the_process() {
+        let mut life = Lifecycle::default();
+        let actions = life.step(ended(Outcome::TripleFault));
+        assert_eq!(actions, [Action::Direct(Directive::Stop)]);
+        assert_eq!(life.step(ended(Outcome::PowerOff)), []);
+        assert_eq!(life.step(Event::Message(ToVcpu::Kill)), []);
+        let actions = life.step(Event::AllStopped);
+        assert_eq!(outcome_of(&actions), Some(Outcome::TripleFault));
+        assert_eq!(actions.last(), Some(&Action::Exit));
+    }
+
+    #[test]
+    fn ended_machine_waits_for_the_broker_to_let_it_go() {
+        let mut life = Lifecycle::default();
+        life.step(ended(Outcome::PowerOff));
+        let actions = life.step(Event::AllStopped);
+        assert_eq!(outcome_of(&actions), Some(Outcome::PowerOff));
+        assert!(!actions.contains(&Action::Exit));
+        assert_eq!(life.step(Event::BrokerLost), [Action::Exit]);
+    }
+
+    fn any_event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            Just(Event::Message(ToVcpu::Kill)),
+            Just(Event::Message(ToVcpu::Pause)),
+            Just(Event::Message(ToVcpu::Resume)),
+            Just(Event::Message(ToVcpu::PowerButton)),
+            Just(Event::BrokerLost),
+            Just(Event::AllHold),
+            Just(Event::AllStopped),
+            Just(ended(Outcome::Reset)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn machine_is_concluded_once_and_never_run_after_a_stop(
+            events in proptest::collection::vec(any_event(), 0..40),
+        ) {
+            let mut life = Lifecycle::default();
+            let (mut stopped, mut concluded) = (false, 0);
+            for event in events {
+                // The vCPUs can only have stopped when they were told to.
+                if event == Event::AllStopped && !stopped {
+                    continue;
+                }
+                for action in life.step(event) {
+                    match action {
+                        Action::Direct(Directive::Stop) => stopped = true,
+                        Action::Direct(_) => prop_assert!(!stopped),
+                        Action::Conclude(_) => concluded += 1,
+                        Action::Exit => prop_assert_eq!(concluded, 1),
+                        _ => {}
+                    }
+                }
+            }
+            prop_assert!(concluded <= 1);
+        }
+    }
+}

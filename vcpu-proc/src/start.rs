@@ -1,0 +1,134 @@
+//! From a birth to the end of the VM: set up, make the threads, lock them, run.
+//!
+//! Every thread, the control thread included, is locked before the first instruction of the guest
+//! runs. No thread ever ends by itself: threads whose work is done sleep until the process ends,
+//! so that nothing of ending a thread needs to be permitted.
+
+use std::sync::Arc;
+
+use bulkhead_ipc::channel::Channel;
+use bulkhead_ipc::protocol::birth::VcpuConfig;
+
+use crate::control::Control;
+use crate::setup::{self, Machine, Resources, SetupError};
+
+/// Stack of a vCPU or gate thread in bytes.
+const STACK_BYTES: usize = 128 * 1024;
+
+/// Puts the walls up. The implementation of the process is its runtime's; tests have their own.
+pub trait Walls: Send + Sync + 'static {
+    /// Locks the calling thread, which is of the kind `thread`: `main`, `vcpu` or `gate`.
+    ///
+    /// # Errors
+    /// Why it could not be locked; the process then ends.
+    fn lock_thread(&self, thread: &'static str) -> Result<(), String>;
+
+    /// Says that every thread is locked.
+    ///
+    /// # Errors
+    /// Why the broker cannot be told; the process then ends.
+    fn announce(&self) -> Result<(), String>;
+}
+
+/// Why a VM did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The VM could not be set up.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// A thread could not be made.
+    #[error("{thread} thread: {source}")]
+    Spawn {
+        /// Its kind.
+        thread: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// A thread could not be locked, or the broker not be told.
+    #[error("{0}")]
+    Walls(String),
+}
+
+/// Runs a VM to its end. Returns when the process has nothing more to do.
+///
+/// # Errors
+/// When the VM did not start; once it runs, how it ends is told over `channel`.
+pub fn run<W: Walls>(
+    config: VcpuConfig,
+    resources: Resources,
+    channel: &Channel,
+    walls: &Arc<W>,
+) -> Result<(), StartError> {
+    let Machine {
+        vm,
+        memory,
+        loops,
+        group,
+        legacy,
+        virtio,
+        gates,
+        ports,
+        lines,
+        ..
+    } = setup::build(config, resources)?;
+    let threads = loops.len() + 1;
+    let (locked, all_locked) = flume::bounded(threads);
+    for mut vcpu in loops {
+        spawn("vcpu", walls, &locked, move || {
+            vcpu.group.join(vcpu.index);
+            vcpu.run();
+            vcpu.group.leave();
+        })?;
+    }
+    spawn("gate", walls, &locked, move || {
+        if let Err(error) = gates.run() {
+            tracing::error!(%error, "the gates have stopped");
+        }
+    })?;
+    for _ in 0..threads {
+        let told = all_locked.recv().unwrap_or(Err(String::new()));
+        told.map_err(StartError::Walls)?;
+    }
+    walls.lock_thread("main").map_err(StartError::Walls)?;
+    walls.announce().map_err(StartError::Walls)?;
+    Control {
+        channel,
+        group,
+        legacy,
+        virtio,
+        ports,
+        lines,
+        report: |_: &_, _: &mut dyn FnMut(_)| {},
+    }
+    .serve();
+    drop((vm, memory));
+    Ok(())
+}
+
+type Locked = flume::Sender<Result<(), String>>;
+
+fn spawn<W: Walls>(
+    thread: &'static str,
+    walls: &Arc<W>,
+    locked: &Locked,
+    life: impl FnOnce() + Send + 'static,
+) -> Result<(), StartError> {
+    let walls = Arc::clone(walls);
+    let locked = locked.clone();
+    std::thread::Builder::new()
+        .name(thread.to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn(move || {
+            let done = walls.lock_thread(thread);
+            let may_live = done.is_ok();
+            let _told = locked.send(done);
+            if may_live {
+                life();
+            }
+            loop {
+                std::thread::park();
+            }
+        })
+        .map(drop)
+        .map_err(|source| StartError::Spawn { thread, source })
+}

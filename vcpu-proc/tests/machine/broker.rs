@@ -1,0 +1,200 @@
+//! The broker's part: a VM is configured, born, talked to and waited for.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bulkhead_ipc::channel::Channel;
+use bulkhead_ipc::legacy_page::{LEGACY_PAGE_BYTES, LegacyPage};
+use bulkhead_ipc::protocol::birth::{HugePages, VcpuConfig};
+use bulkhead_ipc::protocol::vcpu::{FromVcpu, Outcome, ToVcpu};
+use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
+use bulkhead_vcpu::setup::{LegacyFds, Resources};
+use bulkhead_vcpu::start::{self, StartError, Walls};
+
+use crate::guest;
+use crate::legacy::{Legacy, Manners};
+
+/// Longest time that anything in these tests takes on a slow host.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Walls that only count.
+#[derive(Debug, Default)]
+pub(crate) struct CountingWalls {
+    pub(crate) locked: Mutex<Vec<&'static str>>,
+}
+
+impl Walls for CountingWalls {
+    fn lock_thread(&self, thread: &'static str) -> Result<(), String> {
+        self.locked.lock().unwrap().push(thread);
+        Ok(())
+    }
+
+    fn announce(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// The VM as a test configures it.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) vcpus: u8,
+    pub(crate) memory_bytes: u64,
+    pub(crate) cmdline: &'static str,
+    pub(crate) manners: Manners,
+    pub(crate) core: Option<File>,
+}
+
+impl Plan {
+    /// One vCPU and 64 MiB, for a guest that does `cmdline`.
+    pub(crate) fn of(cmdline: &'static str) -> Self {
+        Self {
+            vcpus: 1,
+            memory_bytes: 64 << 20,
+            cmdline,
+            manners: Manners::Honest,
+            core: None,
+        }
+    }
+}
+
+/// A VM that runs.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    channel: Option<Channel>,
+    output: Arc<Mutex<Vec<u8>>>,
+    pub(crate) walls: Arc<CountingWalls>,
+    stop: Arc<AtomicBool>,
+    life: JoinHandle<Result<(), StartError>>,
+    legacy: JoinHandle<()>,
+}
+
+/// How a VM ended, with everything else that it said.
+#[derive(Debug)]
+pub(crate) struct End {
+    pub(crate) outcome: Outcome,
+    pub(crate) output: String,
+    pub(crate) said: Vec<FromVcpu>,
+}
+
+impl Vm {
+    pub(crate) fn start(plan: Plan) -> Self {
+        let page = sealed_memfd("legacy", LEGACY_PAGE_BYTES).unwrap();
+        let [kick, interrupt, reply] = std::array::from_fn(|_| Doorbell::new().unwrap());
+        let (output, stop) = (Arc::default(), Arc::new(AtomicBool::new(false)));
+        let legacy = Legacy {
+            page: LegacyPage::map(page.try_clone().unwrap()).unwrap(),
+            kick: kick.try_clone().unwrap(),
+            interrupt: interrupt.try_clone().unwrap(),
+            reply: reply.try_clone().unwrap(),
+            output: Arc::clone(&output),
+            stop: Arc::clone(&stop),
+        };
+        let manners = plan.manners;
+        let legacy = std::thread::spawn(move || legacy.serve(manners));
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        let resources = Resources {
+            kvm: kvm.expect("these tests need /dev/kvm").into(),
+            kernel: guest::kernel(),
+            initrd: None,
+            core: plan.core,
+            legacy: LegacyFds {
+                page,
+                kick: fd(kick),
+                interrupt: fd(interrupt),
+                reply: fd(reply),
+            },
+            devices: Vec::new(),
+        };
+        let config = VcpuConfig {
+            vcpus: plan.vcpus,
+            memory_bytes: plan.memory_bytes,
+            huge_pages: HugePages::Transparent,
+            cmdline: plan.cmdline.to_owned(),
+            quirks: bulkhead_ipc::host::host_needs_quirks(std::path::Path::new("/sys")),
+            devices: Vec::new(),
+            legacy_generation: 1,
+        };
+        let (broker, process) = Channel::pair().unwrap();
+        let walls = Arc::new(CountingWalls::default());
+        let its_walls = Arc::clone(&walls);
+        let life = std::thread::spawn(move || start::run(config, resources, &process, &its_walls));
+        Self {
+            channel: Some(broker),
+            output,
+            walls,
+            stop,
+            life,
+            legacy,
+        }
+    }
+
+    pub(crate) fn send(&self, message: &ToVcpu) {
+        self.channel.as_ref().unwrap().send(message, &[]).unwrap();
+    }
+
+    pub(crate) fn hear(&self) -> FromVcpu {
+        let channel = self.channel.as_ref().unwrap();
+        channel.recv_within(PATIENCE).unwrap().0
+    }
+
+    pub(crate) fn output(&self) -> Vec<u8> {
+        self.output.lock().unwrap().clone()
+    }
+
+    /// Waits until the guest has written at least `bytes` bytes.
+    pub(crate) fn wait_for_output(&self, bytes: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.output().len() < bytes {
+            assert!(Instant::now() < deadline, "{:?}", self.output());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The broker dies.
+    pub(crate) fn hang_up(&mut self) {
+        self.channel = None;
+    }
+
+    /// Waits for the VM to say how it ended, then lets it go.
+    pub(crate) fn end(mut self) -> End {
+        let mut said = Vec::new();
+        let outcome = loop {
+            match self.hear() {
+                FromVcpu::Ended(outcome) => break outcome,
+                other => said.push(other),
+            }
+        };
+        self.hang_up();
+        let output = self.leave();
+        End {
+            outcome,
+            output: String::from_utf8_lossy(&output).into_owned(),
+            said,
+        }
+    }
+
+    /// Waits for the process to end by itself; gives what the guest wrote.
+    pub(crate) fn leave(self) -> Vec<u8> {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.life.is_finished() {
+            assert!(Instant::now() < deadline, "the process does not end");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.life.join().unwrap().unwrap();
+        // What was posted before the end is still carried out.
+        std::thread::sleep(Duration::from_millis(20));
+        self.stop.store(true, Ordering::Relaxed);
+        self.legacy.join().unwrap();
+        let output = self.output.lock().unwrap();
+        output.clone()
+    }
+}
+
+fn fd(bell: Doorbell) -> OwnedFd {
+    use std::os::fd::AsFd;
+    bell.as_fd().try_clone_to_owned().unwrap()
+}
