@@ -5,6 +5,7 @@
 //! device processes.
 
 pub mod acpi;
+pub mod birth;
 pub mod boot;
 pub mod control;
 pub mod cpuid;

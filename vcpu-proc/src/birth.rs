@@ -1,0 +1,100 @@
+//! The process `bulkhead-vcpu`: its birth from the runtime, its grants, its exit.
+
+use std::fs::File;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use bulkhead_ipc::ident::ProcKind;
+use bulkhead_ipc::protocol::birth::{FdRole, KindConfig, VcpuConfig};
+use bulkhead_runtime::birth::EXIT_STILLBORN;
+use bulkhead_runtime::grants::GrantError;
+use bulkhead_runtime::{Grants, Newborn, Stillbirth, leave};
+
+use crate::setup::{LegacyFds, Resources};
+use crate::start::{self, Walls};
+use crate::virtio::SlotFds;
+
+/// The whole process. Does not return when it was born: ending is leaving, without destructors.
+#[must_use]
+pub fn run() -> ExitCode {
+    let mut newborn = match Newborn::receive(ProcKind::Vcpu) {
+        Ok(newborn) => newborn,
+        // The broker has been told.
+        Err(_) => return ExitCode::from(EXIT_STILLBORN.to_le_bytes()[0]),
+    };
+    let (config, resources) = match take(&mut newborn) {
+        Ok(taken) => taken,
+        Err(cause) => newborn.fail(&cause),
+    };
+    let walls = Arc::new(Sandbox { newborn });
+    let channel = &walls.newborn.channel;
+    match start::run(config, resources, channel, &walls) {
+        Ok(()) => leave(0),
+        Err(cause) => walls.newborn.fail(&Stillbirth::setup(cause)),
+    }
+}
+
+/// The walls that the runtime puts up.
+#[derive(Debug)]
+struct Sandbox {
+    newborn: Newborn,
+}
+
+impl Walls for Sandbox {
+    fn lock_thread(&self, thread: &'static str) -> Result<(), String> {
+        let locks = &self.newborn.locks;
+        locks.lock_thread(thread).map_err(|error| error.to_string())
+    }
+
+    fn announce(&self) -> Result<(), String> {
+        let announced = self.newborn.announce_locked();
+        announced.map_err(|error| error.to_string())
+    }
+}
+
+/// Takes configuration and descriptors; whatever is left over stops the birth.
+fn take(newborn: &mut Newborn) -> Result<(VcpuConfig, Resources), Stillbirth> {
+    let KindConfig::Vcpu(config) = newborn.config.clone() else {
+        return Err(Stillbirth::setup("the birth message is not a vCPU group's"));
+    };
+    let mut grants = std::mem::take(&mut newborn.grants);
+    let resources = take_resources(&config, &mut grants)?;
+    grants.finish()?;
+    Ok((config, resources))
+}
+
+fn take_resources(config: &VcpuConfig, grants: &mut Grants) -> Result<Resources, GrantError> {
+    let mut optional = |role| -> Result<Option<File>, GrantError> {
+        let granted = grants.has(role, 0);
+        granted
+            .then(|| grants.take(role, 0).map(File::from))
+            .transpose()
+    };
+    let initrd = optional(FdRole::Initrd)?;
+    let core = optional(FdRole::Core)?;
+    let devices = config
+        .devices
+        .iter()
+        .map(|device| {
+            let index = device.slot.into();
+            Ok(SlotFds {
+                window: grants.take(FdRole::Window, index)?,
+                kick: grants.take(FdRole::Kick, index)?,
+                call: grants.take(FdRole::Call, index)?,
+            })
+        })
+        .collect::<Result<Vec<_>, GrantError>>()?;
+    Ok(Resources {
+        kvm: grants.take(FdRole::Kvm, 0)?,
+        kernel: grants.take(FdRole::Kernel, 0)?.into(),
+        initrd,
+        core,
+        legacy: LegacyFds {
+            page: grants.take(FdRole::LegacyPage, 0)?,
+            kick: grants.take(FdRole::LegacyKick, 0)?,
+            interrupt: grants.take(FdRole::LegacyInterrupt, 0)?,
+            reply: grants.take(FdRole::LegacyReply, 0)?,
+        },
+        devices,
+    })
+}
