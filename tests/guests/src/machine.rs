@@ -3,6 +3,7 @@
 
 use bulkhead_guest::acpi::{self, Acpi};
 use bulkhead_guest::args::{Args, BadValue};
+use bulkhead_guest::pattern;
 use bulkhead_guest::pvh::{self, Range, StartInfo};
 use bulkhead_guest::record::Escaped;
 
@@ -16,6 +17,15 @@ const MAPPED_END: u64 = 1 << 32;
 
 unsafe extern "C" {
     static __image_end: u8;
+    static __constant_start: u8;
+    static __constant_end: u8;
+}
+
+/// A checksum of what nothing ever writes: the guest's own code and constants.
+pub fn constant_checksum() -> u64 {
+    let start = &raw const __constant_start as u64;
+    let end = &raw const __constant_end as u64;
+    pattern::checksum(0, phys::bytes(start, (end - start) as usize))
 }
 
 /// The machine that we run on.

@@ -30,6 +30,7 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
     if qd == 0 || qd > QD_MAX {
         return Err(Failure::Parameter("qd"));
     }
+    let errors_before = crate::report::errors();
     let blk = Blk::open(machine, machine.number("disk", 0)?, WANTED)?;
     let sectors = machine.number("sectors", SECTORS)?.min(blk.capacity);
     let timeout_ms = super::timeout_ms(machine)?;
@@ -69,7 +70,7 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
         expect("checksum", read.checksum, written.checksum)?;
         say!(
             "blk.verify result={} sectors={sectors} seed={seed} checksum={:#018x} requests={} segments={} indirect={} kicks={}",
-            if crate::report::errors() == 0 {
+            if crate::report::errors() == errors_before {
                 "ok"
             } else {
                 "failed"

@@ -2,7 +2,7 @@
 //! times each, resets the device in between, and at the end uses it correctly. The device may refuse
 //! anything, but it must answer, and a reset must always help. Overwrites disks.
 
-use bulkhead_guest::pattern::SECTOR;
+use bulkhead_guest::pattern::{self, SECTOR};
 use bulkhead_guest::prng::Prng;
 
 use super::fuzz_shapes::{Arena, SHAPES, Shape};
@@ -14,6 +14,7 @@ use crate::virtio::blk::{Blk, WANTED};
 use crate::virtio::mmio::{self, Device, feature, id, reg, status};
 use crate::virtio::queue::Segment;
 
+const CANARY: usize = 64 << 10;
 const ITERATIONS: u64 = 100;
 /// How long a device may think about nonsense that it need not answer.
 const PATIENCE_MS: u64 = 3;
@@ -30,6 +31,9 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
     let seed = machine.number("seed", 1)?;
     let iterations = machine.number("iterations", ITERATIONS)?;
     let timeout_ms = super::timeout_ms(machine)?;
+    let code = crate::machine::constant_checksum();
+    let mut canary = phys::allocate(CANARY);
+    pattern::fill(!seed, 0, canary.all_mut());
     let mut devices = 0_u64;
     mmio::each(machine, |device| {
         devices += 1;
@@ -39,6 +43,17 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
         }
         if device.reset().is_ok() {
             phys::heap_release(mark);
+        }
+        // Nothing that was programmed points below the arena.
+        if let Some(sector) = pattern::first_difference(!seed, 0, canary.all()) {
+            fail!(
+                "fuzz",
+                "kind=overwritten slot={} what=canary sector={sector}",
+                device.slot
+            );
+        }
+        if crate::machine::constant_checksum() != code {
+            fail!("fuzz", "kind=overwritten slot={} what=code", device.slot);
         }
         None::<()>
     });
@@ -57,7 +72,7 @@ fn fuzz(device: Device, seed: u64, iterations: u64, timeout_ms: u64) -> Result<(
         let mark = phys::heap_mark();
         let result = match prng.below(8) {
             0 => {
-                Arena::new().registers(device, &mut prng, 40);
+                Arena::new(device).registers(device, &mut prng, 40);
                 Ok(())
             }
             1 => rings(device, &mut prng),
@@ -101,7 +116,7 @@ fn queue_count(device: Device) -> u16 {
 /// Queues of impossible sizes at impossible addresses.
 fn rings(device: Device, prng: &mut Prng) -> Result<(), Failure> {
     device.negotiate(feature::INDIRECT_DESC | feature::EVENT_IDX)?;
-    let mut arena = Arena::new();
+    let mut arena = Arena::new(device);
     let index = prng.below(u64::from(queue_count(device).max(1)) + 1) as u16;
     let size = if prng.one_in(2) {
         16
@@ -119,7 +134,7 @@ fn rings(device: Device, prng: &mut Prng) -> Result<(), Failure> {
 
 /// The steps of initialisation, in no order.
 fn order(device: Device, prng: &mut Prng) -> Result<(), Failure> {
-    let mut arena = Arena::new();
+    let mut arena = Arena::new(device);
     for _ in 0..16 {
         match prng.below(8) {
             0 => device.write(reg::STATUS, 1 << prng.below(8)),
@@ -155,7 +170,7 @@ fn descriptors(
     let index = prng.below(u64::from(count)) as u16;
     let mut queue = device.queue(index, features)?;
     device.start()?;
-    let arena = Arena::new();
+    let arena = Arena::new(device);
     let mut shape = *prng.pick(SHAPES);
     if shape.needs_indirect() && features & feature::INDIRECT_DESC == 0 {
         shape = Shape::Random;

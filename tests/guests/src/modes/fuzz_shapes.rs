@@ -13,13 +13,15 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// Addresses that no memory is at.
+/// Addresses that no memory is at. The first two are interrupt controllers: QEMU lets a device write
+/// there (a write to the second is a message-signalled interrupt, an INIT for instance), Bulkhead
+/// must not.
 const NOWHERE: &[u64] = &[
+    0xfec0_0000,
+    0xfee0_0000,
     0xd000_0000,
     0xd000_0ff8,
     0xfeb0_0000,
-    0xfec0_0000,
-    0xfee0_0000,
     0xffff_f000,
     1 << 40,
     1 << 52,
@@ -157,13 +159,20 @@ impl Shape {
 #[derive(Debug)]
 pub struct Arena {
     memory: Dma,
+    nowhere: &'static [u64],
 }
 
 impl Arena {
     /// To be allocated after everything that must survive.
-    pub fn new() -> Arena {
+    pub fn new(device: Device) -> Arena {
+        let nowhere = if device.is_bulkhead() {
+            NOWHERE
+        } else {
+            &NOWHERE[2..]
+        };
         Arena {
             memory: phys::allocate(ARENA),
+            nowhere,
         }
     }
 
@@ -174,7 +183,7 @@ impl Arena {
     /// Address and length of a segment.
     fn segment(&self, prng: &mut Prng) -> (u64, u32) {
         match prng.below(8) {
-            0 | 1 => (*prng.pick(NOWHERE), *prng.pick(LENGTHS)),
+            0 | 1 => (*prng.pick(self.nowhere), *prng.pick(LENGTHS)),
             2 => (prng.below(0x800), prng.below(0x800) as u32),
             3 => (self.place(prng) + prng.below(4096), *prng.pick(LENGTHS)),
             _ => (self.place(prng), *prng.pick(&[1, 16, 512, 4096])),
@@ -199,7 +208,7 @@ impl Arena {
         let byte = *prng.pick(&[0x00, 0xff]);
         self.memory.all_mut().fill(byte);
         let mut one = || match prng.below(4) {
-            0 => *prng.pick(NOWHERE),
+            0 => *prng.pick(self.nowhere),
             1 => self.place(prng) + prng.below(64),
             _ => self.place(prng),
         };
@@ -230,7 +239,12 @@ impl Arena {
             Shape::OutOfRange => {
                 let at = prng.below(3) as usize;
                 let (flags, next) = ([NEXT, NEXT | WRITE, WRITE][at], [1, 2, 0][at]);
-                put(at, (*prng.pick(NOWHERE), *prng.pick(LENGTHS)), flags, next);
+                put(
+                    at,
+                    (*prng.pick(self.nowhere), *prng.pick(LENGTHS)),
+                    flags,
+                    next,
+                );
             }
             Shape::WriteOnlyHeader => put(0, (header, 16), NEXT | WRITE, 1),
             Shape::NextBeyondTable => {
@@ -261,7 +275,7 @@ impl Arena {
                 let len = *prng.pick(&[0, 1, 15, 17, 40, 1 << 20, u32::MAX]);
                 put(0, (self.memory.address, len), INDIRECT, 0);
             }
-            Shape::IndirectOutOfRange => put(0, (*prng.pick(NOWHERE), 64), INDIRECT, 0),
+            Shape::IndirectOutOfRange => put(0, (*prng.pick(self.nowhere), 64), INDIRECT, 0),
             Shape::IndirectAndNext => put(0, (self.memory.address, 64), INDIRECT | NEXT, 1),
             Shape::HeadBeyondTable => head = *prng.pick(&[size, size + 1, 0x7fff, u16::MAX]),
             Shape::IndexJump => offered = *prng.pick(&[size + 1, size * 2, 0x7fff, 0x8000, 0xffff]),

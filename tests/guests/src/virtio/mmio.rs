@@ -176,6 +176,11 @@ pub fn find(machine: &Machine, id: u32, index: u64) -> Result<Device, Failure> {
 }
 
 impl Device {
+    /// Whether it is at a place of Bulkhead's machine.
+    pub fn is_bulkhead(&self) -> bool {
+        self.base < PLATFORMS[1].base
+    }
+
     /// Reads a register.
     pub fn read(&self, register: u64) -> u32 {
         phys::read(self.base + register)
