@@ -5,4 +5,6 @@
 //! maps guest memory, never keeps a KVM descriptor after handing it over, and parses nothing that
 //! a guest wrote.
 
+pub mod escape;
 pub mod vm;
+pub mod vmfile;

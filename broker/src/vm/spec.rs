@@ -74,6 +74,8 @@ pub struct DiskSpec {
     pub path: PathBuf,
     /// Whether the guest's writes are refused.
     pub read_only: bool,
+    /// Whether the guest's writes go to a private copy that is gone at the end.
+    pub ephemeral: bool,
     /// What the guest reads as the disk's identifier, at most [`SERIAL_BYTES_MAX`] bytes.
     pub serial: String,
     /// Number of virtqueues, 1 to [`DISK_QUEUES_MAX`].
@@ -338,6 +340,7 @@ mod tests {
             name: name.into(),
             path: "d.img".into(),
             read_only: false,
+            ephemeral: false,
             serial: "s".into(),
             queues: 1,
         }

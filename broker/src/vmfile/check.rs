@@ -1,0 +1,346 @@
+//! From a [`Draft`] to a [`VmSpec`]: fills in the defaults and checks the draft against the rules
+//! of machines and against this host, before any process is started.
+
+use super::draft::{Draft, DraftDisk};
+use super::host::{Facts, HostMemory, inspect};
+use super::problem::{Located, Place, Problem, Problems};
+use super::quantity::show_size;
+use crate::vm::spec::{
+    CMDLINE_BYTES_MAX, ConsoleChoice, DISKS_MAX, DiskSpec, HISTORY_BYTES, KernelSource,
+    NAME_BYTES_MAX, SERIAL_BYTES_MAX, VmSpec,
+};
+use bulkhead_ipc::platform::MEMORY_BYTES_MIN;
+use bulkhead_ipc::protocol::birth::HugePages;
+use std::path::PathBuf;
+
+const PAGE_BYTES: u64 = 4096;
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
+const SECTOR_BYTES: u64 = 512;
+const NAME_RULE: &str =
+    "expected 1 to 64 letters, digits, '-', '_' or '.', beginning with a letter or a digit";
+
+/// What a machine is measured against, and what fills its gaps.
+#[derive(Debug, Clone)]
+pub struct Surroundings {
+    /// Name of a machine that has none.
+    pub name: String,
+    /// Kernel of a machine that has none; `None` when a kernel must be named.
+    pub kernel: Option<PathBuf>,
+    /// The host's memory.
+    pub memory: HostMemory,
+    /// Whether a machine may be larger than the memory that is available now.
+    pub overcommit: bool,
+}
+
+/// Makes a specification of a draft. Looks at the files that it names and opens none.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn check(draft: Draft, around: &Surroundings) -> Result<VmSpec, Problems> {
+    let mut checker = Checker {
+        problems: Vec::new(),
+        files: Vec::new(),
+    };
+    let spec = checker.machine(draft, around);
+    let mut problems = checker.problems;
+    if let (true, Err(error)) = (problems.is_empty(), spec.check()) {
+        problems.push(Problem {
+            place: Place::Default {
+                key: error.field.clone(),
+            },
+            expectation: error.to_string(),
+        });
+    }
+    if problems.is_empty() {
+        Ok(spec)
+    } else {
+        Err(Problems(problems))
+    }
+}
+
+/// Whether `name` may be the name of a machine or a device.
+#[must_use]
+pub fn is_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    (1..=NAME_BYTES_MAX).contains(&name.len())
+        && name.chars().all(plain)
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+}
+
+struct Checker {
+    problems: Vec<Problem>,
+    files: Vec<(Located<PathBuf>, Facts, bool)>,
+}
+
+impl Checker {
+    fn expect<T>(&mut self, holds: bool, at: &Located<T>, expectation: impl Into<String>) {
+        if !holds {
+            self.problems.push(at.problem(expectation));
+        }
+    }
+
+    fn machine(&mut self, draft: Draft, around: &Surroundings) -> VmSpec {
+        let kernel = self.kernel(&draft, around);
+        let mut spec = VmSpec::new(around.name.clone(), KernelSource::File(kernel));
+        if let Some(name) = &draft.name {
+            self.expect(is_name(&name.value), name, NAME_RULE);
+            spec.name.clone_from(&name.value);
+        }
+        if let Some(vcpus) = &draft.vcpus {
+            spec.vcpus = vcpus.value;
+        }
+        if let Some(pages) = &draft.huge_pages {
+            spec.huge_pages = pages.value;
+        }
+        spec.memory_bytes = self.memory(&draft, spec.memory_bytes, spec.huge_pages, around);
+        spec.initrd = self.initrd(&draft, spec.memory_bytes);
+        if let Some(cmdline) = draft.cmdline {
+            self.expect(
+                cmdline.value.len() <= CMDLINE_BYTES_MAX && !cmdline.value.contains('\0'),
+                &cmdline,
+                format!("expected at most {CMDLINE_BYTES_MAX} bytes without NUL"),
+            );
+            spec.cmdline = cmdline.value;
+        }
+        self.disks(&draft.disks, &mut spec);
+        if let Some(virtio) = &draft.console_virtio {
+            spec.console.virtio = virtio.value;
+        }
+        if let Some(attach) = &draft.console_attach {
+            let exists = spec.console.virtio || attach.value == ConsoleChoice::Serial;
+            self.expect(exists, attach, "expected a console that the machine has");
+            spec.console.attach = attach.value;
+        }
+        if let Some(on) = &draft.console_on_cmdline {
+            spec.console.on_cmdline = on.value;
+        }
+        if let Some(history) = &draft.console_history {
+            let (least, most) = HISTORY_BYTES;
+            self.expect(
+                (least..=most).contains(&history.value),
+                history,
+                format!("expected {} to {}", show_size(least), show_size(most)),
+            );
+            spec.console.history_bytes = history.value;
+        }
+        if let Some(size) = &draft.console_size {
+            spec.console.size = size.value;
+        }
+        let ends = [
+            (&draft.on_poweroff, &mut spec.lifecycle.on_poweroff),
+            (&draft.on_reboot, &mut spec.lifecycle.on_reboot),
+            (&draft.on_crash, &mut spec.lifecycle.on_crash),
+        ];
+        for (wish, end) in ends {
+            if let Some(wish) = wish {
+                *end = wish.value;
+            }
+        }
+        spec
+    }
+
+    fn kernel(&mut self, draft: &Draft, around: &Surroundings) -> PathBuf {
+        let expected = "a kernel image";
+        if let Some(kernel) = &draft.kernel {
+            self.file(kernel, expected, false, false);
+            return kernel.value.clone();
+        }
+        around.kernel.clone().unwrap_or_else(|| {
+            self.problems.push(Problem {
+                place: Place::Default {
+                    key: "boot.kernel".to_owned(),
+                },
+                expectation: "the VM file names no kernel; \
+                    expected `kernel = \"FILE\"` in [boot], or the option --kernel FILE"
+                    .to_owned(),
+            });
+            PathBuf::new()
+        })
+    }
+
+    fn memory(
+        &mut self,
+        draft: &Draft,
+        default: u64,
+        pages: HugePages,
+        around: &Surroundings,
+    ) -> u64 {
+        let memory = draft.memory.clone().unwrap_or_else(|| Located {
+            value: default,
+            place: Place::Default {
+                key: format!("machine.memory = {}", show_size(default)),
+            },
+        });
+        let (bytes, reserved) = (memory.value, pages == HugePages::Reserved);
+        self.expect(
+            bytes >= MEMORY_BYTES_MIN,
+            &memory,
+            format!("expected at least {}", show_size(MEMORY_BYTES_MIN)),
+        );
+        let unit = if reserved {
+            HUGE_PAGE_BYTES
+        } else {
+            PAGE_BYTES
+        };
+        self.expect(
+            bytes.is_multiple_of(unit),
+            &memory,
+            format!("expected a multiple of {}", show_size(unit)),
+        );
+        if reserved {
+            let free = around.memory.huge_pages_free;
+            let expectation = format!(
+                "expected at most the {} that are free in the host's pool of huge pages \
+                 (raise vm.nr_hugepages)",
+                show_size(free)
+            );
+            self.expect(bytes <= free, &memory, expectation);
+        } else if let (Some(available), false) = (around.memory.available, around.overcommit) {
+            let expectation = format!(
+                "expected at most the {} MiB that this host has available now \
+                 (--overcommit starts the machine all the same)",
+                available >> 20
+            );
+            self.expect(bytes <= available, &memory, expectation);
+        }
+        bytes
+    }
+
+    fn initrd(&mut self, draft: &Draft, memory_bytes: u64) -> Option<PathBuf> {
+        let initrd = draft.initrd.as_ref()?;
+        if let Some(facts) = self.file(initrd, "an initial RAM disk", false, false) {
+            let fits = facts.bytes < memory_bytes;
+            let have = show_size(memory_bytes);
+            let expectation = format!(
+                "expected a file that fits the machine's memory of {have}, found {} bytes",
+                facts.bytes
+            );
+            self.expect(fits, initrd, expectation);
+        }
+        Some(initrd.value.clone())
+    }
+
+    fn disks(&mut self, drafts: &[DraftDisk], spec: &mut VmSpec) {
+        for (n, draft) in drafts.iter().enumerate() {
+            if n == DISKS_MAX {
+                self.problems.push(Problem {
+                    place: draft.place.clone(),
+                    expectation: format!("expected at most {DISKS_MAX} disks"),
+                });
+            }
+            let Some(path) = &draft.path else {
+                self.problems.push(Problem {
+                    place: draft.place.clone(),
+                    expectation: "expected a `path` for the disk".to_owned(),
+                });
+                continue;
+            };
+            let disk = self.disk(n, draft, path, drafts);
+            if let (Some(name), true) = (
+                &draft.name,
+                spec.disks.iter().any(|other| other.name == disk.name),
+            ) {
+                let message = "expected a name that no other disk has";
+                self.problems.push(name.problem(message));
+            }
+            spec.disks.push(disk);
+        }
+    }
+
+    fn disk(
+        &mut self,
+        n: usize,
+        draft: &DraftDisk,
+        path: &Located<PathBuf>,
+        all: &[DraftDisk],
+    ) -> DiskSpec {
+        let read_only = draft.read_only.as_ref().is_some_and(|on| on.value);
+        let ephemeral = draft.ephemeral.as_ref().is_some_and(|on| on.value);
+        let writes = !read_only && !ephemeral;
+        let expected = "a raw image file or a block device";
+        if let Some(facts) = self.file(path, expected, true, writes) {
+            self.expect(
+                facts.is_block || facts.bytes.is_multiple_of(SECTOR_BYTES),
+                path,
+                format!(
+                    "expected an image of whole 512-byte sectors, found {} bytes",
+                    facts.bytes
+                ),
+            );
+        }
+        if let Some(name) = &draft.name {
+            self.expect(is_name(&name.value), name, NAME_RULE);
+        }
+        if let Some(serial) = &draft.serial {
+            let plain = serial.value.bytes().all(|b| b.is_ascii_graphic());
+            self.expect(
+                plain && serial.value.len() <= SERIAL_BYTES_MAX,
+                serial,
+                format!("expected at most {SERIAL_BYTES_MAX} visible ASCII characters"),
+            );
+        }
+        let name = draft
+            .name
+            .as_ref()
+            .map_or_else(|| default_name(n, all), |name| name.value.clone());
+        DiskSpec {
+            path: path.value.clone(),
+            read_only,
+            ephemeral,
+            serial: draft.serial.as_ref().map_or_else(
+                || name.chars().take(SERIAL_BYTES_MAX).collect(),
+                |serial| serial.value.clone(),
+            ),
+            queues: draft.queues.as_ref().map_or(1, |queues| queues.value),
+            name,
+        }
+    }
+
+    /// Looks at a file and checks that nobody else in this machine writes it.
+    fn file(
+        &mut self,
+        path: &Located<PathBuf>,
+        expected: &str,
+        may_be_block: bool,
+        writes: bool,
+    ) -> Option<Facts> {
+        let facts = match inspect(&path.value, expected, may_be_block, writes) {
+            Ok(facts) => facts,
+            Err(expectation) => {
+                self.problems.push(path.problem(expectation));
+                return None;
+            }
+        };
+        let twin = self
+            .files
+            .iter()
+            .find(|(_, other, w)| other.identity == facts.identity && (writes || *w));
+        if let Some((other, ..)) = twin {
+            let message = format!(
+                "the same file is used at {}; \
+                 expected a file of its own, or readonly = true for all who use it",
+                other.place
+            );
+            self.problems.push(path.problem(message));
+        }
+        self.files.push((path.clone(), facts, writes));
+        Some(facts)
+    }
+}
+
+/// `disk0` for the first disk and so on, past the names that other disks have been given.
+fn default_name(n: usize, all: &[DraftDisk]) -> String {
+    let given = |name: &str| {
+        all.iter()
+            .any(|d| d.name.as_ref().is_some_and(|given| given.value == name))
+    };
+    let name = format!("disk{n}");
+    if !given(&name) {
+        return name;
+    }
+    // One of these is free, for there are fewer disks than letters.
+    ('a'..='z')
+        .map(|letter| format!("disk{n}{letter}"))
+        .find(|name| !given(name))
+        .unwrap_or(name)
+}

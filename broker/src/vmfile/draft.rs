@@ -1,0 +1,89 @@
+//! A machine as far as it has been described, each setting with its place.
+//!
+//! VM files ([`super::parse`]) and options both make drafts; [`Draft::or`] lays one over the other;
+//! [`super::check`] turns the result into a [`crate::vm::spec::VmSpec`].
+
+use super::problem::{Located, Place};
+use crate::vm::spec::{ConsoleChoice, OnEnd};
+use bulkhead_ipc::protocol::birth::HugePages;
+use std::path::PathBuf;
+
+/// A machine, perhaps with gaps. Paths are as good as absolute: relative ones start at the
+/// directory of the VM file, or at the working directory for options.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[expect(missing_docs, reason = "the fields are those of the VM file")]
+pub struct Draft {
+    pub name: Option<Located<String>>,
+    pub vcpus: Option<Located<u8>>,
+    pub memory: Option<Located<u64>>,
+    pub huge_pages: Option<Located<HugePages>>,
+    pub kernel: Option<Located<PathBuf>>,
+    pub initrd: Option<Located<PathBuf>>,
+    pub cmdline: Option<Located<String>>,
+    pub disks: Vec<DraftDisk>,
+    pub console_virtio: Option<Located<bool>>,
+    pub console_attach: Option<Located<ConsoleChoice>>,
+    pub console_on_cmdline: Option<Located<bool>>,
+    pub console_history: Option<Located<u64>>,
+    pub console_size: Option<Located<(u16, u16)>>,
+    pub on_poweroff: Option<Located<OnEnd>>,
+    pub on_reboot: Option<Located<OnEnd>>,
+    pub on_crash: Option<Located<OnEnd>>,
+}
+
+/// A disk, perhaps with gaps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are those of the VM file")]
+pub struct DraftDisk {
+    /// Where the disk's description begins.
+    pub place: Place,
+    pub name: Option<Located<String>>,
+    pub path: Option<Located<PathBuf>>,
+    pub read_only: Option<Located<bool>>,
+    pub ephemeral: Option<Located<bool>>,
+    pub serial: Option<Located<String>>,
+    pub queues: Option<Located<u8>>,
+}
+
+impl DraftDisk {
+    /// A disk of which nothing is known but where it is described.
+    #[must_use]
+    pub const fn new(place: Place) -> Self {
+        Self {
+            place,
+            name: None,
+            path: None,
+            read_only: None,
+            ephemeral: None,
+            serial: None,
+            queues: None,
+        }
+    }
+}
+
+impl Draft {
+    /// This draft, with its gaps filled from `other` and `other`'s disks before its own.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        let mut disks = other.disks;
+        disks.extend(self.disks);
+        Self {
+            name: self.name.or(other.name),
+            vcpus: self.vcpus.or(other.vcpus),
+            memory: self.memory.or(other.memory),
+            huge_pages: self.huge_pages.or(other.huge_pages),
+            kernel: self.kernel.or(other.kernel),
+            initrd: self.initrd.or(other.initrd),
+            cmdline: self.cmdline.or(other.cmdline),
+            disks,
+            console_virtio: self.console_virtio.or(other.console_virtio),
+            console_attach: self.console_attach.or(other.console_attach),
+            console_on_cmdline: self.console_on_cmdline.or(other.console_on_cmdline),
+            console_history: self.console_history.or(other.console_history),
+            console_size: self.console_size.or(other.console_size),
+            on_poweroff: self.on_poweroff.or(other.on_poweroff),
+            on_reboot: self.on_reboot.or(other.on_reboot),
+            on_crash: self.on_crash.or(other.on_crash),
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! From the text of a VM file to a [`Draft`]. Pure: looks at nothing but the text.
+
+use super::draft::{Draft, DraftDisk};
+use super::problem::{Located, Problem, Problems};
+use super::section::{Key, Section, Source, key, later};
+use crate::vm::spec::{ConsoleChoice, DISK_QUEUES_MAX, OnEnd};
+use bulkhead_ipc::platform::VCPUS_MAX;
+use bulkhead_ipc::protocol::birth::HugePages;
+use std::path::{Path, PathBuf};
+use toml::de::DeTable;
+
+/// Largest VM file in bytes.
+pub const FILE_BYTES_MAX: u64 = 1 << 20;
+
+pub(super) const ROOT_KEYS: &[Key] = &[
+    key("name"),
+    key("machine"),
+    key("boot"),
+    key("disk"),
+    key("console"),
+    key("lifecycle"),
+    later("autostart"),
+    later("net"),
+    later("share"),
+    later("vsock"),
+    later("limits"),
+    later("snapshots"),
+    later("policy"),
+];
+pub(super) const MACHINE_KEYS: &[Key] = &[
+    key("cpus"),
+    key("memory"),
+    key("hugepages"),
+    later("transport"),
+];
+pub(super) const BOOT_KEYS: &[Key] = &[
+    key("kernel"),
+    key("initrd"),
+    key("cmdline"),
+    later("firmware"),
+];
+pub(super) const DISK_KEYS: &[Key] = &[
+    key("name"),
+    key("path"),
+    key("format"),
+    key("readonly"),
+    key("ephemeral"),
+    key("serial"),
+    key("queues"),
+    later("limits"),
+];
+pub(super) const CONSOLE_KEYS: &[Key] = &[
+    key("virtio"),
+    key("attach"),
+    key("on_cmdline"),
+    key("history"),
+    key("size"),
+];
+pub(super) const LIFECYCLE_KEYS: &[Key] = &[key("on_poweroff"), key("on_reboot"), key("on_crash")];
+
+pub(super) const HUGE_PAGES: [(&str, HugePages); 3] = [
+    ("off", HugePages::Off),
+    ("transparent", HugePages::Transparent),
+    ("reserved", HugePages::Reserved),
+];
+pub(super) const CONSOLES: [(&str, ConsoleChoice); 2] = [
+    ("serial", ConsoleChoice::Serial),
+    ("virtio", ConsoleChoice::Virtio),
+];
+pub(super) const ON_END: [(&str, OnEnd); 3] = [
+    ("destroy", OnEnd::Destroy),
+    ("restart", OnEnd::Restart),
+    ("preserve", OnEnd::Preserve),
+];
+
+/// Reads `COLUMNSxROWS`.
+///
+/// # Errors
+/// What was expected.
+pub fn parse_console_size(text: &str) -> Result<(u16, u16), String> {
+    text.split_once('x')
+        .and_then(|(columns, rows)| Some((columns.parse().ok()?, rows.parse().ok()?)))
+        .filter(|(columns, rows)| *columns > 0 && *rows > 0)
+        .ok_or_else(|| "expected columns and rows, such as \"80x25\"".to_owned())
+}
+
+/// Whether a disk's format is one that works; formats are never probed.
+///
+/// # Errors
+/// What was expected.
+pub fn check_format(format: &str) -> Result<(), String> {
+    match format {
+        "raw" => Ok(()),
+        "qcow2" | "vmdk" | "vhd" | "vhdx" | "vdi" => {
+            Err("this image format is not supported yet; expected \"raw\"".to_owned())
+        }
+        _ => Err("expected \"raw\"".to_owned()),
+    }
+}
+
+/// Parses the text of a VM file. `file` is its name for messages, `directory` the place that
+/// relative paths start from.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn parse(file: &str, directory: &Path, text: &str) -> Result<Draft, Problems> {
+    let source = Source { file, text };
+    let root = DeTable::parse(text).map_err(|error| {
+        Problems(vec![Problem {
+            place: source.place("", error.span().unwrap_or(0..0), false),
+            expectation: error.message().trim_end().replace('\n', "; "),
+        }])
+    })?;
+    let root = Section::root(source, &root);
+    let mut problems = Vec::new();
+    let draft = read_root(&root, directory, &mut problems);
+    if problems.is_empty() {
+        Ok(draft)
+    } else {
+        problems.sort_by_key(|problem| match problem.place {
+            super::problem::Place::File { line, column, .. } => (line, column),
+            _ => (0, 0),
+        });
+        Err(Problems(problems))
+    }
+}
+
+fn read_root(root: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) -> Draft {
+    root.check_keys(ROOT_KEYS, problems);
+    let mut draft = Draft {
+        name: root.string("name", problems),
+        ..Draft::default()
+    };
+    if let Some(machine) = root.table("machine", problems) {
+        machine.check_keys(MACHINE_KEYS, problems);
+        draft.vcpus = machine.small("cpus", (1, VCPUS_MAX), problems);
+        draft.memory = machine.size("memory", problems);
+        draft.huge_pages = machine.choice("hugepages", &HUGE_PAGES, problems);
+    }
+    if let Some(boot) = root.table("boot", problems) {
+        boot.check_keys(BOOT_KEYS, problems);
+        draft.kernel = path(&boot, "kernel", directory, problems);
+        draft.initrd = path(&boot, "initrd", directory, problems);
+        draft.cmdline = boot.string("cmdline", problems);
+    }
+    for disk in root.tables("disk", problems) {
+        draft.disks.push(read_disk(&disk, directory, problems));
+    }
+    if let Some(console) = root.table("console", problems) {
+        console.check_keys(CONSOLE_KEYS, problems);
+        draft.console_virtio = console.boolean("virtio", problems);
+        draft.console_attach = console.choice("attach", &CONSOLES, problems);
+        draft.console_on_cmdline = console.boolean("on_cmdline", problems);
+        draft.console_history = console.size("history", problems);
+        draft.console_size = console.get("size", problems, |value| {
+            parse_console_size(value.as_str().unwrap_or(""))
+        });
+    }
+    if let Some(lifecycle) = root.table("lifecycle", problems) {
+        lifecycle.check_keys(LIFECYCLE_KEYS, problems);
+        draft.on_poweroff = lifecycle.choice("on_poweroff", &ON_END, problems);
+        draft.on_reboot = lifecycle.choice("on_reboot", &ON_END, problems);
+        draft.on_crash = lifecycle.choice("on_crash", &ON_END, problems);
+    }
+    draft
+}
+
+fn read_disk(disk: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) -> DraftDisk {
+    disk.check_keys(DISK_KEYS, problems);
+    disk.get("format", problems, |value| {
+        value
+            .as_str()
+            .map_or_else(|| Err("expected \"raw\"".to_owned()), check_format)
+    });
+    DraftDisk {
+        place: disk.place(),
+        name: disk.string("name", problems),
+        path: path(disk, "path", directory, problems),
+        read_only: disk.boolean("readonly", problems),
+        ephemeral: disk.boolean("ephemeral", problems),
+        serial: disk.string("serial", problems),
+        queues: disk.small("queues", (1, DISK_QUEUES_MAX), problems),
+    }
+}
+
+fn path(
+    section: &Section<'_>,
+    key: &str,
+    directory: &Path,
+    problems: &mut Vec<Problem>,
+) -> Option<Located<PathBuf>> {
+    let path = section.string(key, problems)?;
+    if path.value.is_empty() || path.value.contains('\0') {
+        problems.push(path.problem("expected the path of a file"));
+        return None;
+    }
+    Some(path.with(directory.join(&path.value)))
+}

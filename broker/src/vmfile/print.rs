@@ -1,0 +1,207 @@
+//! The VM file as a type: what `--print-config` writes and what the JSON schema describes.
+//!
+//! Reading is [`super::parse`]'s business, since only it knows lines and columns. Tests hold the
+//! two together: what is printed reads back as the same machine, and the schema knows exactly the
+//! keys that the parser knows.
+
+use super::parse::{CONSOLES, HUGE_PAGES, ON_END};
+use super::quantity::show_size;
+use crate::vm::spec::{DiskSpec, KernelSource, VmSpec};
+use schemars::JsonSchema;
+use serde::Serialize;
+use std::path::Path;
+
+/// A virtual machine of Bulkhead.
+///
+/// Sizes are strings with a unit such as "512MiB". Paths are relative to the VM file.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(title = "Bulkhead VM file")]
+pub(super) struct VmFile {
+    /// Name of the machine: 1 to 64 letters, digits, '-', '_' or '.'. Default: the file's name.
+    #[schemars(
+        length(min = 1, max = 64),
+        regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    )]
+    name: Option<String>,
+    /// Processors and memory.
+    machine: Option<Machine>,
+    /// What is started.
+    boot: Option<Boot>,
+    /// The disks, in the order in which the guest finds them.
+    #[serde(default)]
+    #[schemars(length(max = 14))]
+    disk: Vec<Disk>,
+    /// Serial port and virtio console.
+    console: Option<Console>,
+    /// What happens when the guest ends by itself.
+    lifecycle: Option<Lifecycle>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Machine {
+    /// Number of virtual processors. Default: 1.
+    #[schemars(range(min = 1, max = 32))]
+    cpus: Option<u8>,
+    /// Memory, from "16MiB" up. Default: "256MiB".
+    #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?(B|[KMGT](iB|B)?|kB)$"))]
+    memory: Option<String>,
+    /// Size of the host pages behind the memory: "off" for 4 KiB, "transparent" for huge pages
+    /// where the kernel finds some, "reserved" for 2 MiB pages of the host's pool. Default:
+    /// "transparent".
+    #[schemars(extend("enum" = ["off", "transparent", "reserved"]))]
+    hugepages: Option<&'static str>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Boot {
+    /// Kernel: bzImage, ELF (PVH, Linux or Multiboot). Required, here or as --kernel.
+    kernel: Option<String>,
+    /// Initial RAM disk.
+    initrd: Option<String>,
+    /// Kernel command line. `console=` is added unless given.
+    cmdline: Option<String>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Disk {
+    /// Name in messages. Default: disk0, disk1, …
+    #[schemars(
+        length(min = 1, max = 64),
+        regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    )]
+    name: Option<String>,
+    /// Image file or block device.
+    path: String,
+    /// Image format. It is never probed, since a guest can write any header. Default: "raw".
+    #[schemars(extend("enum" = ["raw"]))]
+    format: Option<&'static str>,
+    /// Whether the guest's writes are refused. Default: false.
+    readonly: Option<bool>,
+    /// Whether the guest's writes are discarded at the end. Default: false.
+    ephemeral: Option<bool>,
+    /// Identifier that the guest reads. Default: the name.
+    #[schemars(length(max = 20))]
+    serial: Option<String>,
+    /// Number of queues. Default: 1.
+    #[schemars(range(min = 1, max = 8))]
+    queues: Option<u8>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Console {
+    /// Whether there is a virtio console beside the serial port. Default: true.
+    virtio: Option<bool>,
+    /// The console that a terminal attaches to. Default: "serial".
+    #[schemars(extend("enum" = ["serial", "virtio"]))]
+    attach: Option<&'static str>,
+    /// Whether `console=` is added to a kernel command line that has none. Default: true.
+    on_cmdline: Option<bool>,
+    /// How much output is kept of each console, "4KiB" to "64MiB". Default: "1MiB".
+    #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?(B|[KMGT](iB|B)?|kB)$"))]
+    history: Option<String>,
+    /// Columns and rows of the virtio console while no terminal is attached. Default: "80x25".
+    #[schemars(regex(pattern = "^[0-9]+x[0-9]+$"))]
+    size: Option<String>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Lifecycle {
+    /// After power-off. Default: "destroy".
+    #[schemars(extend("enum" = ["destroy", "restart", "preserve"]))]
+    on_poweroff: Option<&'static str>,
+    /// After a reset. Default: "restart".
+    #[schemars(extend("enum" = ["destroy", "restart", "preserve"]))]
+    on_reboot: Option<&'static str>,
+    /// After a panic, a triple fault or the loss of a vital process. Default: "destroy".
+    #[schemars(extend("enum" = ["destroy", "restart", "preserve"]))]
+    on_crash: Option<&'static str>,
+}
+
+/// Why a machine cannot be written as a VM file.
+#[derive(Debug, thiserror::Error)]
+pub enum PrintError {
+    /// TOML is UTF-8; this path is not.
+    #[error("the path {0:?} cannot be written in a VM file because it is not UTF-8")]
+    NotUtf8(std::path::PathBuf),
+    /// The built-in image has no path.
+    #[error("the kernel {0} is part of this program and cannot be named in a VM file")]
+    NoPath(&'static str),
+    /// The TOML writer failed.
+    #[error("writing TOML: {0}")]
+    Toml(#[from] toml::ser::Error),
+}
+
+fn word<T: PartialEq>(words: &[(&'static str, T)], value: &T) -> Option<&'static str> {
+    words
+        .iter()
+        .find(|(_, v)| v == value)
+        .map(|(word, _)| *word)
+}
+
+fn utf8(path: &Path) -> Result<String, PrintError> {
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| PrintError::NotUtf8(path.to_owned()))
+}
+
+/// Writes the VM file that describes exactly this machine.
+///
+/// # Errors
+/// When the machine cannot be described in a file.
+pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
+    let kernel = match &spec.kernel {
+        KernelSource::File(path) => utf8(path)?,
+        KernelSource::Image { name, .. } => return Err(PrintError::NoPath(name)),
+    };
+    let (columns, rows) = spec.console.size;
+    let file = VmFile {
+        name: Some(spec.name.clone()),
+        machine: Some(Machine {
+            cpus: Some(spec.vcpus),
+            memory: Some(show_size(spec.memory_bytes)),
+            hugepages: word(&HUGE_PAGES, &spec.huge_pages),
+        }),
+        boot: Some(Boot {
+            kernel: Some(kernel),
+            initrd: spec.initrd.as_deref().map(utf8).transpose()?,
+            cmdline: Some(spec.cmdline.clone()),
+        }),
+        disk: spec.disks.iter().map(disk).collect::<Result<_, _>>()?,
+        console: Some(Console {
+            virtio: Some(spec.console.virtio),
+            attach: word(&CONSOLES, &spec.console.attach),
+            on_cmdline: Some(spec.console.on_cmdline),
+            history: Some(show_size(spec.console.history_bytes)),
+            size: Some(format!("{columns}x{rows}")),
+        }),
+        lifecycle: Some(Lifecycle {
+            on_poweroff: word(&ON_END, &spec.lifecycle.on_poweroff),
+            on_reboot: word(&ON_END, &spec.lifecycle.on_reboot),
+            on_crash: word(&ON_END, &spec.lifecycle.on_crash),
+        }),
+    };
+    Ok(toml::to_string(&file)?)
+}
+
+fn disk(disk: &DiskSpec) -> Result<Disk, PrintError> {
+    Ok(Disk {
+        name: Some(disk.name.clone()),
+        path: utf8(&disk.path)?,
+        format: Some("raw"),
+        readonly: Some(disk.read_only),
+        ephemeral: Some(disk.ephemeral),
+        serial: Some(disk.serial.clone()),
+        queues: Some(disk.queues),
+    })
+}
+
+/// The JSON schema of VM files, as committed in `docs/vm-file.schema.json`.
+#[must_use]
+pub fn json_schema() -> serde_json::Value {
+    schemars::schema_for!(VmFile).to_value()
+}

@@ -1,0 +1,567 @@
+use super::*;
+use crate::vm::spec::{
+    ConsoleChoice, ConsoleSpec, DiskSpec, KernelSource, Lifecycle, Limits, OnEnd, VmSpec,
+};
+use bulkhead_ipc::protocol::birth::HugePages;
+use proptest::prelude::*;
+use std::fs;
+use std::path::PathBuf;
+use tempfile::TempDir;
+
+const GOOD: &str = r#"name = "web"
+
+[machine]
+cpus = 2
+memory = "64MiB"
+hugepages = "off"
+
+[boot]
+kernel = "vmlinuz"
+initrd = "initrd"
+cmdline = "quiet"
+
+[[disk]]
+name = "root"
+path = "root.img"
+
+[[disk]]
+path = "data.img"
+readonly = true
+serial = "D4"
+queues = 2
+
+[console]
+attach = "virtio"
+history = "64KiB"
+size = "132x43"
+
+[lifecycle]
+on_reboot = "destroy"
+"#;
+
+fn around() -> Surroundings {
+    Surroundings {
+        name: "vm".to_owned(),
+        kernel: None,
+        memory: HostMemory {
+            available: Some(1 << 30),
+            huge_pages_free: 32 << 20,
+        },
+        overcommit: false,
+    }
+}
+
+/// A directory with the files that the VM files of these tests name.
+fn place() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["vmlinuz", "initrd", "root.img", "data.img"] {
+        fs::write(dir.path().join(name), [0; 1024]).unwrap();
+    }
+    fs::write(dir.path().join("odd.img"), [0; 1000]).unwrap();
+    fs::write(dir.path().join("empty.img"), []).unwrap();
+    fs::create_dir(dir.path().join("dir")).unwrap();
+    std::os::unix::fs::symlink("root.img", dir.path().join("link.img")).unwrap();
+    dir
+}
+
+fn read(dir: &TempDir, text: &str) -> Result<VmSpec, Problems> {
+    check(parse("vm.toml", dir.path(), text)?, &around())
+}
+
+fn message(text: &str) -> String {
+    read(&place(), text).unwrap_err().to_string()
+}
+
+#[test]
+fn every_key_reaches_the_specification() {
+    let dir = place();
+    let spec = read(&dir, GOOD).unwrap();
+    let disk = |name: &str, file: &str| DiskSpec {
+        name: name.into(),
+        path: dir.path().join(file),
+        read_only: false,
+        ephemeral: false,
+        serial: name.into(),
+        queues: 1,
+    };
+    let kernel = KernelSource::File(dir.path().join("vmlinuz"));
+    let wanted = VmSpec {
+        vcpus: 2,
+        memory_bytes: 64 << 20,
+        huge_pages: HugePages::Off,
+        initrd: Some(dir.path().join("initrd")),
+        cmdline: "quiet".into(),
+        disks: vec![
+            disk("root", "root.img"),
+            DiskSpec {
+                read_only: true,
+                serial: "D4".into(),
+                queues: 2,
+                ..disk("disk1", "data.img")
+            },
+        ],
+        console: ConsoleSpec {
+            attach: ConsoleChoice::Virtio,
+            history_bytes: 64 << 10,
+            size: (132, 43),
+            ..ConsoleSpec::default()
+        },
+        lifecycle: Lifecycle {
+            on_reboot: OnEnd::Destroy,
+            ..Lifecycle::default()
+        },
+        ..VmSpec::new("web", kernel)
+    };
+    assert_eq!(spec, wanted);
+}
+
+/// Replaces one piece of [`GOOD`] and expects one error, exactly.
+fn fault(was: &str, is: &str, wanted: &str) {
+    assert_eq!(GOOD.matches(was).count(), 1, "{was}");
+    let got = message(&GOOD.replace(was, is));
+    assert!(
+        got.starts_with(wanted),
+        "for {is:?}\n got {got}\nwant {wanted}"
+    );
+    assert!(!got.contains('\n'), "more than one error: {got}");
+}
+
+#[test]
+fn unknown_keys_name_the_nearest_known_one() {
+    fault(
+        "memory =",
+        "memroy =",
+        "vm.toml:5:1: machine.memroy = \"64MiB\": unknown key; did you mean `memory`?",
+    );
+    fault(
+        "cpus = 2",
+        "cpus = 2\ncolour = 'red'",
+        "vm.toml:5:1: machine.colour = 'red': unknown key; expected one of cpus, memory, hugepages",
+    );
+    fault(
+        "[lifecycle]",
+        "[livecycle]",
+        "vm.toml:28:2: livecycle: unknown key; did you mean `lifecycle`?",
+    );
+    fault(
+        "readonly =",
+        "read-only =",
+        "vm.toml:19:1: disk.read-only = true: unknown key; did you mean `readonly`?",
+    );
+}
+
+#[test]
+fn keys_of_later_features_are_refused_not_ignored() {
+    let later = "this key is not supported yet";
+    fault(
+        "name = \"web\"",
+        "autostart = true",
+        &format!("vm.toml:1:1: autostart = true: {later}"),
+    );
+    fault(
+        "[lifecycle]",
+        "[[net]]\nnetwork = 'n'\n[lifecycle]",
+        &format!("vm.toml:28:3: net: {later}"),
+    );
+    fault(
+        "[lifecycle]",
+        "[snapshots]\n[lifecycle]",
+        &format!("vm.toml:28:2: snapshots: {later}"),
+    );
+    fault(
+        "queues = 2",
+        "limits = { iops = 3 }",
+        &format!("vm.toml:21:1: disk.limits: {later}"),
+    );
+    fault(
+        "initrd =",
+        "firmware =",
+        &format!("vm.toml:10:1: boot.firmware = \"initrd\": {later}"),
+    );
+}
+
+#[test]
+fn wrong_types_and_values_are_named() {
+    fault(
+        "\"64MiB\"",
+        "67108864",
+        "vm.toml:5:10: machine.memory = 67108864: expected a string with a unit such as \"512MiB\", not an integer",
+    );
+    fault(
+        "\"64MiB\"",
+        "\"64\"",
+        "vm.toml:5:10: machine.memory = \"64\": expected a size with a unit",
+    );
+    fault(
+        "\"64MiB\"",
+        "\"8MiB\"",
+        "vm.toml:5:10: machine.memory = \"8MiB\": expected at least 16MiB",
+    );
+    fault(
+        "\"64MiB\"",
+        "\"16777217B\"",
+        "vm.toml:5:10: machine.memory = \"16777217B\": expected a multiple of 4KiB",
+    );
+    fault(
+        "\"64MiB\"",
+        "\"2GiB\"",
+        "vm.toml:5:10: machine.memory = \"2GiB\": expected at most the 1024 MiB",
+    );
+    fault(
+        "cpus = 2",
+        "cpus = 33",
+        "vm.toml:4:8: machine.cpus = 33: expected a whole number from 1 to 32",
+    );
+    fault(
+        "cpus = 2",
+        "cpus = \"2\"",
+        "vm.toml:4:8: machine.cpus = \"2\": expected a whole number",
+    );
+    fault(
+        "\"off\"",
+        "\"on\"",
+        "vm.toml:6:13: machine.hugepages = \"on\": expected \"off\" or \"transparent\"",
+    );
+    fault(
+        "name = \"web\"",
+        "name = \"a b\"",
+        "vm.toml:1:8: name = \"a b\": expected 1 to 64 letters",
+    );
+    fault(
+        "name = \"root\"",
+        "name = \"disk1\"\n[[disk]]\nname = \"disk1\"",
+        "vm.toml:13:1: disk: expected a `path`",
+    );
+    fault(
+        "readonly = true",
+        "readonly = \"yes\"",
+        "vm.toml:19:12: disk.readonly = \"yes\": expected true or false, not a string",
+    );
+    fault(
+        "\"132x43\"",
+        "\"132\"",
+        "vm.toml:26:8: console.size = \"132\": expected columns and rows",
+    );
+    fault(
+        "\"64KiB\"",
+        "\"1KiB\"",
+        "vm.toml:25:11: console.history = \"1KiB\": expected 4KiB to 64MiB",
+    );
+    fault(
+        "\"D4\"",
+        "\"012345678901234567890\"",
+        "vm.toml:20:10: disk.serial = \"012345678901234567890\": expected at most 20",
+    );
+    fault(
+        "serial = \"D4\"",
+        "format = \"qcow2\"",
+        "vm.toml:20:10: disk.format = \"qcow2\": this image format is not supported yet",
+    );
+    fault(
+        "attach = \"virtio\"",
+        "virtio = false\nattach = \"virtio\"",
+        "vm.toml:25:10: console.attach = \"virtio\": expected a console",
+    );
+    fault(
+        "[console]",
+        "[[console]]",
+        "vm.toml:23:1: console: expected a section that begins with [console]",
+    );
+    fault(
+        "[[disk]]\nname",
+        "[disk]\nname",
+        "vm.toml:17:3: duplicate key",
+    );
+}
+
+#[test]
+fn files_are_looked_at_before_anything_starts() {
+    fault(
+        "\"root.img\"",
+        "\"none.img\"",
+        "vm.toml:15:8: disk.path = \"none.img\": expected a raw image file or a block device: No such file or directory",
+    );
+    fault(
+        "\"root.img\"",
+        "\"dir\"",
+        "vm.toml:15:8: disk.path = \"dir\": expected a raw image file or a block device, found a directory",
+    );
+    fault(
+        "\"root.img\"",
+        "\"/dev/null\"",
+        "vm.toml:15:8: disk.path = \"/dev/null\": expected a raw image file or a block device, found a character device",
+    );
+    fault(
+        "\"root.img\"",
+        "\"odd.img\"",
+        "vm.toml:15:8: disk.path = \"odd.img\": expected an image of whole 512-byte sectors, found 1000 bytes",
+    );
+    fault(
+        "\"vmlinuz\"",
+        "\"empty.img\"",
+        "vm.toml:9:10: boot.kernel = \"empty.img\": expected a kernel image, found an empty file",
+    );
+    fault(
+        "\"vmlinuz\"",
+        "\"\"",
+        "vm.toml:9:10: boot.kernel = \"\": expected the path of a file",
+    );
+    fault(
+        "kernel = \"vmlinuz\"\n",
+        "",
+        "boot.kernel (default): the VM file names no kernel",
+    );
+}
+
+#[test]
+fn two_writers_of_one_file_are_refused() {
+    let second = "vm.toml:18:8: disk.path = \"root.img\": the same file is used at vm.toml:15:8: disk.path = \"root.img\"";
+    fault("\"data.img\"", "\"root.img\"", second);
+    fault(
+        "\"data.img\"",
+        "\"link.img\"",
+        "vm.toml:18:8: disk.path = \"link.img\": the same file",
+    );
+    fault("\"data.img\"", "\"./dir/../root.img\"", "vm.toml:18:8: ");
+    fault(
+        "\"root.img\"",
+        "\"initrd\"",
+        "vm.toml:15:8: disk.path = \"initrd\": the same file is used at vm.toml:10:10",
+    );
+    let readers = GOOD.replace("\"data.img\"", "\"root.img\"").replace(
+        "path = \"root.img\"\n\n",
+        "path = \"root.img\"\nephemeral = true\n\n",
+    );
+    assert!(read(&place(), &readers).is_ok());
+}
+
+#[test]
+fn syntax_errors_have_a_line() {
+    fault("cpus = 2", "cpus = ", "vm.toml:4:");
+    fault(
+        "cpus = 2",
+        "cpus = 2\ncpus = 3",
+        "vm.toml:5:1: duplicate key",
+    );
+    fault("cpus = 2", "cpus 2", "vm.toml:4:");
+}
+
+#[test]
+fn all_errors_are_shown_at_once_in_order() {
+    let text = GOOD
+        .replace("cpus = 2", "cpus = 0")
+        .replace("queues", "queue");
+    let lines: Vec<_> = message(&text).lines().map(|l| l[..11].to_owned()).collect();
+    assert_eq!(lines, ["vm.toml:4:8", "vm.toml:21:"]);
+}
+
+#[test]
+fn control_characters_in_a_file_do_not_reach_the_terminal() {
+    let got = message(&GOOD.replace("cpus = 2", "\"\\u001b[2J\" = '\u{9b}'"));
+    assert!(got.chars().all(|c| (' '..='~').contains(&c)), "{got:?}");
+}
+
+#[test]
+fn overcommit_and_huge_pages_measure_against_their_own_pool() {
+    let dir = place();
+    let with = |text: &str, around: &Surroundings| {
+        check(parse("vm.toml", dir.path(), text).unwrap(), around)
+    };
+    let large = GOOD.replace("64MiB", "4GiB");
+    let overcommit = Surroundings {
+        overcommit: true,
+        ..around()
+    };
+    assert!(with(&large, &around()).is_err());
+    assert!(with(&large, &overcommit).is_ok());
+    let reserved = GOOD.replace("\"off\"", "\"reserved\"");
+    let error = with(&reserved, &overcommit).unwrap_err().to_string();
+    assert!(error.contains("expected at most the 32MiB"), "{error}");
+    assert!(with(&reserved.replace("64MiB", "32MiB"), &around()).is_ok());
+    let error = with(&reserved.replace("64MiB", "17MiB"), &around()).unwrap_err();
+    assert!(error.to_string().contains("a multiple of 2MiB"), "{error}");
+}
+
+#[test]
+fn options_win_over_the_file_and_add_disks() {
+    let dir = place();
+    let file = parse("vm.toml", dir.path(), GOOD).unwrap();
+    let at = |value: &str| Place::Option {
+        option: "--disk".into(),
+        value: value.into(),
+    };
+    let options = Draft {
+        vcpus: Some(Located {
+            value: 4,
+            place: at("4"),
+        }),
+        disks: vec![DraftDisk::new(at("x"))],
+        ..Draft::default()
+    };
+    let both = options.or(file.clone());
+    assert_eq!(both.vcpus.unwrap().value, 4);
+    assert_eq!(both.memory, file.memory);
+    assert_eq!(both.disks.len(), 3);
+    assert_eq!(both.disks[2].place, at("x"));
+}
+
+#[test]
+fn schema_knows_exactly_the_keys_that_work() {
+    let schema = json_schema();
+    let keys = |pointer: &str| -> Vec<String> {
+        let object = schema.pointer(pointer).unwrap().as_object().unwrap();
+        let mut keys: Vec<_> = object.keys().cloned().collect();
+        keys.sort();
+        keys
+    };
+    for (pointer, known) in [
+        ("/properties", parse::ROOT_KEYS),
+        ("/$defs/Machine/properties", parse::MACHINE_KEYS),
+        ("/$defs/Boot/properties", parse::BOOT_KEYS),
+        ("/$defs/Disk/properties", parse::DISK_KEYS),
+        ("/$defs/Console/properties", parse::CONSOLE_KEYS),
+        ("/$defs/Lifecycle/properties", parse::LIFECYCLE_KEYS),
+    ] {
+        let working = known.iter().filter(|key| key.supported);
+        let mut names: Vec<_> = working.map(|key| key.name.to_owned()).collect();
+        names.sort();
+        assert_eq!(keys(pointer), names, "{pointer}");
+    }
+}
+
+#[test]
+fn committed_schema_is_current() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/vm-file.schema.json");
+    let current = serde_json::to_string_pretty(&json_schema()).unwrap() + "\n";
+    if std::env::var_os("BULKHEAD_BLESS").is_some() {
+        fs::write(path, &current).unwrap();
+    }
+    let committed = fs::read_to_string(path).unwrap_or_default();
+    assert!(committed == current, "run this test with BULKHEAD_BLESS=1");
+}
+
+prop_compose! {
+    fn any_disk()(
+        name in "[a-zA-Z0-9][a-zA-Z0-9._-]{0,20}",
+        read_only: bool, ephemeral: bool,
+        serial in "[!-~]{0,20}", queues in 1u8..=8,
+    ) -> DiskSpec {
+        DiskSpec { name, path: PathBuf::new(), read_only, ephemeral, serial, queues }
+    }
+}
+
+prop_compose! {
+    fn any_spec()(
+        name in "[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}",
+        vcpus in 1u8..=32,
+        pages in 4096u64..=262_144,
+        huge in 0usize..2,
+        cmdline in "[^\0]{0,200}",
+        with_initrd: bool,
+        disks in prop::collection::vec(any_disk(), 0..4),
+        (virtio, attach, on_cmdline) in (any::<bool>(), any::<bool>(), any::<bool>()),
+        history_bytes in 4096u64..=(64 << 20),
+        size in (1u16.., 1u16..),
+        ends in prop::array::uniform3(0usize..3),
+    ) -> (VmSpec, bool) {
+        let end = |n: usize| parse::ON_END[n].1;
+        let spec = VmSpec {
+            name, vcpus, cmdline, disks,
+            memory_bytes: pages * 4096,
+            huge_pages: parse::HUGE_PAGES[huge].1,
+            kernel: KernelSource::File(PathBuf::new()),
+            initrd: None,
+            console: ConsoleSpec {
+                virtio,
+                attach: if virtio && attach { ConsoleChoice::Virtio } else { ConsoleChoice::Serial },
+                on_cmdline, history_bytes, size,
+            },
+            lifecycle: Lifecycle {
+                on_poweroff: end(ends[0]), on_reboot: end(ends[1]), on_crash: end(ends[2]),
+            },
+            limits: Limits::default(),
+        };
+        (spec, with_initrd)
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn printed_machine_reads_back_the_same((spec, with_initrd) in any_spec()) {
+        let (home, mut spec) = (tempfile::tempdir().unwrap(), spec);
+        let file = |name: &str| {
+            let path = home.path().join(name);
+            fs::write(&path, [0; 512]).unwrap();
+            path
+        };
+        spec.kernel = KernelSource::File(file("kernel \"é\""));
+        spec.initrd = with_initrd.then(|| file("in\\itrd"));
+        for (n, disk) in spec.disks.iter_mut().enumerate() {
+            disk.path = file(&format!("d{n}"));
+            disk.name = format!("{n}{}", disk.name);
+        }
+        let text = print(&spec).unwrap();
+        // Another directory: printed paths must not depend on where the file lies.
+        let again = parse("p.toml", Path::new("/nowhere"), &text)
+            .and_then(|draft| check(draft, &around()));
+        prop_assert_eq!(again.map_err(|e| format!("{e}\n{text}")), Ok(spec));
+    }
+}
+
+fn assert_located(text: &str) -> Result<(), TestCaseError> {
+    let lines = text.split('\n').count();
+    if let Err(problems) = parse("f", Path::new("/"), text) {
+        prop_assert!(!problems.0.is_empty());
+        for problem in &problems.0 {
+            let Place::File { line, column, .. } = problem.place else {
+                return Err(TestCaseError::fail("no place"));
+            };
+            prop_assert!((1..=lines).contains(&line) && column >= 1);
+            let shown = problem.to_string();
+            prop_assert!(
+                shown.starts_with(&format!("f:{line}:{column}: ")) && !shown.contains('\n'),
+                "{}",
+                shown
+            );
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn mutated_files_give_a_place_and_never_panic(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), 0usize..12, any::<char>()), 1..6),
+    ) {
+        let mut text: Vec<char> = GOOD.chars().collect();
+        let pieces = ["[", "]]", "\"", "=", "\n", "'''", "-1", "{", "1e9", "[[disk]]\n", "\0"];
+        for (at, kind, letter) in edits {
+            let at = at.index(text.len());
+            match pieces.get(kind) {
+                Some(piece) => drop(text.splice(at..at, piece.chars())),
+                None => text[at] = letter,
+            }
+        }
+        assert_located(&text.into_iter().collect::<String>())?;
+    }
+
+    #[test]
+    fn random_toml_gives_a_place_and_never_panics(
+        keys in prop::collection::vec((0usize..6, "[a-z_]{1,12}|cpus|memory|path|kernel|size",
+            "-?[0-9]{1,20}|true|\"[a-zA-Z0-9]{0,9}\"|\\[1, 2\\]|\\{a = 1\\}|1979-05-27|0x[0-9A-F]+|inf"), 0..20),
+    ) {
+        let sections = ["[machine]", "[boot]", "[[disk]]", "[console]", "[lifecycle]", "[[net]]"];
+        let text: String = keys
+            .iter()
+            .map(|(section, key, value)| format!("{}\n{key} = {value}\n", sections[*section]))
+            .collect();
+        assert_located(&text)?;
+    }
+
+    #[test]
+    fn any_text_gives_a_place_and_never_panics(text: String) {
+        assert_located(&text)?;
+    }
+}
