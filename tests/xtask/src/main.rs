@@ -5,7 +5,7 @@
 //! machine with Rust is enough.
 //!
 //! It must never be part of the product: nothing that Bulkhead does at run time may depend on it.
-//! Further subcommands (the demo, soaks) get a module each beside `suite.rs` and one
+//! Further subcommands (soaks) get a module each beside `suite.rs` and one
 //! variant of [`Task`].
 
 #![allow(
@@ -17,8 +17,10 @@
 mod bench;
 mod cache;
 mod command;
+mod demo;
 mod guest;
 mod packages;
+mod process;
 mod suite;
 mod tidy;
 mod workspace;
@@ -40,6 +42,8 @@ enum Task {
     Tidy,
     /// Run every check: tidy, unit tests, guest builds, end-to-end tests.
     Test(suite::Options),
+    /// Boot the built-in guest and show the processes that it is made of.
+    Demo,
     /// Measure what the README publishes, beside QEMU.
     Bench(bench::Options),
     /// Build or fetch the guests that tests boot.
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Tidy => tidy::run(),
         Task::Test(options) => suite::run(&options),
+        Task::Demo => demo::run(),
         Task::Bench(options) => bench::run(&options),
         Task::Guest(task) => guest::run(task),
     };

@@ -1,7 +1,7 @@
 //! Running the test guest under Bulkhead and under QEMU, the same way.
 
-use super::process;
 use crate::guest::Image;
+use crate::process;
 use crate::{command, suite};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs::File;

@@ -3,7 +3,7 @@
 use super::Print;
 use super::figure::Figure;
 use super::guest::{Bench, MEMORY_MIB, Running, Vmm};
-use super::process;
+use crate::process;
 use anyhow::{Context, Result};
 use std::fs::File;
 use std::path::PathBuf;

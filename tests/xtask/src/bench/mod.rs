@@ -12,7 +12,6 @@ mod figure;
 mod guest;
 mod memory;
 mod mmio;
-mod process;
 
 use crate::{packages, suite};
 use anyhow::Result;

@@ -7,7 +7,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 /// `root` and all its descendants.
-pub(super) fn tree(root: u32) -> Vec<u32> {
+pub(crate) fn tree(root: u32) -> Vec<u32> {
     let parents: Vec<(u32, u32)> = fs::read_dir("/proc")
         .into_iter()
         .flatten()
@@ -38,7 +38,7 @@ fn parent(pid: u32) -> Option<u32> {
 
 /// Proportional set size of `pid` in KiB, without and within mappings of at least `guest_bytes`,
 /// which back guest memory.
-pub(super) fn pss_kib(pid: u32, guest_bytes: u64) -> Result<(u64, u64)> {
+pub(crate) fn pss_kib(pid: u32, guest_bytes: u64) -> Result<(u64, u64)> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))
         .with_context(|| format!("process {pid}"))?;
     let (mut own, mut guest) = (0, 0);
@@ -63,7 +63,7 @@ fn mapping_bytes(line: &str) -> Option<u64> {
 }
 
 /// CPU time that `pid` with all its threads has used.
-pub(super) fn cpu_time(pid: u32) -> Duration {
+pub(crate) fn cpu_time(pid: u32) -> Duration {
     let threads = fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()
         .flatten()
@@ -76,7 +76,7 @@ pub(super) fn cpu_time(pid: u32) -> Duration {
 }
 
 /// MemAvailable in KiB.
-pub(super) fn available_kib() -> Result<u64> {
+pub(crate) fn available_kib() -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;
     text.lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"))
@@ -85,7 +85,7 @@ pub(super) fn available_kib() -> Result<u64> {
 }
 
 /// Ends `root` with SIGTERM, and what is left of its tree after `patience` with SIGKILL.
-pub(super) fn end_tree(root: u32, patience: Duration) {
+pub(crate) fn end_tree(root: u32, patience: Duration) {
     let pids = tree(root);
     let send = |pid: u32, signal| {
         if let Ok(pid) = i32::try_from(pid) {

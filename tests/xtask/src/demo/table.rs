@@ -1,0 +1,144 @@
+//! The table of processes: every value comes from /proc of the living pid, or from the kernel
+//! about it, and none from a policy or from what a process says.
+
+use super::filter;
+use anyhow::{Context, Result};
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+const NAMESPACES: [&str; 7] = ["user", "pid", "mnt", "net", "ipc", "uts", "cgroup"];
+
+/// One process.
+pub(super) struct Row {
+    pid: u32,
+    kind: String,
+    uid: u32,
+    fds: usize,
+    threads: usize,
+    /// Permitted requests of its threads: the least and the most.
+    requests: (usize, usize),
+    namespaces: Vec<&'static str>,
+    root_entries: usize,
+    capabilities: u64,
+    no_new_privileges: bool,
+    pss_kib: u64,
+}
+
+impl Row {
+    /// Looks at a living process.
+    pub(super) fn measure(pid: u32) -> Result<Self> {
+        let status = read(pid, "status")?;
+        let field = |name: &str| -> Result<String> {
+            status
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+                .map(|value| value.trim().to_owned())
+                .with_context(|| format!("/proc/{pid}/status has no {name}"))
+        };
+        let rollup = read(pid, "smaps_rollup")?;
+        let pss = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
+        let pss = pss
+            .context("smaps_rollup has no Pss")?
+            .trim()
+            .trim_end_matches(" kB");
+        let own = |name: &str| fs::read_link(format!("/proc/self/ns/{name}"));
+        let its = |name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}"));
+        let mut requests = BTreeSet::new();
+        let mut threads = 0;
+        for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let thread = thread?.file_name().to_string_lossy().parse()?;
+            let filters = filter::read(thread)?;
+            let count = match filters.is_empty() {
+                true => usize::MAX,
+                false => filter::permitted_requests(&filters)?,
+            };
+            requests.insert(count);
+            threads += 1;
+        }
+        Ok(Self {
+            pid,
+            kind: read(pid, "comm")?
+                .trim()
+                .trim_start_matches("bulkhead-")
+                .to_owned(),
+            uid: fs::metadata(format!("/proc/{pid}"))?.uid(),
+            fds: fs::read_dir(format!("/proc/{pid}/fd"))?.count(),
+            threads,
+            requests: (
+                requests.first().copied().unwrap_or_default(),
+                requests.last().copied().unwrap_or_default(),
+            ),
+            namespaces: NAMESPACES
+                .into_iter()
+                .filter(|name| own(name).ok() != its(name).ok())
+                .collect(),
+            root_entries: fs::read_dir(format!("/proc/{pid}/root/"))?.count(),
+            capabilities: u64::from_str_radix(&field("CapEff")?, 16)?,
+            no_new_privileges: field("NoNewPrivs")? == "1",
+            pss_kib: pss.parse()?,
+        })
+    }
+
+    /// The table's heading.
+    pub(super) fn heading() -> String {
+        format!(
+            "{:>7} {:<9} {:>6} {:>4} {:>7} {:>10} {:<34} {:>5} {:>5} {:>4} {:>9}",
+            "pid",
+            "kind",
+            "uid",
+            "fds",
+            "threads",
+            "permitted",
+            "namespaces of its own",
+            "files",
+            "caps",
+            "nnp",
+            "PSS KiB"
+        )
+    }
+
+    /// The row as it is printed.
+    pub(super) fn text(&self) -> String {
+        let show = |count| {
+            if count == usize::MAX {
+                "all".to_owned()
+            } else {
+                format!("{count}")
+            }
+        };
+        let requests = match self.requests {
+            (least, most) if least == most => show(most),
+            (least, most) => format!("{}-{}", show(least), show(most)),
+        };
+        format!(
+            "{:>7} {:<9} {:>6} {:>4} {:>7} {:>10} {:<34} {:>5} {:>5} {:>4} {:>9}",
+            self.pid,
+            self.kind,
+            self.uid,
+            self.fds,
+            self.threads,
+            requests,
+            self.namespaces.join(" "),
+            self.root_entries,
+            self.capabilities.count_ones(),
+            if self.no_new_privileges { "yes" } else { "no" },
+            self.pss_kib
+        )
+    }
+
+    /// Whether it is confined at all; the broker is not.
+    pub(super) fn is_confined(&self) -> bool {
+        self.requests.1 != usize::MAX && self.capabilities == 0 && self.no_new_privileges
+    }
+
+    /// The kind of process.
+    pub(super) fn kind(&self) -> &str {
+        &self.kind
+    }
+}
+
+fn read(pid: u32, file: &str) -> Result<String> {
+    let path = format!("/proc/{pid}/{file}");
+    fs::read_to_string(&path).context(path)
+}
