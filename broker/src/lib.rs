@@ -6,5 +6,6 @@
 //! a guest wrote.
 
 pub mod escape;
+pub mod launch;
 pub mod vm;
 pub mod vmfile;

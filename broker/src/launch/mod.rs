@@ -1,0 +1,369 @@
+//! From a policy to a sandboxed process.
+//!
+//! ```text
+//!   policy ──▶ LaunchPlan (data) ──▶ clone3 ──▶ steps in the child ──▶ exec of a static binary
+//!                                       │                                   │
+//!                         pidfd, log, control, page ◀── Birth ──────────────┘
+//! ```
+//!
+//! A process is born with exactly the descriptors of its policy, into namespaces with nothing in
+//! them, as a user that nobody else is, without capabilities. The launcher is the only part of
+//! the project that starts programs. It never waits for a newborn: what goes wrong between clone
+//! and exec is read from a pipe when the process has died ([`Launched::unborn`]).
+//!
+//! Processes are not killed when the broker dies (no PR_SET_PDEATHSIG): they outlive it.
+
+pub mod hollow;
+pub mod plan;
+mod sys;
+
+use bulkhead_ipc::channel::{Channel, ChannelError};
+use bulkhead_ipc::control_page::{CONTROL_PAGE_BYTES, ControlPage};
+use bulkhead_ipc::ident::{ProcId, ProcKind};
+use bulkhead_ipc::protocol::birth::{
+    CONTROL_FD, FIRST_GRANT_FD, FdRole, GRANTS_MAX, Grant, PAGE_FD,
+};
+use bulkhead_ipc::shared::{SharedError, sealed_memfd};
+use bulkhead_policies::Policy;
+use bulkhead_policies::schema::{Access, FdType};
+use hollow::{Hollow, HollowMaker};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::{SFlag, fstat};
+use nix::unistd::pipe2;
+use plan::{LaunchPlan, Means, Step, USER_BASE, USER_COUNT};
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// What tells sealed shared memory from a file of a tmpfs, which has F_SEAL_SEAL alone.
+const SEALS: i32 = libc::F_SEAL_SEAL | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+/// Most descriptors of a process at exec.
+const DESCRIPTORS_MAX: usize = FIRST_GRANT_FD.unsigned_abs() as usize + GRANTS_MAX;
+
+/// Why a process could not be launched.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// Its program is not there.
+    #[error("program {path}: {cause}")]
+    Program {
+        /// Where it was expected.
+        path: PathBuf,
+        /// What the kernel said.
+        cause: io::Error,
+    },
+    /// The descriptors are not those of the policy.
+    #[error("descriptors of {kind}: {role} {fault}")]
+    Grant {
+        /// The kind of process.
+        kind: ProcKind,
+        /// The role.
+        role: String,
+        /// What is wrong.
+        fault: String,
+    },
+    /// The kernel refused.
+    #[error("{what}: {cause}")]
+    Os {
+        /// What was being done.
+        what: &'static str,
+        /// What the kernel said.
+        cause: io::Error,
+    },
+    /// Shared memory could not be made.
+    #[error(transparent)]
+    Shared(#[from] SharedError),
+    /// The first message could not be sent.
+    #[error("birth message: {0}")]
+    Channel(#[from] ChannelError),
+}
+
+fn os(what: &'static str) -> impl Fn(Errno) -> LaunchError {
+    move |errno| LaunchError::Os {
+        what,
+        cause: errno.into(),
+    }
+}
+
+/// A descriptor for a newborn.
+#[derive(Debug)]
+pub struct Gift<'a> {
+    /// What it is for.
+    pub role: FdRole,
+    /// Which of several of its role.
+    pub index: u16,
+    /// The descriptor; the newborn gets a copy.
+    pub fd: BorrowedFd<'a>,
+}
+
+/// A process that has been started.
+#[derive(Debug)]
+pub struct Launched {
+    /// Who.
+    pub id: ProcId,
+    /// Its pid on the host.
+    pub pid: i32,
+    /// Readable when it has died.
+    pub pidfd: OwnedFd,
+    /// The control channel.
+    pub control: Channel,
+    /// The control page.
+    pub page: ControlPage,
+    /// Its log lines.
+    pub log: OwnedFd,
+    /// What it was born with.
+    pub grants: Vec<Grant>,
+    steps: Vec<Step>,
+    report: OwnedFd,
+}
+
+/// Starts processes. One for each broker.
+#[derive(Debug)]
+pub struct Launcher {
+    binaries: PathBuf,
+    means: Means,
+    maker: Option<HollowMaker>,
+    hollow: Option<Hollow>,
+    proc_dir: OwnedFd,
+    null: OwnedFd,
+    programs: HashMap<ProcKind, OwnedFd>,
+}
+
+impl Launcher {
+    /// A launcher for the programs in `binaries`. Begins to make the shared empty namespaces.
+    ///
+    /// # Errors
+    /// When the kernel refuses what every process needs.
+    pub fn new(binaries: &Path) -> Result<Self, LaunchError> {
+        let os = |what| move |cause| LaunchError::Os { what, cause };
+        let root = nix::unistd::geteuid().is_root();
+        let maker = match root {
+            true => Some(HollowMaker::start().map_err(os("starting a thread"))?),
+            false => None,
+        };
+        let means = Means {
+            root,
+            user_range: root && has_user_range(),
+        };
+        let open = |path: &str, flags: i32| {
+            OpenOptions::new()
+                .read(true)
+                .write(flags == 0)
+                .custom_flags(flags)
+                .open(path)
+                .map(OwnedFd::from)
+        };
+        Ok(Self {
+            binaries: binaries.to_owned(),
+            means,
+            maker,
+            hollow: None,
+            proc_dir: open("/proc", libc::O_PATH | libc::O_DIRECTORY).map_err(os("/proc"))?,
+            null: open("/dev/null", 0).map_err(os("/dev/null"))?,
+            programs: HashMap::new(),
+        })
+    }
+
+    /// What the broker may do on this host.
+    #[must_use]
+    pub const fn means(&self) -> Means {
+        self.means
+    }
+
+    /// Opens the program of `kind`, so that a missing one is known before anything is started.
+    ///
+    /// # Errors
+    /// [`LaunchError::Program`].
+    pub fn find_program(&mut self, kind: ProcKind) -> Result<(), LaunchError> {
+        if self.programs.contains_key(&kind) {
+            return Ok(());
+        }
+        let path = self.binaries.join(format!("bulkhead-{kind}"));
+        let opened = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(&path);
+        match opened {
+            Ok(file) => {
+                self.programs.insert(kind, file.into());
+                Ok(())
+            }
+            Err(cause) => Err(LaunchError::Program { path, cause }),
+        }
+    }
+
+    /// Starts a process of `policy` that is given `gifts`. Does not wait for it.
+    ///
+    /// # Errors
+    /// When the gifts are not those of the policy, or the kernel refuses.
+    pub fn launch(
+        &mut self,
+        id: ProcId,
+        policy: &Policy,
+        gifts: &[Gift<'_>],
+    ) -> Result<Launched, LaunchError> {
+        check_gifts(policy, gifts)?;
+        self.find_program(id.kind)?;
+        self.finish_hollow()?;
+        let plan = LaunchPlan::new(&policy.namespaces, &policy.limits, self.means);
+        let (control, childs_control) = Channel::pair().map_err(os("control channel"))?;
+        let page_fd =
+            sealed_memfd("bulkhead-page", CONTROL_PAGE_BYTES).map_err(os("control page"))?;
+        let nonblocking = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+        let (log, childs_log) = pipe2(nonblocking).map_err(os("log pipe"))?;
+        let (report, childs_report) = pipe2(nonblocking).map_err(os("report pipe"))?;
+
+        let null = self.null.as_raw_fd();
+        let mut descriptors = vec![null, null, childs_log.as_raw_fd()];
+        descriptors.extend([childs_control.as_raw_fd(), page_fd.as_raw_fd()]);
+        debug_assert_eq!((CONTROL_FD, PAGE_FD, FIRST_GRANT_FD), (3, 4, 5));
+        descriptors.extend(gifts.iter().map(|gift| gift.fd.as_raw_fd()));
+        let grants = gifts.iter().zip(FIRST_GRANT_FD..);
+        let grants = grants.map(|(gift, fd)| Grant {
+            role: gift.role,
+            index: gift.index,
+            fd,
+        });
+        let name = CString::new(format!("bulkhead-{}", id.kind)).unwrap_or_default();
+        let hollow = self.hollow.as_ref();
+        let raw = |fd: Option<&OwnedFd>| fd.map_or(-1, AsRawFd::as_raw_fd);
+        let cloned = sys::spawn(&sys::Prepared {
+            clone_flags: plan.clone_flags,
+            steps: &plan.steps,
+            network: raw(hollow.map(|h| &h.network)),
+            root: raw(hollow.map(|h| &h.root)),
+            proc_dir: self.proc_dir.as_raw_fd(),
+            broker_ids: (
+                nix::unistd::geteuid().as_raw(),
+                nix::unistd::getegid().as_raw(),
+            ),
+            descriptors: &descriptors,
+            program: raw(self.programs.get(&id.kind)),
+            name: &name,
+            report: childs_report.as_raw_fd(),
+        })
+        .map_err(os("clone3"))?;
+        Ok(Launched {
+            id,
+            pid: cloned.pid,
+            pidfd: cloned.pidfd,
+            control,
+            page: ControlPage::map(page_fd)?,
+            log,
+            grants: grants.collect(),
+            steps: plan.steps,
+            report,
+        })
+    }
+
+    fn finish_hollow(&mut self) -> Result<(), LaunchError> {
+        if let Some(maker) = self.maker.take() {
+            let what = "making empty network and mount namespaces";
+            let made = maker.finish();
+            self.hollow = Some(made.map_err(|cause| LaunchError::Os { what, cause })?);
+        }
+        Ok(())
+    }
+}
+
+impl Launched {
+    /// Why the process died before `exec`, if it did.
+    #[must_use]
+    pub fn unborn(&self) -> Option<String> {
+        let mut words = [0u8; 8];
+        let report = File::from(self.report.try_clone().ok()?);
+        (&report).read_exact(&mut words).ok()?;
+        let [a, b, c, d, errno @ ..] = words;
+        let step = usize::try_from(u32::from_ne_bytes([a, b, c, d])).ok()?;
+        let errno = Errno::from_raw(i32::from_ne_bytes(errno));
+        let step = self.steps.get(step)?;
+        Some(format!("{step:?} before exec: {errno}"))
+    }
+}
+
+/// Whether the ids for processes exist in the broker's user namespace.
+fn has_user_range() -> bool {
+    let covers = |path: &str| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        text.lines().any(|line| {
+            let mut fields = line.split_ascii_whitespace().map(str::parse::<u64>);
+            let (Some(Ok(first)), Some(Ok(_)), Some(Ok(count))) =
+                (fields.next(), fields.next(), fields.next())
+            else {
+                return false;
+            };
+            let end = u64::from(USER_BASE) + u64::from(USER_COUNT);
+            first <= u64::from(USER_BASE) && first + count >= end
+        })
+    };
+    covers("/proc/self/uid_map") && covers("/proc/self/gid_map")
+}
+
+/// Checks that the gifts are exactly what the policy grants: role, number, kind and access.
+fn check_gifts(policy: &Policy, gifts: &[Gift<'_>]) -> Result<(), LaunchError> {
+    let fault = |role: FdRole, fault: String| LaunchError::Grant {
+        kind: policy.kind,
+        role: bulkhead_policies::role_name(role),
+        fault,
+    };
+    for gift in gifts {
+        let Some(grant) = policy.fd(gift.role) else {
+            return Err(fault(gift.role, "is not granted".to_owned()));
+        };
+        let kind = kind_of(gift.fd).map_err(os("fstat"))?;
+        let fits = kind == grant.is
+            || (grant.is == FdType::FileOrBlock && kind == FdType::File)
+            // A kernel inside this program comes as sealed memory.
+            || (grant.is == FdType::File && kind == FdType::Memfd);
+        if !fits {
+            let what = format!("is a {kind:?}, expected a {:?}", grant.is);
+            return Err(fault(gift.role, what));
+        }
+        let mode = access_of(gift.fd).map_err(os("fcntl"))?;
+        if mode != grant.access && grant.access != Access::ReadWrite {
+            let what = format!("is open for {mode:?}, expected {:?}", grant.access);
+            return Err(fault(gift.role, what));
+        }
+    }
+    for grant in &policy.fds {
+        let count = gifts.iter().filter(|gift| gift.role == grant.role).count();
+        if count < usize::from(grant.min) || count > usize::from(grant.max) {
+            let what = format!(
+                "is given {count} times, expected {} to {}",
+                grant.min, grant.max
+            );
+            return Err(fault(grant.role, what));
+        }
+    }
+    Ok(())
+}
+
+fn kind_of(fd: BorrowedFd<'_>) -> Result<FdType, Errno> {
+    let mode = fstat(fd)?.st_mode & SFlag::S_IFMT.bits();
+    Ok(match SFlag::from_bits_truncate(mode) {
+        SFlag::S_IFCHR => FdType::CharDevice,
+        SFlag::S_IFBLK => FdType::FileOrBlock,
+        SFlag::S_IFSOCK => FdType::Seqpacket,
+        SFlag::S_IFREG
+            if fcntl(fd, FcntlArg::F_GET_SEALS).is_ok_and(|seals| seals & SEALS == SEALS) =>
+        {
+            FdType::Memfd
+        }
+        SFlag::S_IFREG => FdType::File,
+        // An eventfd has no type bits at all.
+        _ => FdType::Eventfd,
+    })
+}
+
+fn access_of(fd: BorrowedFd<'_>) -> Result<Access, Errno> {
+    let flags = OFlag::from_bits_truncate(fcntl(fd.as_fd(), FcntlArg::F_GETFL)?);
+    Ok(match flags & OFlag::O_ACCMODE {
+        OFlag::O_WRONLY => Access::Write,
+        OFlag::O_RDWR => Access::ReadWrite,
+        _ => Access::Read,
+    })
+}

@@ -1,0 +1,250 @@
+//! The launch plan: what a newborn does between `clone` and `exec`, as data.
+//!
+//! A plan is made from a policy and from what the broker may do, without touching the system;
+//! [`super::sys`] carries it out in the child. The order matters and is tested: the network and
+//! root are joined while the broker's rights are there, the user is given up before the user
+//! namespace is made, the descriptors are placed last, and `exec` ends everything.
+
+use bulkhead_policies::plan::Limits;
+use bulkhead_policies::schema::Namespace;
+
+/// One thing that a newborn does. None allocates, and each is a few plain system calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Own session, default signal handling: the terminal's signals are the broker's.
+    NewSession,
+    /// Join the shared empty network namespace.
+    JoinNetwork,
+    /// Join the shared mount namespace that holds nothing but an empty read-only directory.
+    JoinEmptyRoot,
+    /// Give up the broker's user and groups for `base` + the newborn's pid, or for `base` alone.
+    BecomeUser {
+        /// First id.
+        base: u32,
+        /// Whether the pid is added, so that no other living process has the same user.
+        plus_pid: bool,
+    },
+    /// Make namespaces.
+    Unshare {
+        /// CLONE_NEW* flags.
+        flags: u32,
+    },
+    /// Map the one user and group that it is to [`INSIDE_ID`] in its user namespace.
+    MapUser,
+    /// In a mount namespace of its own: an empty read-only root.
+    EmptyRoot,
+    /// Set a resource limit, hard and soft.
+    Limit {
+        /// RLIMIT_*.
+        resource: u32,
+        /// The value.
+        value: u64,
+    },
+    /// Empty the capability bounding set and every other set.
+    DropCapabilities,
+    /// No program that it executes may gain rights.
+    NoNewPrivileges,
+    /// Move the listed descriptors to their numbers and close all others.
+    PlaceDescriptors,
+    /// Execute the program.
+    Execute,
+}
+
+/// User and group id of a process inside its user namespace.
+pub const INSIDE_ID: u32 = 1;
+/// First user id for processes of virtual machines. The range is above what distributions,
+/// containers and systemd hand out, and holds one id for each possible pid.
+pub const USER_BASE: u32 = 0x7000_0000;
+/// Ids in the range: the largest `pid_max` of Linux.
+pub const USER_COUNT: u32 = 1 << 22;
+/// The user of processes when the range is not available to the broker (in a container).
+pub const USER_FALLBACK: u32 = 65534;
+
+/// What the broker may do on this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Means {
+    /// Whether it is root, with the capabilities of root.
+    pub root: bool,
+    /// Whether the user ids from [`USER_BASE`] on exist for it.
+    pub user_range: bool,
+}
+
+/// What is done, in order, and the namespaces that `clone` makes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaunchPlan {
+    /// CLONE_NEW* flags for `clone3`.
+    pub clone_flags: u32,
+    /// The newborn's steps.
+    pub steps: Vec<Step>,
+}
+
+const fn flag(namespace: Namespace) -> i32 {
+    match namespace {
+        Namespace::User => libc::CLONE_NEWUSER,
+        Namespace::Pid => libc::CLONE_NEWPID,
+        Namespace::Mount => libc::CLONE_NEWNS,
+        Namespace::Ipc => libc::CLONE_NEWIPC,
+        Namespace::Uts => libc::CLONE_NEWUTS,
+        Namespace::Cgroup => libc::CLONE_NEWCGROUP,
+    }
+}
+
+fn flags(namespaces: &[Namespace], without: &[Namespace]) -> u32 {
+    namespaces
+        .iter()
+        .filter(|n| !without.contains(n))
+        .fold(0, |all, &n| all | flag(n).cast_unsigned())
+}
+
+impl LaunchPlan {
+    /// The plan for a process with `namespaces` and `limits`.
+    #[must_use]
+    pub fn new(namespaces: &[Namespace], limits: &Limits, means: Means) -> Self {
+        let mut steps = vec![Step::NewSession];
+        let clone_flags;
+        if means.root {
+            // Joining needs the rights of root, so it comes before the user is given up; the user
+            // namespace comes after, so that it belongs to a user without rights.
+            clone_flags = flags(&[Namespace::Pid], &[]);
+            let (base, plus_pid) = match means.user_range {
+                true => (USER_BASE, true),
+                false => (USER_FALLBACK, false),
+            };
+            steps.extend([
+                Step::JoinNetwork,
+                Step::JoinEmptyRoot,
+                Step::BecomeUser { base, plus_pid },
+                Step::Unshare {
+                    flags: flags(namespaces, &[Namespace::Pid, Namespace::Mount]),
+                },
+                Step::MapUser,
+            ]);
+        } else {
+            clone_flags = flags(namespaces, &[]) | libc::CLONE_NEWNET.cast_unsigned();
+            steps.extend([Step::MapUser, Step::EmptyRoot]);
+        }
+        steps.extend(limit_steps(limits));
+        steps.extend([
+            Step::DropCapabilities,
+            Step::NoNewPrivileges,
+            Step::PlaceDescriptors,
+            // Placing needs numbers beyond the limit.
+            Step::Limit {
+                resource: libc::RLIMIT_NOFILE,
+                value: u64::from(limits.open_files),
+            },
+            Step::Execute,
+        ]);
+        Self { clone_flags, steps }
+    }
+}
+
+fn limit_steps(limits: &Limits) -> impl Iterator<Item = Step> {
+    let always = [
+        (libc::RLIMIT_CORE, 0),
+        (libc::RLIMIT_MEMLOCK, limits.locked_memory_bytes),
+        (libc::RLIMIT_STACK, limits.stack_bytes),
+        (libc::RLIMIT_MSGQUEUE, 0),
+    ];
+    let some = [
+        limits.file_size_bytes.map(|n| (libc::RLIMIT_FSIZE, n)),
+        limits.address_space_bytes.map(|n| (libc::RLIMIT_AS, n)),
+    ];
+    let all = always.into_iter().chain(some.into_iter().flatten());
+    all.map(|(resource, value)| Step::Limit { resource, value })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bulkhead_ipc::ident::ProcKind;
+
+    fn plan(kind: ProcKind, means: Means) -> LaunchPlan {
+        let policy = bulkhead_policies::load(kind, None, false).unwrap();
+        LaunchPlan::new(&policy.namespaces, &policy.limits, means)
+    }
+
+    fn place(plan: &LaunchPlan, step: impl Fn(&Step) -> bool) -> Option<usize> {
+        plan.steps.iter().position(step)
+    }
+
+    const ROOT: Means = Means {
+        root: true,
+        user_range: true,
+    };
+    const USER: Means = Means {
+        root: false,
+        user_range: false,
+    };
+
+    #[test]
+    fn root_is_given_up_before_the_user_namespace_and_after_joining() {
+        for kind in ProcKind::ALL {
+            let plan = plan(kind, ROOT);
+            let join = place(&plan, |s| *s == Step::JoinEmptyRoot).unwrap();
+            let drop = place(&plan, |s| matches!(s, Step::BecomeUser { .. })).unwrap();
+            let unshare = place(&plan, |s| matches!(s, Step::Unshare { .. })).unwrap();
+            assert!(join < drop && drop < unshare);
+            assert_eq!(plan.steps[drop], {
+                Step::BecomeUser {
+                    base: USER_BASE,
+                    plus_pid: true,
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn every_plan_ends_locked_down_and_executes() {
+        for kind in ProcKind::ALL {
+            for means in [ROOT, USER] {
+                let plan = plan(kind, means);
+                let tail = &plan.steps[plan.steps.len() - 5..];
+                assert!(matches!(
+                    tail,
+                    [
+                        Step::DropCapabilities,
+                        Step::NoNewPrivileges,
+                        Step::PlaceDescriptors,
+                        Step::Limit { .. },
+                        Step::Execute,
+                    ]
+                ));
+            }
+        }
+    }
+
+    #[test]
+    fn every_namespace_of_the_policy_is_left_by_either_means() {
+        let every = [
+            libc::CLONE_NEWUSER,
+            libc::CLONE_NEWPID,
+            libc::CLONE_NEWIPC,
+            libc::CLONE_NEWUTS,
+            libc::CLONE_NEWCGROUP,
+        ]
+        .into_iter()
+        .fold(0, |all, f| all | f.cast_unsigned());
+        for means in [ROOT, USER] {
+            let plan = plan(ProcKind::Blk, means);
+            let unshared = plan.steps.iter().fold(plan.clone_flags, |all, s| match s {
+                Step::Unshare { flags } => all | flags,
+                _ => all,
+            });
+            assert_eq!(unshared & every, every);
+            let joins = plan.steps.contains(&Step::JoinEmptyRoot)
+                && plan.steps.contains(&Step::JoinNetwork);
+            let mount_and_net = (libc::CLONE_NEWNS | libc::CLONE_NEWNET).cast_unsigned();
+            assert!(joins || unshared & mount_and_net == mount_and_net);
+        }
+    }
+
+    #[test]
+    fn core_files_are_never_dumped() {
+        let plan = plan(ProcKind::Vcpu, ROOT);
+        assert!(plan.steps.contains(&Step::Limit {
+            resource: libc::RLIMIT_CORE,
+            value: 0
+        }));
+    }
+}

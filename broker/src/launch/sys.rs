@@ -1,0 +1,340 @@
+//! `clone3`, and what the child does until `exec`: raw system calls only.
+//!
+//! The child is a copy of a process that may have had other threads, so it must not allocate, lock
+//! or panic. It works through the [`Step`]s of a plan on data that the parent has prepared, and
+//! reports the step that failed through a pipe that `exec` closes.
+#![allow(
+    unsafe_code,
+    reason = "clone3 and the child's raw system calls; the only such module of the broker"
+)]
+
+use super::plan::{INSIDE_ID, Step};
+use nix::errno::Errno;
+use std::ffi::CStr;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+/// First number of the descriptors that the child sets aside while it places the others.
+const ASIDE_FD: RawFd = 512;
+/// Exit status of a child that could not execute.
+const EXIT_UNBORN: i64 = 127;
+/// Version 3 of the capability interface.
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+/// One more than the largest capability number that may exist.
+const CAPABILITIES: u64 = 64;
+
+/// Everything that the child needs, made before it is born.
+#[derive(Debug)]
+pub(super) struct Prepared<'a> {
+    /// CLONE_NEW* flags.
+    pub clone_flags: u32,
+    /// What to do.
+    pub steps: &'a [Step],
+    /// Shared empty network namespace; -1 without.
+    pub network: RawFd,
+    /// Shared empty mount namespace; -1 without.
+    pub root: RawFd,
+    /// The host's `/proc`.
+    pub proc_dir: RawFd,
+    /// User and group of the broker.
+    pub broker_ids: (u32, u32),
+    /// The descriptors to have at exec: number `n` is `descriptors[n]`.
+    pub descriptors: &'a [RawFd],
+    /// The program.
+    pub program: RawFd,
+    /// Its name, `argv[0]`.
+    pub name: &'a CStr,
+    /// Where failures are reported.
+    pub report: RawFd,
+}
+
+/// A child.
+#[derive(Debug)]
+pub(super) struct Cloned {
+    pub pid: i32,
+    pub pidfd: OwnedFd,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Makes the child and lets it work through its steps.
+///
+/// # Errors
+/// Why `clone3` failed. What fails in the child is reported through the pipe.
+pub(super) fn spawn(prepared: &Prepared<'_>) -> Result<Cloned, Errno> {
+    const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
+    let mut pidfd: RawFd = -1;
+    let mut args = CloneArgs {
+        flags: u64::from(prepared.clone_flags)
+            | u64::from(libc::CLONE_PIDFD.cast_unsigned())
+            | CLONE_CLEAR_SIGHAND,
+        pidfd: (&raw mut pidfd).addr() as u64,
+        exit_signal: u64::from(libc::SIGCHLD.cast_unsigned()),
+        ..CloneArgs::default()
+    };
+    // SAFETY: without CLONE_VM the child works on a copy of this address space, and `live` never
+    // returns; the kernel writes the pidfd into the local variable.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) };
+    match Errno::result(pid)? {
+        0 => live(prepared),
+        pid => Ok(Cloned {
+            pid: i32::try_from(pid).map_err(|_| Errno::EOVERFLOW)?,
+            // SAFETY: the kernel has just made this descriptor for us.
+            pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
+        }),
+    }
+}
+
+/// A system call's result in the child.
+type Done = Result<i64, Errno>;
+
+macro_rules! call {
+    ($number:ident $(, $arg:expr)*) => {{
+        // SAFETY: in the child between clone and exec; pointers among the arguments refer to data
+        // that outlives the call, and the call is one of those listed in this file.
+        let result = unsafe { libc::syscall(libc::$number $(, $arg)*) };
+        Errno::result(result)
+    }};
+}
+
+fn live(prepared: &Prepared<'_>) -> ! {
+    let mut report = prepared.report;
+    for (n, step) in prepared.steps.iter().enumerate() {
+        if let Err(errno) = perform(step, prepared, &mut report) {
+            let words = [u32::try_from(n).unwrap_or(u32::MAX), errno as u32];
+            // Nothing can be done when the report itself fails: the exit status remains.
+            let _told = call!(SYS_write, report, words.as_ptr(), size_of_val(&words));
+            break;
+        }
+    }
+    loop {
+        let _ended = call!(SYS_exit_group, EXIT_UNBORN);
+    }
+}
+
+fn perform(step: &Step, prepared: &Prepared<'_>, report: &mut RawFd) -> Done {
+    match *step {
+        Step::NewSession => new_session(),
+        Step::JoinNetwork => call!(SYS_setns, prepared.network, libc::CLONE_NEWNET),
+        Step::JoinEmptyRoot => call!(SYS_setns, prepared.root, libc::CLONE_NEWNS),
+        Step::BecomeUser { base, plus_pid } => become_user(base, plus_pid, prepared.proc_dir),
+        Step::Unshare { flags } => call!(SYS_unshare, flags),
+        Step::MapUser => map_user(prepared),
+        Step::EmptyRoot => empty_root(),
+        Step::Limit { resource, value } => {
+            let limit = libc::rlimit64 {
+                rlim_cur: value,
+                rlim_max: value,
+            };
+            let old = std::ptr::null_mut::<libc::rlimit64>();
+            call!(SYS_prlimit64, 0, resource, &raw const limit, old)
+        }
+        Step::DropCapabilities => drop_capabilities(),
+        Step::NoNewPrivileges => {
+            call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1u64, 0u64, 0u64, 0u64)
+        }
+        Step::PlaceDescriptors => place_descriptors(prepared, report),
+        Step::Execute => {
+            let argv = [prepared.name.as_ptr(), std::ptr::null()];
+            let envp = [std::ptr::null::<libc::c_char>()];
+            // The program's descriptor was placed right behind the granted ones.
+            let program = program_number(prepared);
+            let (argv, envp) = (argv.as_ptr(), envp.as_ptr());
+            call!(
+                SYS_execveat,
+                program,
+                c"".as_ptr(),
+                argv,
+                envp,
+                libc::AT_EMPTY_PATH
+            )
+        }
+    }
+}
+
+fn new_session() -> Done {
+    call!(SYS_setsid)?;
+    let none = 0u64;
+    let old = std::ptr::null_mut::<u64>();
+    call!(
+        SYS_rt_sigprocmask,
+        libc::SIG_SETMASK,
+        &raw const none,
+        old,
+        size_of::<u64>()
+    )
+}
+
+/// Its pid on the host, from the host's `/proc`: inside its pid namespace it would be 1.
+fn host_pid(proc_dir: RawFd) -> Result<u32, Errno> {
+    let mut text = [0u8; 16];
+    let len = call!(
+        SYS_readlinkat,
+        proc_dir,
+        c"self".as_ptr(),
+        text.as_mut_ptr(),
+        text.len()
+    )?;
+    let len = usize::try_from(len).unwrap_or(0);
+    let digits = text.get(..len).unwrap_or(&[]);
+    let pid = digits.iter().try_fold(0u32, |pid, &digit| {
+        let digit = u32::from(digit.checked_sub(b'0')?);
+        pid.checked_mul(10)?.checked_add(digit)
+    });
+    pid.filter(|&pid| pid > 0).ok_or(Errno::ESRCH)
+}
+
+fn become_user(base: u32, plus_pid: bool, proc_dir: RawFd) -> Done {
+    let id = match plus_pid {
+        true => base + host_pid(proc_dir)?,
+        false => base,
+    };
+    call!(SYS_setgroups, 0u64, std::ptr::null::<u32>())?;
+    call!(SYS_setresgid, id, id, id)?;
+    call!(SYS_setresuid, id, id, id)?;
+    // Its files in /proc belong to root otherwise, and it could not map its user.
+    call!(SYS_prctl, libc::PR_SET_DUMPABLE, 1u64, 0u64, 0u64, 0u64)
+}
+
+fn write_file(directory: RawFd, name: &CStr, text: &[u8]) -> Done {
+    let flags = libc::O_WRONLY | libc::O_CLOEXEC;
+    let fd = call!(SYS_openat, directory, name.as_ptr(), flags, 0)?;
+    let written = call!(SYS_write, fd, text.as_ptr(), text.len());
+    call!(SYS_close, fd)?;
+    written
+}
+
+/// Writes "INSIDE_ID outside 1" into `text` and returns its length.
+fn map_line(outside: u32, text: &mut [u8; 32]) -> usize {
+    let mut len = 0;
+    let mut put = |byte: u8| {
+        if let Some(place) = text.get_mut(len) {
+            *place = byte;
+            len += 1;
+        }
+    };
+    for number in [INSIDE_ID, outside, 1] {
+        let mut divisor = 1_000_000_000u32;
+        let mut started = false;
+        while divisor > 0 {
+            let digit = number / divisor % 10;
+            started |= digit != 0 || divisor == 1;
+            if started {
+                put(b'0' + u8::try_from(digit).unwrap_or(0));
+            }
+            divisor /= 10;
+        }
+        put(b' ');
+    }
+    len
+}
+
+fn map_user(prepared: &Prepared<'_>) -> Done {
+    let became = prepared.steps.iter().find_map(|step| match *step {
+        Step::BecomeUser { base, plus_pid } => Some((base, plus_pid)),
+        _ => None,
+    });
+    let (user, group) = match became {
+        Some((base, true)) => {
+            let id = base + host_pid(prepared.proc_dir)?;
+            (id, id)
+        }
+        Some((base, false)) => (base, base),
+        None => prepared.broker_ids,
+    };
+    let mut text = [0u8; 32];
+    write_file(prepared.proc_dir, c"self/setgroups", b"deny")?;
+    let len = map_line(user, &mut text);
+    write_file(
+        prepared.proc_dir,
+        c"self/uid_map",
+        text.get(..len).unwrap_or(&[]),
+    )?;
+    let len = map_line(group, &mut text);
+    write_file(
+        prepared.proc_dir,
+        c"self/gid_map",
+        text.get(..len).unwrap_or(&[]),
+    )
+}
+
+fn empty_root() -> Done {
+    let none = std::ptr::null::<libc::c_char>();
+    let private = libc::MS_REC | libc::MS_PRIVATE;
+    call!(SYS_mount, none, c"/".as_ptr(), none, private, none)?;
+    let flags = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    let (kind, options) = (c"tmpfs".as_ptr(), c"size=4k,nr_inodes=2,mode=0555".as_ptr());
+    call!(
+        SYS_mount,
+        c"hollow".as_ptr(),
+        c"/proc".as_ptr(),
+        kind,
+        flags,
+        options
+    )?;
+    call!(SYS_chdir, c"/proc".as_ptr())?;
+    call!(SYS_pivot_root, c".".as_ptr(), c".".as_ptr())?;
+    call!(SYS_umount2, c".".as_ptr(), libc::MNT_DETACH)
+}
+
+fn drop_capabilities() -> Done {
+    for capability in 0..CAPABILITIES {
+        match call!(
+            SYS_prctl,
+            libc::PR_CAPBSET_DROP,
+            capability,
+            0u64,
+            0u64,
+            0u64
+        ) {
+            // The first number that the kernel does not know ends the list.
+            Err(Errno::EINVAL) => break,
+            other => other?,
+        };
+    }
+    let clear = i64::from(libc::PR_CAP_AMBIENT_CLEAR_ALL);
+    call!(SYS_prctl, libc::PR_CAP_AMBIENT, clear, 0u64, 0u64, 0u64)?;
+    let header = [CAPABILITY_VERSION, 0];
+    let nothing = [0u32; 6];
+    call!(SYS_capset, header.as_ptr(), nothing.as_ptr())
+}
+
+/// Number of the program's descriptor once the others are placed.
+fn program_number(prepared: &Prepared<'_>) -> RawFd {
+    RawFd::try_from(prepared.descriptors.len()).unwrap_or(RawFd::MAX)
+}
+
+fn place_descriptors(prepared: &Prepared<'_>, report: &mut RawFd) -> Done {
+    // Set every source aside first, so that placing one cannot overwrite another.
+    let last = [prepared.program, *report];
+    let sources = || prepared.descriptors.iter().chain(&last);
+    let mut aside = [-1 as RawFd; super::DESCRIPTORS_MAX + 2];
+    for (place, &source) in aside.iter_mut().zip(sources()) {
+        let fd = call!(SYS_fcntl, source, libc::F_DUPFD_CLOEXEC, ASIDE_FD)?;
+        *place = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
+    }
+    let program = program_number(prepared);
+    for (number, &source) in (0..).zip(aside.iter().take_while(|&&fd| fd >= 0)) {
+        let flags = if number >= program {
+            libc::O_CLOEXEC
+        } else {
+            0
+        };
+        call!(SYS_dup3, source, number, flags)?;
+    }
+    *report = program + 1;
+    call!(SYS_close_range, program + 2, u32::MAX, 0)
+}
