@@ -16,7 +16,9 @@
 
 use crate::platform;
 use crate::shared::{SharedError, SharedMemory};
-use std::os::fd::OwnedFd;
+use nix::errno::Errno;
+use nix::sys::uio::pwrite;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 
 /// Size of the page in bytes.
@@ -114,6 +116,15 @@ pub struct Call {
 #[derive(Debug)]
 pub struct LegacyPage {
     memory: SharedMemory,
+}
+
+/// Broker: writes the identity into a new page without mapping it, so that vCPU and legacy may start
+/// in either order.
+///
+/// # Errors
+/// The kernel's error.
+pub fn stamp(page: BorrowedFd<'_>, generation: u32) -> Result<(), Errno> {
+    pwrite(page, &generation.to_le_bytes(), 8).map(drop)
 }
 
 impl LegacyPage {

@@ -34,6 +34,14 @@ pub fn create(file: &File, capacity: u64) -> io::Result<()> {
     file.write_all_at(&MAGIC, 0)
 }
 
+/// Bytes that were ever written to the ring in `file`, as its header claims.
+///
+/// # Errors
+/// The file system's error.
+pub fn head(file: &File) -> io::Result<u64> {
+    read_u64(file, OFFSET_HEAD)
+}
+
 fn read_u64(file: &File, at: u64) -> io::Result<u64> {
     let mut bytes = [0u8; 8];
     file.read_exact_at(&mut bytes, at)?;

@@ -15,8 +15,10 @@
 
 use crate::device_kind::{CONFIG_BYTES_MAX, HEAD_SLOT_BYTES};
 use crate::shared::{Doorbell, SharedError, SharedMemory};
+use nix::errno::Errno;
+use nix::sys::uio::pwrite;
 use serde::{Deserialize, Serialize};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 
 /// Descriptors that one request may take: head, readable data, writable data, tail.
@@ -191,6 +193,16 @@ pub struct Doorbells {
     pub call: Doorbell,
 }
 
+/// Broker: writes the identity into a new window without mapping it, so that gate and device may
+/// start in either order.
+///
+/// # Errors
+/// The kernel's error.
+pub fn stamp(window: BorrowedFd<'_>, generation: u32) -> Result<(), Errno> {
+    pwrite(window, &u64::from(generation).to_le_bytes(), 8)?;
+    pwrite(window, &MAGIC.to_le_bytes(), 0).map(drop)
+}
+
 impl Window {
     /// Maps a window.
     ///
@@ -302,6 +314,7 @@ impl Window {
 mod tests {
     use super::*;
     use crate::shared::sealed_memfd;
+    use std::os::fd::AsFd;
 
     fn window() -> Window {
         let layout = WindowLayout::new(1 << 20, &[64, 128]).unwrap();
@@ -355,6 +368,15 @@ mod tests {
         w.memory
             .store(OFFSET_DEVICE_STATE, 77u32, Ordering::Relaxed);
         assert_eq!(w.device_state(), DeviceState::Failed);
+    }
+
+    #[test]
+    fn stamped_window_has_its_generation_before_anyone_maps_it() {
+        let layout = WindowLayout::new(1 << 20, &[64]).unwrap();
+        let fd = sealed_memfd("w", layout.bytes as u64).unwrap();
+        stamp(fd.as_fd(), 7).unwrap();
+        let w = Window::map(fd, layout).unwrap();
+        assert!(w.is_generation(7) && !w.is_generation(8));
     }
 
     #[test]
