@@ -36,3 +36,22 @@ for name, command, tail in [
 ]:
     packed = subprocess.run(command, input=kernel, stdout=subprocess.PIPE, check=True).stdout
     (HERE / f"kernel.{name}").write_bytes(packed + tail)
+
+# A whole bzImage around the xz payload, for tests that see the crate from outside.
+payload = (HERE / "kernel.xz").read_bytes()
+image = (b"decompressor".ljust(0x400, b"\x90") + payload).ljust(0x600, b"\0")
+setup = bytearray(1024)
+for offset, layout, *values in [
+    (0x1F1, "<B", 1),  # setup_sects
+    (0x1F4, "<I", len(image) // 16),  # syssize
+    (0x1FE, "<HBB", 0xAA55, 0xEB, 0x6A),  # boot_flag, jump
+    (0x202, "<4sH", b"HdrS", 0x20F),  # header, version
+    (0x211, "<B", 1),  # loadflags: loaded high
+    (0x22C, "<I", 0x7FFF_FFFF),  # initrd_addr_max
+    (0x236, "<H", 1),  # xloadflags: 64-bit entry
+    (0x238, "<I", 2047),  # cmdline_size
+    (0x248, "<II", 0x400, len(payload)),  # payload_offset, payload_length
+    (0x258, "<QI", TEXT, 0x10_0000),  # pref_address, init_size
+]:
+    struct.pack_into(layout, setup, offset, *values)
+(HERE / "vmlinuz").write_bytes(setup + image)
