@@ -1,4 +1,4 @@
-//! Every system call and io_uring opcode that a policy grants says why.
+//! Every file descriptor, system call and io_uring opcode that a policy grants says why.
 //!
 //! The schema in the `policies` package demands the key; this rule also refuses empty reasons, and
 //! works on the text, so that it holds for files that no process loads yet.
@@ -6,6 +6,11 @@
 use toml::Value;
 
 use crate::workspace::SourceFile;
+
+/// The key of the lists of system calls.
+const CALLS: &str = "call";
+/// The keys of all lists whose entries are grants.
+const GRANTS: [&str; 3] = [CALLS, "opcode", "fd"];
 
 /// Complaints about the policy files.
 pub(super) fn check(files: &[SourceFile]) -> Vec<String> {
@@ -29,7 +34,7 @@ fn check_policy(file: &SourceFile) -> Vec<String> {
     };
     let mut grants = Vec::new();
     find(&table, &mut grants);
-    if grants.is_empty() {
+    if !grants.iter().any(|(key, _)| *key == CALLS) {
         return vec![format!(
             "{path}: grants no system call, so no process could run under it"
         )];
@@ -41,23 +46,25 @@ fn check_policy(file: &SourceFile) -> Vec<String> {
             .is_some_and(|why| !why.trim().is_empty())
     };
     let unexplained = grants.iter().filter(|(_, grant)| !has_reason(grant));
-    unexplained
-        .map(|(name, _)| format!("{path}: no reason why for {name}"))
-        .collect()
+    let complain = |(key, grant): &(&str, &Value)| {
+        format!(
+            "{path}: no reason why for {key} {}",
+            grant.to_string().replace('\n', " ")
+        )
+    };
+    unexplained.map(complain).collect()
 }
 
-/// A name to complain about, and the entry that must have a `why`.
-type Grant<'a> = (String, &'a Value);
-
-/// Collects every entry below a key that lists system calls or opcodes.
-fn find<'a>(value: &'a Value, grants: &mut Vec<Grant<'a>>) {
+/// Collects every grant with the key of the list that it is in.
+fn find<'a>(value: &'a Value, grants: &mut Vec<(&'a str, &'a Value)>) {
     match value {
         Value::Table(table) => {
             for (key, value) in table {
-                if key.contains("syscall") || key.contains("opcode") {
-                    entries(key, value, grants);
-                } else {
-                    find(value, grants);
+                match value {
+                    Value::Array(entries) if GRANTS.contains(&key.as_str()) => {
+                        grants.extend(entries.iter().map(|entry| (key.as_str(), entry)));
+                    }
+                    _ => find(value, grants),
                 }
             }
         }
@@ -66,32 +73,12 @@ fn find<'a>(value: &'a Value, grants: &mut Vec<Grant<'a>>) {
     }
 }
 
-/// Collects the entries of such a list, which may be split by phase or thread.
-fn entries<'a>(name: &str, value: &'a Value, grants: &mut Vec<Grant<'a>>) {
-    match value {
-        Value::Array(values) => {
-            let names = values
-                .iter()
-                .map(|value| value.to_string().replace('\n', " "));
-            grants.extend(names.zip(values));
-        }
-        Value::Table(table)
-            if table
-                .values()
-                .all(|value| value.is_table() || value.is_array()) =>
-        {
-            table
-                .iter()
-                .for_each(|(name, value)| entries(name, value, grants));
-        }
-        _ => grants.push((name.to_owned(), value)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::file;
     use super::*;
+
+    const GOOD: &str = "[[locked.call]]\nname = \"read\"\nwhy = \"doorbells\"\n";
 
     fn complaints(text: &str) -> Vec<String> {
         check(&[file("policies/blk.toml", text)])
@@ -99,24 +86,22 @@ mod tests {
 
     #[test]
     fn grants_with_reasons_are_fine() {
-        assert!(
-            complaints("[[locked.syscall]]\nname = \"read\"\nwhy = \"doorbells\"\n").is_empty()
-        );
-        assert!(complaints("[syscalls.locked]\nread = { why = \"doorbells\" }\n").is_empty());
+        assert!(complaints(GOOD).is_empty());
+        assert!(complaints(&GOOD.replace("locked.", "locked.gate.")).is_empty());
     }
 
     #[test]
     fn a_grant_without_a_reason_is_named() {
         for text in [
-            "[[syscalls]]\nname = \"read\"\n",
-            "[[syscalls]]\nname = \"read\"\nwhy = \" \"\n",
-            "syscalls = [\"read\"]\n",
-            "[syscalls.locked]\nread = {args = 1}\n",
-            "[uring]\nopcodes = [{ name = \"read\" }, { name = \"write\", why = \"data\" }]\n",
+            "[[startup.call]]\nname = \"mmap\"\n",
+            "[[startup.call]]\nname = \"mmap\"\nwhy = \" \"\n",
+            "[[io_uring.opcode]]\nname = \"mmap\"\n",
+            "[[fd]]\nrole = \"mmap\"\n",
+            "[startup]\ncall = [\"mmap\"]\n",
         ] {
-            let complaints = complaints(text);
+            let complaints = complaints(&format!("{GOOD}{text}"));
             assert!(
-                complaints.len() == 1 && complaints[0].contains("read"),
+                complaints.len() == 1 && complaints[0].contains("mmap"),
                 "{complaints:?}"
             );
         }

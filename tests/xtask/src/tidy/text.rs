@@ -81,8 +81,10 @@ fn contains_word(line: &str, word: &str) -> bool {
 
 /// Whether an absolute path below `folder` begins somewhere in the line.
 fn starts_a_path(line: &str, folder: &str) -> bool {
+    // `…/{pid}/root/` goes on with a path, too.
+    let goes_on = |c: char| is_path_character(c) || c == '}';
     line.match_indices(folder)
-        .any(|(at, _)| !line[..at].ends_with(is_path_character))
+        .any(|(at, _)| !line[..at].ends_with(goes_on))
 }
 
 #[cfg(test)]
@@ -128,6 +130,7 @@ mod tests {
             (format!("see {}main/x", concat!("/wo", "rk/")), 1),
             (format!("\"{}.cache\"", concat!("/ro", "ot/")), 1),
             ("tests/guests/work/x".to_owned(), 0),
+            (format!("/proc/{{pid}}{}", concat!("/ro", "ot/")), 0),
             (format!("some{}x", concat!("/wo", "rk/")), 0),
             (format!("HOME={}x", concat!("/ro", "ot/")), 1),
         ] {
