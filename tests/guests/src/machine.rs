@@ -12,7 +12,7 @@ use crate::sys::phys;
 
 const CMDLINE_MAX: usize = 4096;
 const RANGES_MAX: usize = 32;
-/// Largest module checksum is taken of the identity-mapped memory only.
+/// What lies beyond is not mapped while the tables are read.
 const MAPPED_END: u64 = 1 << 32;
 
 unsafe extern "C" {
@@ -138,7 +138,10 @@ impl Machine {
         let Some(bytes) = readable(address, room) else {
             return;
         };
-        let len = bytes.iter().position(|byte| *byte == 0).unwrap_or(room);
+        let Some(len) = bytes.iter().position(|byte| *byte == 0) else {
+            fail!("boot", "kind=cmdline_too_long bytes_max={room}");
+            return;
+        };
         if core::str::from_utf8(&bytes[..len]).is_err() {
             fail!("boot", "kind=cmdline_not_utf8");
             return;
