@@ -104,13 +104,7 @@ impl VcpuOps for VcpuFd {
     }
 
     fn msr(&mut self, index: u32) -> OpResult<Option<u64>> {
-        let mut msrs = one_msr(index, 0)?;
-        let read = self.get_msrs(&mut msrs)?;
-        Ok(msrs
-            .as_slice()
-            .first()
-            .filter(|_| read == 1)
-            .map(|entry| entry.data))
+        read_msr(self, index)
     }
 
     fn set_msr(&mut self, index: u32, value: u64) -> OpResult<bool> {
@@ -163,6 +157,20 @@ impl VcpuOps for VcpuFd {
         }
         error
     }
+}
+
+/// KVM_GET_MSRS of one register; `None` where KVM does not know it.
+///
+/// # Errors
+/// If KVM refuses the ioctl.
+pub fn read_msr(vcpu: &VcpuFd, index: u32) -> OpResult<Option<u64>> {
+    let mut msrs = one_msr(index, 0)?;
+    let read = vcpu.get_msrs(&mut msrs)?;
+    Ok(msrs
+        .as_slice()
+        .first()
+        .filter(|_| read == 1)
+        .map(|entry| entry.data))
 }
 
 fn one_msr(index: u32, data: u64) -> OpResult<Msrs> {
