@@ -96,13 +96,18 @@ fn artifact_in(
     let versions = cache.join(name);
     let finished = versions.join(key.name());
     if finished.is_dir() {
+        // The versions used last are kept longest; a cache that cannot be written serves as well.
+        let _ = File::open(&finished).and_then(|folder| folder.set_modified(SystemTime::now()));
         return Ok(finished);
     }
     fs::create_dir_all(&versions)
         .with_context(|| format!("cannot create the cache folder {}", versions.display()))?;
     let lock = File::create(cache.join(format!("{name}.lock")))?;
-    lock.lock()
-        .with_context(|| format!("cannot lock the cache of {name}"))?;
+    if lock.try_lock().is_err() {
+        eprintln!("waiting for another run that is making {name}");
+        lock.lock()
+            .with_context(|| format!("cannot lock the cache of {name}"))?;
+    }
     if finished.is_dir() {
         return Ok(finished);
     }

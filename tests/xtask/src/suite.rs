@@ -47,14 +47,20 @@ pub(crate) fn require_kvm() -> Result<()> {
 }
 
 fn unit_tests() -> Result<()> {
-    let mut tests = command::cargo();
+    let cargo_test = |arguments: &[&str]| {
+        let mut tests = command::cargo();
+        tests
+            .args(arguments)
+            .args(["--workspace", "--exclude", END_TO_END]);
+        command::run(&mut tests)
+    };
     if packages::which("cargo-nextest") {
-        tests.args(["nextest", "run"]);
+        cargo_test(&["nextest", "run"])?;
+        // nextest leaves the examples in documentation out.
+        cargo_test(&["test", "--doc"])?;
     } else {
-        tests.arg("test");
+        cargo_test(&["test"])?;
     }
-    tests.args(["--workspace", "--exclude", END_TO_END]);
-    command::run(&mut tests)?;
     let mut guest_tests = command::cargo();
     guest_tests
         .args(["test", "--lib"])
