@@ -20,6 +20,7 @@ pub mod spin;
 mod sys;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod transcript;
 pub mod uring;
 pub mod wait;
 

@@ -41,7 +41,7 @@ pub(crate) fn on_panic() {
 const EXIT_PANIC: i32 = 134;
 
 /// Writes one line that is no event: before [`start`], or on the way out.
-pub(crate) fn line(text: &str) {
+pub fn line(text: &str) {
     let mut line = begin("ERROR", 0);
     push_field(&mut line, "message", text);
     let _written = end(line);

@@ -1,0 +1,216 @@
+//! The process: birth, and a loop that serves the board.
+//!
+//! ```text
+//!   pass: posted writes drained, a call answered ── again while there is something
+//!     │ output gathered: look for more for LINGER, then store it
+//!     └ nothing: look for a while (spin) ── say so in the page ── sleep in epoll
+//! ```
+
+use crate::board::{Board, Wiring};
+use crate::rtc::Rtc;
+use bulkhead_ipc::ident::ProcKind;
+use bulkhead_ipc::input_ring::InputReader;
+use bulkhead_ipc::legacy_page::LegacyPage;
+use bulkhead_ipc::output_ring::OutputRing;
+use bulkhead_ipc::protocol::birth::{FdRole, KindConfig};
+use bulkhead_ipc::protocol::device::FromDevice;
+use bulkhead_ipc::shared::Doorbell;
+use bulkhead_runtime::birth::EXIT_STILLBORN;
+use bulkhead_runtime::control::Control;
+use bulkhead_runtime::spin::Spin;
+use bulkhead_runtime::transcript::Transcript;
+use bulkhead_runtime::wait::Waiter;
+use bulkhead_runtime::{Newborn, Stillbirth, leave, log};
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime};
+
+const TOKEN_KICK: u8 = 0;
+const TOKEN_CONTROL: u8 = 1;
+const TOKEN_INPUT: u8 = 2;
+
+/// How long to look for more output before storing what there is. An exit to user space for one
+/// byte takes a vCPU about 10 µs, so that a stream of them is stored in batches.
+const LINGER: Duration = Duration::from_micros(30);
+/// Busy passes after which control messages are looked for without sleeping.
+const PASSES_BETWEEN_LOOKS: u32 = 1024;
+const LOOKS_PER_CLOCK: u32 = 16;
+const EXIT_FAULT: i32 = 71;
+
+/// Runs the process from its birth to its end.
+pub(crate) fn run() -> ExitCode {
+    match Newborn::receive(ProcKind::Legacy).and_then(bear) {
+        Ok(mut process) => leave(process.serve()),
+        Err(cause) => {
+            log::line(&cause.to_string());
+            leave(EXIT_STILLBORN)
+        }
+    }
+}
+
+fn bear(mut newborn: Newborn) -> Result<Process, Stillbirth> {
+    let waiter = Waiter::new().map_err(Stillbirth::setup)?;
+    let board = match prepare(&mut newborn, &waiter) {
+        Ok(board) => board,
+        Err(cause) => newborn.fail(&cause),
+    };
+    let cpus = newborn.cpus;
+    let (channel, _id) = newborn.lock()?;
+    Ok(Process {
+        board,
+        waiter,
+        control: Control::from(channel),
+        spin: Spin::for_cpus(cpus),
+        linger: if cpus > 1 { LINGER } else { Duration::ZERO },
+    })
+}
+
+fn prepare(newborn: &mut Newborn, waiter: &Waiter) -> Result<Board, Stillbirth> {
+    let KindConfig::Legacy(config) = &newborn.config else {
+        return Err(Stillbirth::setup("no configuration of legacy devices"));
+    };
+    if config.output_capacity == 0 {
+        return Err(Stillbirth::Field {
+            field: "output_capacity",
+            got: "0".to_owned(),
+            expected: "at least 1 byte",
+        });
+    }
+    let grants = &mut newborn.grants;
+    let page = LegacyPage::map(grants.take(FdRole::LegacyPage, 0)?)?;
+    if !page.is_generation(newborn.id.generation) {
+        return Err(Stillbirth::Field {
+            field: "legacy page",
+            got: "of another generation".to_owned(),
+            expected: "this process's own",
+        });
+    }
+    let mut bell = |role| grants.take(role, 0).map(Doorbell::from);
+    let kick = bell(FdRole::LegacyKick)?;
+    let input_bell = bell(FdRole::InputBell)?;
+    let (reply, interrupt) = (bell(FdRole::LegacyReply)?, bell(FdRole::LegacyInterrupt)?);
+    let output_bell = bell(FdRole::OutputBell)?;
+    let output = grants.take(FdRole::Output, 0)?;
+    let ring = OutputRing::new(output.into(), config.output_capacity, config.output_head);
+    let input = InputReader::map(grants.take(FdRole::Input, 0)?)?;
+    for (fd, token) in [
+        (std::os::fd::AsFd::as_fd(&kick), TOKEN_KICK),
+        (std::os::fd::AsFd::as_fd(&input_bell), TOKEN_INPUT),
+        (std::os::fd::AsFd::as_fd(&newborn.channel), TOKEN_CONTROL),
+    ] {
+        waiter.watch(fd, token).map_err(Stillbirth::setup)?;
+    }
+    let wiring = Wiring {
+        page,
+        reply,
+        interrupt,
+        transcript: Transcript::new(ring, output_bell),
+        input,
+    };
+    Ok(Board::new(
+        wiring,
+        Rtc::new(config.rtc_offset_s, host_now()),
+    ))
+}
+
+fn host_now() -> Duration {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
+struct Process {
+    board: Board,
+    waiter: Waiter,
+    control: Control,
+    spin: Spin,
+    linger: Duration,
+}
+
+impl Process {
+    /// Serves until told to end. Returns the exit status.
+    fn serve(&mut self) -> i32 {
+        let mut passes = 0u32;
+        let mut woken = false;
+        loop {
+            if self.board.pass(host_now()) {
+                passes += 1;
+                if passes.is_multiple_of(PASSES_BETWEEN_LOOKS)
+                    && let Some(status) = self.sleep(Some(Duration::ZERO))
+                {
+                    return status;
+                }
+                continue;
+            }
+            if self.board.has_pending() {
+                if self.look(self.linger) {
+                    continue;
+                }
+                self.board.flush();
+            }
+            if std::mem::take(&mut woken) {
+                self.board.wake_writer();
+            }
+            if self.look(self.spin.budget()) || !self.board.may_sleep() {
+                continue;
+            }
+            let asleep = Instant::now();
+            let within = self.board.deadline(host_now());
+            let status = self.sleep(within);
+            self.spin.slept(asleep.elapsed());
+            self.board.set_awake();
+            self.board.clock(host_now());
+            woken = true;
+            if let Some(status) = status {
+                return status;
+            }
+        }
+    }
+
+    fn look(&self, budget: Duration) -> bool {
+        if budget.is_zero() {
+            return self.board.has_work();
+        }
+        let start = Instant::now();
+        loop {
+            for _ in 0..LOOKS_PER_CLOCK {
+                if self.board.has_work() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if start.elapsed() >= budget {
+                return false;
+            }
+        }
+    }
+
+    /// Sleeps; returns an exit status when the process is to end.
+    fn sleep(&mut self, within: Option<Duration>) -> Option<i32> {
+        let woken = match self.waiter.sleep(within) {
+            Ok(woken) => woken,
+            Err(errno) => {
+                let reason = format!("epoll_wait: {errno}");
+                tracing::error!(%reason, "the legacy devices cannot go on");
+                self.control.say(&FromDevice::Fault { reason });
+                return Some(EXIT_FAULT);
+            }
+        };
+        if woken.by(TOKEN_INPUT) {
+            self.board.input_arrived(host_now());
+        }
+        if woken.by(TOKEN_CONTROL) {
+            loop {
+                let wishes = self.control.listen();
+                if wishes.shutdown {
+                    while self.board.pass(host_now()) {}
+                    self.board.flush();
+                    return Some(0);
+                }
+                if !wishes.more {
+                    break;
+                }
+            }
+        }
+        None
+    }
+}
