@@ -243,7 +243,7 @@ proptest! {
         for (write, port, value) in steps {
             if write {
                 m.post(ports[port], value);
-                if m.posted % 64 == 0 {
+                if m.posted.is_multiple_of(64) {
                     m.run();
                 }
             } else {

@@ -321,7 +321,7 @@ impl Rtc {
         if self.is_binary() {
             value
         } else {
-            (value / 10) << 4 | value % 10
+            ((value / 10) << 4) | (value % 10)
         }
     }
 
