@@ -114,17 +114,22 @@ pub fn run(blk: &mut Blk, sweep: Sweep, prng: &mut Prng) -> Result<Outcome, Fail
     let mut outcome = Outcome::default();
     let mut in_flight = 0_usize;
     let mut exhausted = false;
+    // A piece for which the chosen queue had no room.
+    let mut waiting = None;
     let mut deadline = Deadline::after_ms(sweep.timeout_ms);
     loop {
         for flight in flights[..sweep.qd].iter_mut().flatten() {
             if flight.request.is_some() || exhausted {
                 continue;
             }
-            let Some((sector, count)) = pieces.next(prng, most) else {
+            let Some(piece) = waiting.take().or_else(|| pieces.next(prng, most)) else {
                 exhausted = true;
                 break;
             };
-            submit(blk, sweep, flight, sector, count, prng, &mut outcome)?;
+            if !submit(blk, sweep, flight, piece, prng, &mut outcome)? {
+                waiting = Some(piece);
+                break;
+            }
             in_flight += 1;
         }
         for queue in 0..blk.queue_count() {
@@ -172,20 +177,18 @@ fn submit(
     blk: &mut Blk,
     sweep: Sweep,
     flight: &mut Flight,
-    sector: u64,
-    count: u64,
+    (sector, count): (u64, u64),
     prng: &mut Prng,
     outcome: &mut Outcome,
-) -> Result<(), Failure> {
+) -> Result<bool, Failure> {
     let len = count as usize * SECTOR;
     let slot = &mut flight.slot;
+    let mut sum = 0;
     match sweep.op {
         Op::Write => {
             let data = &mut slot.data.all_mut()[..len];
             pattern::fill(sweep.seed, sector, data);
-            outcome.checksum = outcome
-                .checksum
-                .wrapping_add(pattern::sectors_checksum(data));
+            sum = pattern::sectors_checksum(data);
         }
         Op::Verify => slot.data.all_mut()[..len].fill(0xdd),
     }
@@ -209,19 +212,18 @@ fn submit(
     } else {
         queue.build(chain)
     };
+    let indirect = direct.is_none() && can;
     let head = match direct {
-        Some(head) => Some(head),
-        None if can => {
-            outcome.indirect += 1;
-            queue.build_indirect(chain, slot.table())
-        }
-        None => None,
+        None if can => queue.build_indirect(chain, slot.table()),
+        direct => direct,
     };
-    let head = head.ok_or(Failure::Parameter("qd"))?;
+    let Some(head) = head else { return Ok(false) };
     queue.offer(head);
+    outcome.checksum = outcome.checksum.wrapping_add(sum);
     outcome.segments += segments.lens().len() as u64;
+    outcome.indirect += u64::from(indirect);
     flight.request = Some((index, head, sector, count));
-    Ok(())
+    Ok(true)
 }
 
 fn complete(sweep: Sweep, flight: &mut Flight, used_len: u32, outcome: &mut Outcome) {
