@@ -29,7 +29,8 @@ pub fn run() -> ExitCode {
     let walls = Arc::new(Sandbox { newborn });
     let channel = &walls.newborn.channel;
     match start::run(config, resources, channel, &walls) {
-        Ok(()) => leave(0),
+        // What remains of the VM is the kernel's to clean up.
+        Ok(_remains) => leave(0),
         Err(cause) => walls.newborn.fail(&Stillbirth::setup(cause)),
     }
 }

@@ -50,7 +50,7 @@ pub struct Control<'a, R> {
 
 impl<R: FnMut(&Ending, &mut dyn FnMut(FromVcpu))> Control<'_, R> {
     /// Lets the guest run, and returns when the process is to end.
-    pub fn serve(mut self) {
+    pub fn serve(&mut self) {
         let mut life = Lifecycle::default();
         self.group.direct(Directive::Run);
         loop {
@@ -124,7 +124,9 @@ impl<R: FnMut(&Ending, &mut dyn FnMut(FromVcpu))> Control<'_, R> {
                 Ok(Some((message, _))) => events.push(Event::Message(message)),
                 Ok(None) => break,
                 Err(error) => {
-                    tracing::info!(%error, "the broker is lost");
+                    if !matches!(error, ChannelError::Closed) {
+                        tracing::error!(%error, "the broker talks nonsense");
+                    }
                     events.push(Event::BrokerLost);
                     break;
                 }
@@ -149,7 +151,6 @@ impl<R: FnMut(&Ending, &mut dyn FnMut(FromVcpu))> Control<'_, R> {
             Action::LoseDevice(slot) => self.virtio.device_lost(slot),
             Action::LoseLegacy => self.legacy.set_lost(),
             Action::Conclude(ending) => {
-                self.virtio.stop();
                 self.pass_faults_on();
                 let channel = self.channel;
                 (self.report)(&ending, &mut |message| send(channel, &message));

@@ -8,8 +8,11 @@ use std::sync::Arc;
 
 use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::protocol::birth::VcpuConfig;
+use vm_memory::GuestMemoryMmap;
 
 use crate::control::Control;
+use crate::irq::Lines;
+use crate::kvm::Vm;
 use crate::setup::{self, Machine, Resources, SetupError};
 
 /// Stack of a vCPU or gate thread in bytes.
@@ -17,7 +20,8 @@ const STACK_BYTES: usize = 128 * 1024;
 
 /// Puts the walls up. The implementation of the process is its runtime's; tests have their own.
 pub trait Walls: Send + Sync + 'static {
-    /// Locks the calling thread, which is of the kind `thread`: `main`, `vcpu` or `gate`.
+    /// Locks the calling thread, which is of the kind `thread`: `main`, `vcpu` (`vcpu-quirks` where
+    /// KVM is incomplete) or `gate`.
     ///
     /// # Errors
     /// Why it could not be locked; the process then ends.
@@ -49,6 +53,15 @@ pub enum StartError {
     Walls(String),
 }
 
+/// What is left of a VM that has ended. A locked process leaves without dropping it: closing and
+/// unmapping are not permitted any more, and the kernel does both.
+#[derive(Debug)]
+pub struct Remains {
+    _vm: Vm,
+    _memory: GuestMemoryMmap,
+    _lines: Lines,
+}
+
 /// Runs a VM to its end. Returns when the process has nothing more to do.
 ///
 /// # Errors
@@ -58,7 +71,7 @@ pub fn run<W: Walls>(
     resources: Resources,
     channel: &Channel,
     walls: &Arc<W>,
-) -> Result<(), StartError> {
+) -> Result<Remains, StartError> {
     let Machine {
         vm,
         memory,
@@ -74,24 +87,33 @@ pub fn run<W: Walls>(
     let threads = loops.len() + 1;
     let (locked, all_locked) = flume::bounded(threads);
     for mut vcpu in loops {
-        spawn("vcpu", walls, &locked, move || {
-            vcpu.group.join(vcpu.index);
+        let kind = if vcpu.quirks.is_some() {
+            "vcpu-quirks"
+        } else {
+            "vcpu"
+        };
+        let group = Arc::clone(&vcpu.group);
+        let (join, index) = (Arc::clone(&group), vcpu.index);
+        let run = move || {
             vcpu.run();
-            vcpu.group.leave();
-        })?;
+            group.leave();
+            vcpu
+        };
+        spawn(kind, walls, &locked, move || join.join(index), run)?;
     }
-    spawn("gate", walls, &locked, move || {
+    let serve = move || {
         if let Err(error) = gates.run() {
             tracing::error!(%error, "the gates have stopped");
         }
-    })?;
+    };
+    spawn("gate", walls, &locked, || {}, serve)?;
     for _ in 0..threads {
         let told = all_locked.recv().unwrap_or(Err(String::new()));
         told.map_err(StartError::Walls)?;
     }
     walls.lock_thread("main").map_err(StartError::Walls)?;
     walls.announce().map_err(StartError::Walls)?;
-    Control {
+    let mut control = Control {
         channel,
         group,
         legacy,
@@ -99,19 +121,24 @@ pub fn run<W: Walls>(
         ports,
         lines,
         report: |_: &_, _: &mut dyn FnMut(_)| {},
-    }
-    .serve();
-    drop((vm, memory));
-    Ok(())
+    };
+    control.serve();
+    Ok(Remains {
+        _vm: vm,
+        _memory: memory,
+        _lines: control.lines,
+    })
 }
 
 type Locked = flume::Sender<Result<(), String>>;
 
-fn spawn<W: Walls>(
+/// Makes a thread that does `first`, locks itself, and does the rest of its `life`.
+fn spawn<W: Walls, T>(
     thread: &'static str,
     walls: &Arc<W>,
     locked: &Locked,
-    life: impl FnOnce() + Send + 'static,
+    first: impl FnOnce() + Send + 'static,
+    life: impl FnOnce() -> T + Send + 'static,
 ) -> Result<(), StartError> {
     let walls = Arc::clone(walls);
     let locked = locked.clone();
@@ -119,12 +146,12 @@ fn spawn<W: Walls>(
         .name(thread.to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || {
+            first();
             let done = walls.lock_thread(thread);
             let may_live = done.is_ok();
             let _told = locked.send(done);
-            if may_live {
-                life();
-            }
+            // Kept, since a locked thread can close and unmap nothing.
+            let _remains = may_live.then(life);
             loop {
                 std::thread::park();
             }

@@ -13,10 +13,11 @@ use bulkhead_ipc::protocol::birth::{HugePages, VcpuConfig};
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, Outcome, ToVcpu};
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_vcpu::setup::{LegacyFds, Resources};
-use bulkhead_vcpu::start::{self, StartError, Walls};
+use bulkhead_vcpu::start::{self, Remains, StartError, Walls};
 
 use crate::guest;
 use crate::legacy::{Legacy, Manners};
+use crate::program::{self, Program};
 
 /// Longest time that anything in these tests takes on a slow host.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -46,6 +47,8 @@ pub(crate) struct Plan {
     pub(crate) cmdline: &'static str,
     pub(crate) manners: Manners,
     pub(crate) core: Option<File>,
+    /// Run the program, behind the walls of its policy, instead of its library.
+    pub(crate) program: bool,
 }
 
 impl Plan {
@@ -57,6 +60,7 @@ impl Plan {
             cmdline,
             manners: Manners::Honest,
             core: None,
+            program: false,
         }
     }
 }
@@ -68,8 +72,23 @@ pub(crate) struct Vm {
     output: Arc<Mutex<Vec<u8>>>,
     pub(crate) walls: Arc<CountingWalls>,
     stop: Arc<AtomicBool>,
-    life: JoinHandle<Result<(), StartError>>,
+    life: Life,
     legacy: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+enum Life {
+    Thread(JoinHandle<Result<Remains, StartError>>),
+    Program(Program),
+}
+
+impl Life {
+    fn is_over(&mut self) -> bool {
+        match self {
+            Self::Thread(thread) => thread.is_finished(),
+            Self::Program(program) => program.is_over(),
+        }
+    }
 }
 
 /// How a VM ended, with everything else that it said.
@@ -120,8 +139,14 @@ impl Vm {
         };
         let (broker, process) = Channel::pair().unwrap();
         let walls = Arc::new(CountingWalls::default());
-        let its_walls = Arc::clone(&walls);
-        let life = std::thread::spawn(move || start::run(config, resources, &process, &its_walls));
+        let life = if plan.program {
+            Life::Program(program::start(config, resources, &broker, process))
+        } else {
+            let its_walls = Arc::clone(&walls);
+            Life::Thread(std::thread::spawn(move || {
+                start::run(config, resources, &process, &its_walls)
+            }))
+        };
         Self {
             channel: Some(broker),
             output,
@@ -138,7 +163,10 @@ impl Vm {
 
     pub(crate) fn hear(&self) -> FromVcpu {
         let channel = self.channel.as_ref().unwrap();
-        channel.recv_within(PATIENCE).unwrap().0
+        match channel.recv_within(PATIENCE) {
+            Ok((message, _)) => message,
+            Err(error) => panic!("{error}: {:?}", self.life),
+        }
     }
 
     pub(crate) fn output(&self) -> Vec<u8> {
@@ -178,13 +206,15 @@ impl Vm {
     }
 
     /// Waits for the process to end by itself; gives what the guest wrote.
-    pub(crate) fn leave(self) -> Vec<u8> {
+    pub(crate) fn leave(mut self) -> Vec<u8> {
         let deadline = Instant::now() + PATIENCE;
-        while !self.life.is_finished() {
+        while !self.life.is_over() {
             assert!(Instant::now() < deadline, "the process does not end");
             std::thread::sleep(Duration::from_millis(1));
         }
-        self.life.join().unwrap().unwrap();
+        if let Life::Thread(thread) = self.life {
+            let _remains = thread.join().unwrap().unwrap();
+        }
         // What was posted before the end is still carried out.
         std::thread::sleep(Duration::from_millis(20));
         self.stop.store(true, Ordering::Relaxed);

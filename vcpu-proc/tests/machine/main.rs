@@ -19,3 +19,7 @@ mod guest;
 mod legacy;
 #[cfg(test)]
 mod machine;
+#[cfg(test)]
+mod program;
+#[cfg(test)]
+mod walls;
