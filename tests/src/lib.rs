@@ -1,1 +1,44 @@
-//! End-to-end tests live in the sub-folders.
+//! What the end-to-end tests share: starting the real `bulkhead` as a user would, reading what it
+//! prints, typing at its console, and looking at its processes in /proc.
+//!
+//! Everything is found in the environment that `cargo xtask test` prepares. Nothing is built here,
+//! and whatever a test starts ends with it, also when it fails.
+
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "test support: a failure here is a failed test"
+)]
+
+mod intruder;
+mod machine;
+
+pub use intruder::{Fate, Intruder};
+pub use machine::{Ended, Machine, Processes};
+
+use std::path::PathBuf;
+
+/// A path from the environment that `cargo xtask test` prepares.
+///
+/// # Panics
+/// When the variable is not set: these tests are run by `cargo xtask test`.
+#[must_use]
+pub fn path(variable: &str) -> PathBuf {
+    std::env::var_os(variable)
+        .map(PathBuf::from)
+        .unwrap_or_else(|| panic!("{variable} is not set; run `cargo xtask test`"))
+}
+
+/// Whether the slow suites run too.
+#[must_use]
+pub fn slow() -> bool {
+    std::env::var_os("BULKHEAD_SLOW").is_some()
+}
+
+/// What test guests that are Linux need on their command line to be quick on a host whose KVM
+/// emulates ring 0.
+#[must_use]
+pub fn linux_cmdline() -> String {
+    std::env::var("BULKHEAD_TEST_LINUX_CMDLINE").unwrap_or_default()
+}

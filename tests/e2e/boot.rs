@@ -1,0 +1,122 @@
+//! A guest boots in processes of its own, and each way it can end has its own exit code.
+
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is a test module"
+)]
+
+use bulkhead_tests::Machine;
+use nix::sys::signal::Signal;
+
+#[test]
+fn guest_boots_and_powers_off() {
+    let ended = Machine::test_guest("mode=hello", &[]).wait();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(ended.console.contains("BH done errors=0"), "{ended:?}");
+    assert!(ended.console.contains("bad_tables=0"), "{ended:?}");
+}
+
+#[test]
+fn every_part_of_a_machine_is_a_process_of_its_own() {
+    let mut machine = Machine::test_guest("mode=idle", &[]);
+    machine.expect("BH idle ");
+    assert_eq!(
+        machine.processes().kinds(),
+        ["console", "legacy", "rng", "vcpu"]
+    );
+    machine.signal(Signal::SIGTERM);
+    let ended = machine.wait();
+    assert_eq!(ended.code, 130, "{ended:?}");
+}
+
+#[test]
+fn each_ending_has_its_exit_code() {
+    for (end, code) in [
+        ("poweroff", 0),
+        ("panic", 8),
+        ("triple", 10),
+        ("debug:3", 7),
+        ("debug:0", 1),
+        ("reset", 0),
+        ("acpi-reset", 0),
+    ] {
+        let cmdline = format!("mode=hello end={end}");
+        let ended = Machine::test_guest(&cmdline, &["--no-reboot"]).wait();
+        assert_eq!(ended.code, code, "end={end}: {ended:?}");
+    }
+}
+
+#[test]
+fn triple_fault_is_explained() {
+    let ended = Machine::test_guest("mode=hello end=triple", &[]).wait();
+    assert_eq!(ended.code, 10);
+    for part in ["RIP", "CR3", "GDT", "IDT"] {
+        assert!(
+            ended.errors.to_uppercase().contains(part),
+            "no {part} in:\n{}",
+            ended.errors
+        );
+    }
+}
+
+#[test]
+fn reset_starts_the_machine_again() {
+    let mut machine = Machine::test_guest("mode=hello end=reset", &[]);
+    for _ in 0..3 {
+        machine.expect("BH hello ");
+    }
+    machine.signal(Signal::SIGTERM);
+    assert_eq!(machine.wait().code, 130);
+}
+
+#[test]
+fn hanging_guest_times_out() {
+    let guest = bulkhead_tests::path("BULKHEAD_TEST_GUEST");
+    let guest = guest.to_str().unwrap();
+    let ended = Machine::run([
+        "--kernel",
+        guest,
+        "--cmdline",
+        "mode=hello end=hang",
+        "-m",
+        "32MiB",
+        "--timeout",
+        "3s",
+    ])
+    .wait();
+    assert_eq!(ended.code, 124, "{ended:?}");
+}
+
+#[test]
+fn guests_have_from_one_to_thirty_two_cpus() {
+    for cpus in ["1", "2", "32"] {
+        let ended = Machine::test_guest("mode=smp", &["-c", cpus]).wait();
+        assert_eq!(ended.code, 0, "{ended:?}");
+        let line = format!("BH smp listed={cpus} started={cpus}");
+        assert!(ended.console.contains(&line), "{ended:?}");
+    }
+}
+
+#[test]
+fn guests_have_from_sixteen_megabytes_to_beyond_four_gigabytes() {
+    let guest = bulkhead_tests::path("BULKHEAD_TEST_GUEST");
+    let guest = guest.to_str().unwrap();
+    for (memory, beyond) in [("16MiB", false), ("6GiB", true)] {
+        let ended =
+            Machine::run(["--kernel", guest, "--cmdline", "mode=hello", "-m", memory]).wait();
+        assert_eq!(ended.code, 0, "{memory}: {ended:?}");
+        let high = ended.console.contains("BH hello.memory start=0x100000000");
+        let high = high || ended.console.contains("start=4294967296");
+        assert_eq!(high, beyond, "{memory}: {ended:?}");
+    }
+}
+
+#[test]
+fn lost_vcpu_process_is_its_own_outcome() {
+    let mut machine = Machine::test_guest("mode=idle", &[]);
+    machine.expect("BH idle ");
+    let vcpu = machine.processes().of("vcpu").unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(vcpu).unwrap());
+    nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
+    assert_eq!(machine.wait().code, 14);
+}

@@ -1,0 +1,139 @@
+//! Every device works through its gate, from a process that holds no guest memory; one that dies
+//! neither hangs the guest nor its shutdown.
+
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is a test module"
+)]
+
+use bulkhead_tests::Machine;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::io::Write;
+use tempfile::NamedTempFile;
+
+fn disk(bytes: u64) -> NamedTempFile {
+    let disk = NamedTempFile::new().unwrap();
+    disk.as_file().set_len(bytes).unwrap();
+    disk
+}
+
+fn succeeds(cmdline: &str, arguments: &[&str]) -> String {
+    let ended = Machine::test_guest(cmdline, arguments).wait();
+    assert_eq!(ended.code, 0, "{cmdline}: {ended:?}");
+    assert!(
+        ended.console.contains("BH done errors=0"),
+        "{cmdline}: {ended:?}"
+    );
+    ended.console
+}
+
+#[test]
+fn disk_keeps_every_promise_of_a_disk() {
+    let disk = disk(64 << 20);
+    let path = disk.path().to_str().unwrap();
+    let console = succeeds("mode=blk sectors=16384 qd=32 seed=7", &["--disk", path]);
+    assert!(
+        console.contains("BH blk.verify result=ok sectors=16384"),
+        "{console}"
+    );
+}
+
+#[test]
+fn what_the_host_wrote_is_what_the_guest_reads() {
+    let mut disk = disk(1 << 20);
+    let nonce: Vec<u8> = std::fs::read("/proc/sys/kernel/random/uuid").unwrap();
+    disk.write_all(&nonce).unwrap();
+    let path = disk.path().to_str().unwrap();
+    let console = succeeds("mode=nonce", &["--disk", path]);
+    let hex: String = nonce.iter().map(|b| format!("{b:02x}")).collect();
+    assert!(console.contains(&hex), "{console}");
+}
+
+#[test]
+fn read_only_disk_stays_as_it_is() {
+    let mut disk = disk(1 << 20);
+    disk.write_all(&[0xa5; 4096]).unwrap();
+    let before = std::fs::read(disk.path()).unwrap();
+    let argument = format!("{},readonly", disk.path().display());
+    let console = succeeds("mode=blk", &["--disk", &argument]);
+    assert!(console.contains("BH blk.readonly "), "{console}");
+    assert!(
+        std::fs::read(disk.path()).unwrap() == before,
+        "the image changed"
+    );
+}
+
+#[test]
+fn entropy_and_legacy_devices_work() {
+    succeeds("mode=rng,legacy size=262144", &[]);
+}
+
+#[test]
+fn nonsense_from_the_guest_harms_nothing() {
+    for seed in [1, 2, 3] {
+        let disk = disk(4 << 20);
+        let path = disk.path().to_str().unwrap();
+        succeeds(
+            &format!("mode=fuzz seed={seed} iterations=200"),
+            &["--disk", path],
+        );
+    }
+}
+
+#[test]
+fn dead_device_degrades_the_machine_and_hangs_nothing() {
+    for kind in ["rng", "blk", "console"] {
+        let disk = disk(1 << 20);
+        let path = disk.path().to_str().unwrap();
+        let mut machine = Machine::test_guest("mode=idle seconds=2", &["--disk", path]);
+        machine.expect("BH idle ");
+        let victim = machine.processes().of(kind).unwrap();
+        kill(
+            Pid::from_raw(i32::try_from(victim).unwrap()),
+            Signal::SIGKILL,
+        )
+        .unwrap();
+        machine.expect_error("degraded");
+        let ended = machine.wait();
+        assert_eq!(
+            ended.code, 0,
+            "{kind}: the guest powers off as ever: {ended:?}"
+        );
+    }
+}
+
+#[test]
+fn disk_that_dies_under_load_gives_errors_and_no_hang() {
+    let disk = disk(64 << 20);
+    let path = disk.path().to_str().unwrap();
+    let load = "mode=bench-blk op=rand_read bs=4k qd=8 seconds=20 timeout=5";
+    let mut machine = Machine::test_guest(load, &["--disk", path]);
+    machine.expect("BH bench-blk.begin");
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let victim = machine.processes().of("blk").unwrap();
+    kill(
+        Pid::from_raw(i32::try_from(victim).unwrap()),
+        Signal::SIGKILL,
+    )
+    .unwrap();
+    let ended = machine.wait();
+    assert!(
+        ended.console.contains("BH done errors="),
+        "the guest ends by itself: {ended:?}"
+    );
+}
+
+#[test]
+fn dead_legacy_process_does_not_hang_the_shutdown() {
+    let mut machine = Machine::test_guest("mode=idle seconds=2", &[]);
+    machine.expect("BH idle ");
+    let victim = machine.processes().of("legacy").unwrap();
+    kill(
+        Pid::from_raw(i32::try_from(victim).unwrap()),
+        Signal::SIGKILL,
+    )
+    .unwrap();
+    machine.expect_error("degraded");
+    assert_eq!(machine.wait().code, 0);
+}

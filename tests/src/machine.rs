@@ -1,0 +1,320 @@
+//! One run of `bulkhead run`, from the outside.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
+
+/// A `bulkhead run` that is being tested. Dropping it ends everything it started.
+#[derive(Debug)]
+pub struct Machine {
+    child: Child,
+    input: Option<ChildStdin>,
+    output: Receiver<Vec<u8>>,
+    seen: String,
+    scratch: tempfile::TempDir,
+}
+
+/// How a machine ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Exit code of `bulkhead run`; -1 when a signal ended it.
+    pub code: i32,
+    /// Everything on standard output: the guest's console.
+    pub console: String,
+    /// Everything on standard error.
+    pub errors: String,
+}
+
+/// The processes of a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Processes(Vec<(u32, String)>);
+
+impl Processes {
+    /// The pid of the one process of `kind`, such as `blk`.
+    #[must_use]
+    pub fn of(&self, kind: &str) -> Option<u32> {
+        let name = format!("bulkhead-{kind}");
+        self.0
+            .iter()
+            .find(|(_, comm)| *comm == name)
+            .map(|(pid, _)| *pid)
+    }
+
+    /// Kinds of all processes, sorted.
+    #[must_use]
+    pub fn kinds(&self) -> Vec<&str> {
+        let strip = |comm: &'_ String| -> Option<usize> { comm.find('-').map(|at| at + 1) };
+        let mut kinds: Vec<&str> = self
+            .0
+            .iter()
+            .map(|(_, comm)| &comm[strip(comm).unwrap_or(0)..])
+            .collect();
+        kinds.sort_unstable();
+        kinds
+    }
+
+    /// All pids.
+    pub fn pids(&self) -> impl Iterator<Item = u32> + '_ {
+        self.0.iter().map(|(pid, _)| *pid)
+    }
+}
+
+impl Machine {
+    /// Starts `bulkhead run` with `arguments`.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn run<I, S>(arguments: I) -> Self
+    where
+        I: IntoIterator<Item = S>,
+        S: AsRef<std::ffi::OsStr>,
+    {
+        let scratch = tempfile::Builder::new()
+            .prefix("bulkhead-test-")
+            .tempdir()
+            .expect("tempdir");
+        let mut command = bulkhead(scratch.path());
+        command.arg("run").args(arguments);
+        let errors = File::create(scratch.path().join("stderr")).expect("file for stderr");
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(errors);
+        let mut child = command.spawn().expect("bulkhead starts");
+        let input = child.stdin.take();
+        let mut stdout = child.stdout.take().expect("a pipe");
+        let (send, output) = sync_channel(1024);
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = stdout.read(&mut buffer) {
+                if send.send(buffer[..n].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        Self {
+            child,
+            input,
+            output,
+            seen: String::new(),
+            scratch,
+        }
+    }
+
+    /// Starts the built test guest with `cmdline` and further arguments.
+    #[must_use]
+    pub fn test_guest(cmdline: &str, arguments: &[&str]) -> Self {
+        let guest = super::path("BULKHEAD_TEST_GUEST");
+        let mut all = vec!["--kernel".into(), guest.into_os_string()];
+        all.extend(["--cmdline", cmdline, "-m", "64MiB", "--timeout=60s"].map(Into::into));
+        all.extend(arguments.iter().map(Into::into));
+        Self::run(all)
+    }
+
+    /// A file beside the machine's, which vanishes with it.
+    #[must_use]
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// The pid of `bulkhead` itself.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the console has shown `text` (from where the last wait stopped), and returns all
+    /// that came before it.
+    ///
+    /// # Panics
+    /// When it does not come within `patience`.
+    pub fn expect_within(&mut self, text: &str, patience: Duration) -> String {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(at) = self.seen.find(text) {
+                let rest = self.seen.split_off(at + text.len());
+                return std::mem::replace(&mut self.seen, rest);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.output.recv_timeout(left) {
+                Ok(bytes) => self.seen.push_str(&String::from_utf8_lossy(&bytes)),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => panic!(
+                    "no `{text}` on the console within {patience:?}\nconsole:\n{}\nstderr:\n{}",
+                    self.seen,
+                    self.errors()
+                ),
+            }
+        }
+    }
+
+    /// As [`Machine::expect_within`] a minute.
+    pub fn expect(&mut self, text: &str) -> String {
+        self.expect_within(text, Duration::from_secs(60))
+    }
+
+    /// Types at the console.
+    ///
+    /// # Panics
+    /// When the pipe is closed.
+    pub fn type_keys(&mut self, keys: &str) {
+        let input = self.input.as_mut().expect("standard input is open");
+        input
+            .write_all(keys.as_bytes())
+            .expect("bulkhead reads its standard input");
+        input.flush().expect("bulkhead reads its standard input");
+    }
+
+    /// What `bulkhead` has said on standard error so far.
+    #[must_use]
+    pub fn errors(&self) -> String {
+        fs::read_to_string(self.scratch.path().join("stderr")).unwrap_or_default()
+    }
+
+    /// Waits until standard error holds `text`.
+    ///
+    /// # Panics
+    /// When it does not come within ten seconds.
+    pub fn expect_error(&self, text: &str) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !self.errors().contains(text) {
+            assert!(
+                Instant::now() < deadline,
+                "no `{text}` on stderr:\n{}",
+                self.errors()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// The sandboxed processes of the machine as they are now.
+    #[must_use]
+    pub fn processes(&self) -> Processes {
+        let parent = self.child.id().to_string();
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
+                continue;
+            };
+            let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
+                continue;
+            };
+            let Some((name, rest)) = stat.rsplit_once(')') else {
+                continue;
+            };
+            let mut fields = rest.split_whitespace();
+            let (state, ppid) = (fields.next(), fields.next());
+            if ppid == Some(parent.as_str()) && state != Some("Z") {
+                let name = name.split_once('(').map_or("", |(_, name)| name);
+                found.push((pid, name.to_owned()));
+            }
+        }
+        Processes(found)
+    }
+
+    /// Sends a signal to `bulkhead`.
+    ///
+    /// # Panics
+    /// When it is gone.
+    pub fn signal(&self, signal: Signal) {
+        kill(pid(self.child.id()), signal).expect("bulkhead is alive");
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Panics
+    /// When it does not end within `patience`, or leaves processes behind.
+    pub fn wait_within(mut self, patience: Duration) -> Ended {
+        let before = self.processes();
+        drop(self.input.take());
+        let deadline = Instant::now() + patience;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                break status;
+            }
+            if Instant::now() >= deadline {
+                let bytes = self.output.try_iter().flatten().collect::<Vec<_>>();
+                self.seen.push_str(&String::from_utf8_lossy(&bytes));
+                panic!(
+                    "it does not end within {patience:?}\nconsole:\n{}\nstderr:\n{}",
+                    self.seen,
+                    self.errors()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        while let Ok(bytes) = self.output.recv_timeout(Duration::from_secs(5)) {
+            self.seen.push_str(&String::from_utf8_lossy(&bytes));
+        }
+        let left: String =
+            before
+                .pids()
+                .filter(|pid| is_alive(*pid))
+                .fold(String::new(), |mut text, pid| {
+                    let _infallible = write!(text, " {pid}");
+                    text
+                });
+        assert_eq!(left, "", "processes outlive their machine");
+        Ended {
+            code: status.code().unwrap_or(-1),
+            console: std::mem::take(&mut self.seen),
+            errors: self.errors(),
+        }
+    }
+
+    /// As [`Machine::wait_within`] a minute.
+    #[must_use]
+    pub fn wait(self) -> Ended {
+        self.wait_within(Duration::from_secs(60))
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let processes = self.processes();
+        if let Ok(None) = self.child.try_wait() {
+            let _gone = kill(pid(self.child.id()), Signal::SIGTERM);
+            let deadline = Instant::now() + Duration::from_secs(3);
+            while Instant::now() < deadline && matches!(self.child.try_wait(), Ok(None)) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            let _killed = self.child.kill();
+            let _reaped = self.child.wait();
+        }
+        for left in processes.pids().filter(|pid| is_alive(*pid)) {
+            let _gone = kill(pid(left), Signal::SIGKILL);
+        }
+    }
+}
+
+/// `bulkhead` with its directories under `scratch`.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "tests start the product as a user does"
+)]
+fn bulkhead(scratch: &Path) -> Command {
+    let binaries: PathBuf = super::path("BULKHEAD_BIN_DIR");
+    let mut command = Command::new(binaries.join("bulkhead"));
+    command.env("BULKHEAD_STATE_DIR", scratch.join("state"));
+    command.env("BULKHEAD_RUNTIME_DIR", scratch.join("run"));
+    command.env("BULKHEAD_CONFIG_DIR", scratch.join("etc"));
+    command.env("BULKHEAD_LIBEXEC_DIR", &binaries);
+    command
+}
+
+fn pid(pid: u32) -> Pid {
+    Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX))
+}
+
+fn is_alive(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
+        stat.rsplit_once(')')
+            .is_some_and(|(_, rest)| !rest.starts_with(" Z"))
+    })
+}
