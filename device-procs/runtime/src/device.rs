@@ -125,6 +125,12 @@ pub trait Device: Sized {
         Ok(false)
     }
 
+    /// Whether what has been prepared should be settled before more requests are taken, so that the
+    /// gate has something to do meanwhile.
+    fn is_full(&self) -> bool {
+        false
+    }
+
     /// There is something new on the descriptor watched under `token`.
     ///
     /// # Errors

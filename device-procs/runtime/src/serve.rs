@@ -122,6 +122,7 @@ impl<D: Device> Server<D> {
         let mut busy = false;
         for index in 0..self.queues.len() {
             while !self.draining
+                && !self.device.is_full()
                 && let Some(chain) = self.queues.pop(index)?
             {
                 self.device.on_request(index, chain, &mut self.queues)?;

@@ -23,6 +23,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 /// Most operations in progress.
 pub const ENTRIES_MAX: u32 = 1024;
 
+/// Most zero bytes that one operation writes.
+pub const ZEROES_BYTES: u32 = 64 * 1024;
+
 /// A registered file, by its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FixedFile(pub u32);
@@ -40,6 +43,8 @@ pub struct Done {
 pub struct Uring {
     ring: IoUring,
     memory: WindowMemory,
+    /// Never written, so that it costs no memory.
+    zeroes: Box<[u8]>,
     _files: Vec<OwnedFd>,
     unsubmitted: u32,
 }
@@ -94,6 +99,7 @@ impl Uring {
         Ok(Self {
             ring,
             memory,
+            zeroes: vec![0; ZEROES_BYTES as usize].into_boxed_slice(),
             _files: files,
             unsubmitted: 0,
         })
@@ -112,6 +118,15 @@ impl Uring {
     pub fn write(&mut self, file: FixedFile, at: u64, from: Span, token: u64) -> bool {
         let guard = self.memory.slice(from).ptr_guard();
         let entry = opcode::Write::new(types::Fixed(file.0), guard.as_ptr(), from.len())
+            .offset(at)
+            .build();
+        self.push(entry, token)
+    }
+
+    /// Writes `bytes` zero bytes, at most [`ZEROES_BYTES`], to a file.
+    pub fn write_zeroes(&mut self, file: FixedFile, at: u64, bytes: u32, token: u64) -> bool {
+        let bytes = bytes.min(ZEROES_BYTES);
+        let entry = opcode::Write::new(types::Fixed(file.0), self.zeroes.as_ptr(), bytes)
             .offset(at)
             .build();
         self.push(entry, token)
@@ -144,7 +159,8 @@ impl Uring {
     fn push(&mut self, entry: Entry, token: u64) -> bool {
         let entry = entry.user_data(token);
         // SAFETY: addresses in entries are those of window spans, which stay mapped as long as the
-        // ring, and window memory is only ever accessed as volatile.
+        // ring and are only ever accessed as volatile, or of the ring's own zeroes, which the
+        // kernel only reads.
         let pushed = unsafe { self.ring.submission().push(&entry) }.is_ok();
         self.unsubmitted += u32::from(pushed);
         pushed

@@ -1,0 +1,227 @@
+//! The block device: takes requests, keeps them as jobs while the ring works on them, answers them.
+
+use crate::backend::{self, Disk};
+use crate::job::{Job, Next};
+use crate::request::{self, Geometry, ID_BYTES, Operation, Parsed, Status};
+use bulkhead_ipc::device_kind::VirtioKind;
+use bulkhead_ipc::protocol::birth::{DeviceOwn, FdRole};
+use bulkhead_runtime::device::FIRST_TOKEN;
+use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Setup, Span, Stillbirth};
+
+const F_SIZE_MAX: u64 = 1 << 1;
+const F_SEG_MAX: u64 = 1 << 2;
+const F_READ_ONLY: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_TOPOLOGY: u64 = 1 << 10;
+const F_MQ: u64 = 1 << 12;
+pub(crate) const F_DISCARD: u64 = 1 << 13;
+pub(crate) const F_WRITE_ZEROES: u64 = 1 << 14;
+
+const TOKEN_RING: u8 = FIRST_TOKEN;
+/// Data bytes that are handed to the kernel at once. A disk in the page cache does its work inside of
+/// the system call; the gate copies the last batch meanwhile.
+const BATCH_BYTES: u32 = 256 * 1024;
+
+/// The device.
+#[derive(Debug)]
+pub(crate) struct Blk {
+    disk: Disk,
+    geometry: Geometry,
+    config: Vec<u8>,
+    id: [u8; ID_BYTES],
+    offered: u64,
+    write_through: bool,
+    jobs: Vec<Option<Job>>,
+    free: Vec<usize>,
+    batch_bytes: u32,
+}
+
+impl Device for Blk {
+    const KIND: VirtioKind = VirtioKind::Blk;
+
+    fn start(setup: &mut Setup<'_>) -> Result<Self, Stillbirth> {
+        let DeviceOwn::Blk { read_only, serial } = &setup.config.own else {
+            return Err(Stillbirth::setup("no configuration of a disk"));
+        };
+        let mut id = [0; ID_BYTES];
+        if serial.len() > ID_BYTES {
+            return Err(Stillbirth::Field {
+                field: "serial",
+                got: format!("{} bytes long", serial.len()),
+                expected: "at most 20 bytes",
+            });
+        }
+        for (place, byte) in id.iter_mut().zip(serial.bytes()) {
+            *place = byte;
+        }
+        let jobs: usize = setup
+            .config
+            .queue_sizes
+            .iter()
+            .map(|&s| usize::from(s))
+            .sum();
+        let fd = setup.grants.take(FdRole::Disk, 0)?;
+        let entries = u32::try_from(jobs).map_err(Stillbirth::setup)?;
+        let (disk, sectors) = Disk::open(fd, entries, setup, TOKEN_RING)?;
+        let offered = offered(setup.config.features, *read_only);
+        let mut config = setup.config.config.clone();
+        config.resize(VirtioKind::Blk.config_bytes(), 0);
+        Ok(Self {
+            disk,
+            geometry: backend::geometry(sectors, *read_only, offered, &config),
+            config,
+            id,
+            offered,
+            write_through: false,
+            jobs: vec![None; jobs],
+            free: (0..jobs).rev().collect(),
+            batch_bytes: 0,
+        })
+    }
+
+    fn features(&self) -> u64 {
+        self.offered
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut config = self.config.clone();
+        for (place, byte) in config.iter_mut().zip(self.geometry.sectors.to_le_bytes()) {
+            *place = byte;
+        }
+        config
+    }
+
+    fn on_request(
+        &mut self,
+        queue: usize,
+        chain: Chain,
+        queues: &mut Queues,
+    ) -> Result<(), DeviceFault> {
+        let name = (queue, chain.head());
+        let Parsed {
+            status_at,
+            operation,
+        } = request::parse(&chain, queues, &self.geometry);
+        let Some(status_at) = status_at else {
+            return queues.complete(queue, chain.head(), 0);
+        };
+        let operation = match operation {
+            Ok(operation) => operation,
+            Err(status) => return answer(name, status_at, status, 0, queues),
+        };
+        if let Operation::GetId { to } = operation {
+            let written = queues.write(to, &self.id);
+            let written = u32::try_from(written).unwrap_or(0);
+            return answer(name, status_at, Status::Ok, written, queues);
+        }
+        if let Operation::Read { to: data, .. } | Operation::Write { from: data, .. } = operation {
+            self.batch_bytes = self.batch_bytes.saturating_add(data.len());
+        }
+        let (job, next) = Job::begin(
+            name,
+            status_at,
+            operation,
+            self.write_through,
+            queues,
+            &self.geometry,
+        );
+        let Some(place) = self.free.pop() else {
+            // More requests than slots: a gate that puts one twice. It gets one answer for each.
+            return answer(name, status_at, Status::IoError, 0, queues);
+        };
+        self.go_on(place, job, next, queues)
+    }
+
+    fn settle(&mut self, queues: &mut Queues) -> Result<bool, DeviceFault> {
+        self.batch_bytes = 0;
+        self.disk.submit().map_err(|errno| DeviceFault::Os {
+            call: "io_uring_enter",
+            errno,
+        })?;
+        let mut busy = false;
+        while let Some(done) = self.disk.done() {
+            busy = true;
+            let place = usize::try_from(done.token).unwrap_or(usize::MAX);
+            let job = self.jobs.get_mut(place).and_then(Option::take);
+            if let Some(mut job) = job {
+                let next = job.advance(done.result, queues, &self.geometry);
+                self.go_on(place, job, next, queues)?;
+            }
+        }
+        Ok(busy)
+    }
+
+    fn is_full(&self) -> bool {
+        self.batch_bytes >= BATCH_BYTES
+    }
+
+    fn on_driver(
+        &mut self,
+        features: Option<u64>,
+        _queues: &mut Queues,
+    ) -> Result<(), DeviceFault> {
+        // A driver that does not flush expects what is written to be durable.
+        self.write_through = features.is_some_and(|f| f & F_FLUSH == 0);
+        Ok(())
+    }
+
+    fn has_news(&self) -> bool {
+        self.disk.has_done() || self.disk.has_unsubmitted()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.jobs.len() - self.free.len()
+    }
+}
+
+impl Blk {
+    fn go_on(
+        &mut self,
+        place: usize,
+        job: Job,
+        next: Next,
+        queues: &mut Queues,
+    ) -> Result<(), DeviceFault> {
+        match next {
+            Next::Step(step) => {
+                self.disk.prepare(step, place as u64);
+                if let Some(slot) = self.jobs.get_mut(place) {
+                    *slot = Some(job);
+                }
+                Ok(())
+            }
+            Next::Answer(status, written) => {
+                self.free.push(place);
+                let name = (job.queue, job.head);
+                answer(name, job.status_at, status, written, queues)
+            }
+        }
+    }
+}
+
+fn answer(
+    (queue, head): (usize, u16),
+    status_at: Span,
+    status: Status,
+    data_written: u32,
+    queues: &mut Queues,
+) -> Result<(), DeviceFault> {
+    queues.write(status_at, &[status.byte()]);
+    queues.complete(queue, head, data_written + 1)
+}
+
+/// The features that make sense for the disk.
+fn offered(by_policy: u64, read_only: bool) -> u64 {
+    let always = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ;
+    let own = if read_only {
+        F_READ_ONLY
+    } else {
+        F_DISCARD | F_WRITE_ZEROES
+    };
+    by_policy & (always | own)
+}
+
+#[cfg(test)]
+#[path = "device_tests.rs"]
+mod tests;

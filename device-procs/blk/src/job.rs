@@ -1,0 +1,170 @@
+//! One request on its way: which step is next, decided from how the last one ended. Pure.
+//!
+//! ```text
+//!   read, write: again for the rest while short ── (write through: sync) ── answered
+//!   discard, write zeroes: for each range: punch or zero ── (not supported: write zeroes) ── answered
+//! ```
+
+use crate::backend::Step;
+use crate::request::{self, Geometry, Operation, RANGE_BYTES, Range, Status};
+use bulkhead_runtime::{Queues, Span};
+use nix::errno::Errno;
+
+/// Tries of a step that the kernel asks to repeat, before it counts as failed.
+const RETRIES_MAX: u8 = 16;
+
+/// What comes next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// The ring does this.
+    Step(Step),
+    /// The request is answered; this many data bytes were written to the window.
+    Answer(Status, u32),
+}
+
+/// A request that the ring works on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Job {
+    /// Queue it came from.
+    pub(crate) queue: usize,
+    /// Its name there.
+    pub(crate) head: u16,
+    /// Where its status goes.
+    pub(crate) status_at: Span,
+    operation: Operation,
+    step: Step,
+    /// Ranges of the request that have been begun.
+    ranges_begun: u32,
+    /// Writes are made durable one by one: the driver does not flush.
+    write_through: bool,
+    retries: u8,
+}
+
+impl Job {
+    /// Begins an operation other than GET_ID.
+    pub(crate) fn begin(
+        (queue, head): (usize, u16),
+        status_at: Span,
+        operation: Operation,
+        write_through: bool,
+        queues: &Queues,
+        disk: &Geometry,
+    ) -> (Self, Next) {
+        let mut job = Self {
+            queue,
+            head,
+            status_at,
+            operation,
+            step: Step::Sync,
+            ranges_begun: 0,
+            write_through,
+            retries: 0,
+        };
+        let next = match operation {
+            Operation::Read { at, to } => job.go(Step::Read { at, to }),
+            Operation::Write { at, from } => job.go(Step::Write { at, from }),
+            Operation::Flush => job.go(Step::Sync),
+            Operation::Discard { .. } | Operation::WriteZeroes { .. } => {
+                job.next_range(queues, disk)
+            }
+            Operation::GetId { .. } => Next::Answer(Status::Unsupported, 0),
+        };
+        (job, next)
+    }
+
+    /// Decides what comes after a step.
+    pub(crate) fn advance(
+        &mut self,
+        result: Result<u32, Errno>,
+        queues: &Queues,
+        disk: &Geometry,
+    ) -> Next {
+        match (self.step, result) {
+            (step, Err(Errno::EINTR | Errno::EAGAIN)) if self.retries < RETRIES_MAX => {
+                self.retries += 1;
+                self.go(step)
+            }
+            (Step::Read { at, to }, Ok(n)) if n > 0 => match to.part(n, u32::MAX) {
+                rest if rest.is_empty() => Next::Answer(Status::Ok, self.data_bytes()),
+                to => self.go(Step::Read {
+                    at: at + u64::from(n),
+                    to,
+                }),
+            },
+            (Step::Write { at, from }, Ok(n)) if n > 0 => match from.part(n, u32::MAX) {
+                rest if rest.is_empty() => self.written(),
+                from => self.go(Step::Write {
+                    at: at + u64::from(n),
+                    from,
+                }),
+            },
+            (Step::Sync, Ok(_)) => Next::Answer(Status::Ok, 0),
+            (Step::Punch { .. } | Step::Zero { .. }, Ok(_)) => self.next_range(queues, disk),
+            (Step::Punch { at, bytes } | Step::Zero { at, bytes }, Err(Errno::EOPNOTSUPP)) => {
+                if matches!(self.operation, Operation::Discard { .. }) {
+                    // A discard is advice; this file system does not take it.
+                    self.next_range(queues, disk)
+                } else {
+                    self.go(Step::WriteZeroes { at, bytes })
+                }
+            }
+            (Step::WriteZeroes { at, bytes }, Ok(n)) if n > 0 => {
+                match bytes.saturating_sub(n.into()) {
+                    0 => self.next_range(queues, disk),
+                    bytes => self.go(Step::WriteZeroes {
+                        at: at + u64::from(n),
+                        bytes,
+                    }),
+                }
+            }
+            // An error, or an end of the file before the end of the disk.
+            _ => Next::Answer(Status::IoError, 0),
+        }
+    }
+
+    const fn go(&mut self, step: Step) -> Next {
+        self.step = step;
+        Next::Step(step)
+    }
+
+    const fn written(&mut self) -> Next {
+        if self.write_through {
+            self.go(Step::Sync)
+        } else {
+            Next::Answer(Status::Ok, 0)
+        }
+    }
+
+    const fn data_bytes(&self) -> u32 {
+        match self.operation {
+            Operation::Read { to, .. } => to.len(),
+            _ => 0,
+        }
+    }
+
+    fn next_range(&mut self, queues: &Queues, disk: &Geometry) -> Next {
+        let (ranges, discard) = match self.operation {
+            Operation::Discard { ranges } => (ranges, true),
+            Operation::WriteZeroes { ranges } => (ranges, false),
+            _ => return Next::Answer(Status::IoError, 0),
+        };
+        while self.ranges_begun < ranges.len() / RANGE_BYTES {
+            let index = self.ranges_begun;
+            self.ranges_begun += 1;
+            let range = match request::range(ranges, index, discard, queues, disk) {
+                Ok(range) => range,
+                Err(status) => return Next::Answer(status, 0),
+            };
+            match range {
+                Range { bytes: 0, .. } => {}
+                Range {
+                    at,
+                    bytes,
+                    unmap: true,
+                } => return self.go(Step::Punch { at, bytes }),
+                Range { at, bytes, .. } => return self.go(Step::Zero { at, bytes }),
+            }
+        }
+        self.written()
+    }
+}
