@@ -7,5 +7,6 @@
 
 pub mod escape;
 pub mod launch;
+pub mod supervisor;
 pub mod vm;
 pub mod vmfile;

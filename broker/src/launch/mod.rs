@@ -100,6 +100,20 @@ pub struct Gift<'a> {
     pub fd: BorrowedFd<'a>,
 }
 
+impl<'a> Gift<'a> {
+    /// The only descriptor of its role.
+    #[must_use]
+    pub const fn new(role: FdRole, fd: BorrowedFd<'a>) -> Self {
+        Self { role, index: 0, fd }
+    }
+
+    /// One of several of its role.
+    #[must_use]
+    pub const fn numbered(role: FdRole, index: u16, fd: BorrowedFd<'a>) -> Self {
+        Self { role, index, fd }
+    }
+}
+
 /// A process that has been started.
 #[derive(Debug)]
 pub struct Launched {
@@ -271,6 +285,14 @@ impl Launcher {
 }
 
 impl Launched {
+    /// Kills it at once.
+    ///
+    /// # Errors
+    /// ESRCH when it is dead already.
+    pub fn kill(&self) -> Result<(), Errno> {
+        sys::kill(self.pidfd.as_fd())
+    }
+
     /// Why the process died before `exec`, if it did.
     #[must_use]
     pub fn unborn(&self) -> Option<String> {

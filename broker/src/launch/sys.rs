@@ -11,7 +11,7 @@
 use super::plan::{INSIDE_ID, Step};
 use nix::errno::Errno;
 use std::ffi::CStr;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// First number of the descriptors that the child sets aside while it places the others.
 const ASIDE_FD: RawFd = 512;
@@ -96,6 +96,18 @@ pub(super) fn spawn(prepared: &Prepared<'_>) -> Result<Cloned, Errno> {
             pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
         }),
     }
+}
+
+/// Sends SIGKILL to the process behind `pidfd`, and to no other that may have its pid by now.
+///
+/// # Errors
+/// ESRCH when it is dead.
+pub(super) fn kill(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
+    let (fd, info) = (pidfd.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
+    // SAFETY: plain integers and a null pointer, which the call allows.
+    let result =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, info, 0u32) };
+    Errno::result(result).map(drop)
 }
 
 /// A system call's result in the child.

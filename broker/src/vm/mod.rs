@@ -1,5 +1,14 @@
-//! One virtual machine: what it is ([`spec`]), what its owner says and hears ([`session`])
-//! and, by and by, how it lives.
+//! One virtual machine: what it is ([`spec`]), what its owner says and hears ([`session`]), how it
+//! lives ([`state`], which decides, and [`run`], which acts).
 
+mod consoles;
+pub mod devices;
+mod driver;
+mod household;
+mod report;
+pub mod resources;
 pub mod session;
 pub mod spec;
+pub mod state;
+
+pub use driver::run;

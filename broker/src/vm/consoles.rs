@@ -1,0 +1,105 @@
+//! The consoles' rings: made by the broker, written and read by device processes, attached to by
+//! the owner. They outlive the processes and the machine's restarts.
+
+use super::session::{ConsoleEnds, Consoles, RunError};
+use super::spec::VmSpec;
+use crate::launch::Gift;
+use bulkhead_ipc::input_ring::{INPUT_RING_BYTES, InputWriter};
+use bulkhead_ipc::output_ring::{self, OutputReader};
+use bulkhead_ipc::protocol::birth::FdRole;
+use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+/// The rings of one console.
+#[derive(Debug)]
+pub(super) struct Ring {
+    output: File,
+    output_bell: Doorbell,
+    input: OwnedFd,
+    input_bell: Doorbell,
+}
+
+/// The rings of all consoles.
+#[derive(Debug)]
+pub(super) struct Rings {
+    pub(super) serial: Ring,
+    pub(super) console: Option<Ring>,
+}
+
+impl Rings {
+    /// Makes the rings in `directory`, and the owner's ends of them.
+    pub(super) fn make(spec: &VmSpec, directory: &Path) -> Result<(Self, Consoles), RunError> {
+        let make = || -> io::Result<(Self, Consoles)> {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o750)
+                .create(directory)?;
+            let history = spec.console.history_bytes;
+            let (serial, serial_ends) = Ring::make(&directory.join("serial.ring"), history)?;
+            let virtio = spec.console.virtio;
+            let console = virtio.then(|| Ring::make(&directory.join("console.ring"), history));
+            let (console, console_ends) = console.transpose()?.unzip();
+            let consoles = Consoles {
+                serial: serial_ends,
+                virtio: console_ends,
+            };
+            Ok((Self { serial, console }, consoles))
+        };
+        make().map_err(|e| {
+            let place = crate::escape::escaped(directory.as_os_str().as_encoded_bytes());
+            RunError::Configuration(format!("console rings in {place}: {e}"))
+        })
+    }
+}
+
+impl Ring {
+    fn make(path: &Path, history: u64) -> io::Result<(Self, ConsoleEnds)> {
+        // A new file each time: whoever still reads an old one is not confused.
+        match fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let output = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
+        output_ring::create(&output, history)?;
+        let input = sealed_memfd("bulkhead-input", INPUT_RING_BYTES)?;
+        let (output_bell, input_bell) = (Doorbell::new()?, Doorbell::new()?);
+        let ends = ConsoleEnds {
+            // A file description of its own: reading moves no offset of the writer's.
+            output: OutputReader::new(File::open(path)?)?,
+            output_bell: output_bell.try_clone()?,
+            input: InputWriter::map(input.try_clone()?).map_err(io::Error::other)?,
+            input_bell: input_bell.try_clone()?,
+        };
+        let ring = Self {
+            output,
+            output_bell,
+            input,
+            input_bell,
+        };
+        Ok((ring, ends))
+    }
+
+    /// Bytes that were written so far, as the file claims.
+    pub(super) fn head(&self) -> u64 {
+        output_ring::head(&self.output).unwrap_or(0)
+    }
+
+    /// The descriptors for the process that serves it.
+    pub(super) fn gifts(&self) -> [Gift<'_>; 4] {
+        [
+            Gift::new(FdRole::Output, self.output.as_fd()),
+            Gift::new(FdRole::OutputBell, self.output_bell.as_fd()),
+            Gift::new(FdRole::Input, self.input.as_fd()),
+            Gift::new(FdRole::InputBell, self.input_bell.as_fd()),
+        ]
+    }
+}

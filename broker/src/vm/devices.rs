@@ -1,0 +1,263 @@
+//! Which virtio devices a machine has, where, and with which features: plain data from the
+//! specification, the same for the gates and for the device processes.
+
+use super::session::default_name;
+use super::spec::{ConsoleSpec, DiskSpec, VmSpec};
+use bulkhead_ipc::device_kind::VirtioKind;
+use bulkhead_ipc::protocol::birth::{DeviceConfig, DeviceOwn, VirtioSlot};
+use bulkhead_ipc::window::WindowLayout;
+
+/// Slot of the virtio console.
+const CONSOLE_SLOT: u8 = 0;
+/// Slot of the entropy source.
+const RNG_SLOT: u8 = 1;
+/// Slot of the first disk.
+const DISK_SLOT: u8 = 2;
+
+const SMALL_QUEUE: u16 = 64;
+const DISK_QUEUE: u16 = 256;
+/// A console's window holds every receive buffer that a driver keeps posted, and output besides.
+const CONSOLE_WINDOW_BYTES: u32 = 1 << 20;
+const RNG_WINDOW_BYTES: u32 = 256 << 10;
+/// Room for 32 requests of 128 KiB in flight, and for one of a quarter of it.
+const DISK_WINDOW_BYTES: u32 = 8 << 20;
+/// Longest segment of a disk request in bytes.
+const SEGMENT_BYTES_MAX: u32 = 32 << 10;
+const SECTOR_BYTES: u32 = 512;
+const BLOCK_BYTES: u32 = 512;
+
+/// Feature bits of virtio 1.2, sections 5.2.3 and 5.3.3.
+mod feature {
+    pub(super) const BLK_SIZE_MAX: u64 = 1 << 1;
+    pub(super) const BLK_SEG_MAX: u64 = 1 << 2;
+    pub(super) const BLK_RO: u64 = 1 << 5;
+    pub(super) const BLK_BLK_SIZE: u64 = 1 << 6;
+    pub(super) const BLK_FLUSH: u64 = 1 << 9;
+    pub(super) const BLK_MQ: u64 = 1 << 12;
+    pub(super) const BLK_DISCARD: u64 = 1 << 13;
+    pub(super) const BLK_WRITE_ZEROES: u64 = 1 << 14;
+    pub(super) const CONSOLE_SIZE: u64 = 1;
+}
+
+/// A virtio device of a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DevicePlan {
+    /// virtio-mmio slot.
+    pub slot: u8,
+    /// Name in messages.
+    pub name: String,
+    /// Which of the machine's devices of its kind.
+    pub index: u16,
+    /// What it is.
+    pub kind: VirtioKind,
+    /// Size of each queue.
+    pub queue_sizes: Vec<u16>,
+    /// Size of the window in bytes.
+    pub window_bytes: u32,
+    /// Feature bits that may be offered.
+    pub features: u64,
+    /// Configuration image.
+    pub config: Vec<u8>,
+    /// What only this kind needs.
+    pub own: DeviceOwn,
+}
+
+/// The devices of `spec`, by slot.
+#[must_use]
+pub fn plan(spec: &VmSpec) -> Vec<DevicePlan> {
+    let console = spec.console.virtio.then(|| console(&spec.console));
+    let disks = (DISK_SLOT..).zip(0..).zip(&spec.disks);
+    let disks = disks.map(|((slot, index), disk)| self::disk(slot, index, disk));
+    console.into_iter().chain([rng()]).chain(disks).collect()
+}
+
+fn console(spec: &ConsoleSpec) -> DevicePlan {
+    let (columns, rows) = spec.size;
+    let mut config = Image::new(VirtioKind::Console);
+    config.put(0, &columns.to_le_bytes());
+    config.put(2, &rows.to_le_bytes());
+    config.put(4, &1u32.to_le_bytes());
+    DevicePlan {
+        slot: CONSOLE_SLOT,
+        name: default_name(VirtioKind::Console).to_owned(),
+        index: 0,
+        kind: VirtioKind::Console,
+        queue_sizes: vec![SMALL_QUEUE; 2],
+        window_bytes: CONSOLE_WINDOW_BYTES,
+        features: feature::CONSOLE_SIZE,
+        config: config.0,
+        own: DeviceOwn::Console {
+            output_capacity: spec.history_bytes,
+            output_head: 0,
+            size: spec.size,
+        },
+    }
+}
+
+fn rng() -> DevicePlan {
+    DevicePlan {
+        slot: RNG_SLOT,
+        name: default_name(VirtioKind::Rng).to_owned(),
+        index: 0,
+        kind: VirtioKind::Rng,
+        queue_sizes: vec![SMALL_QUEUE],
+        window_bytes: RNG_WINDOW_BYTES,
+        features: 0,
+        config: Vec::new(),
+        own: DeviceOwn::Rng,
+    }
+}
+
+fn disk(slot: u8, index: u16, spec: &DiskSpec) -> DevicePlan {
+    let queue_sizes = vec![DISK_QUEUE; usize::from(spec.queues)];
+    let window_bytes = DISK_WINDOW_BYTES;
+    let layout = WindowLayout::new(window_bytes as usize, &queue_sizes);
+    // Any one legal request fits a quarter of the window, and a chain with header and status fits
+    // the queue.
+    let request_bytes = layout.map_or(0, |layout| layout.request_bytes_max());
+    let request_bytes = u32::try_from(request_bytes).unwrap_or(0);
+    let segments = (request_bytes / SEGMENT_BYTES_MAX).clamp(1, u32::from(DISK_QUEUE) - 2);
+    let mut features =
+        feature::BLK_SIZE_MAX | feature::BLK_SEG_MAX | feature::BLK_BLK_SIZE | feature::BLK_FLUSH;
+    let mut config = Image::new(VirtioKind::Blk);
+    config.put(8, &SEGMENT_BYTES_MAX.to_le_bytes());
+    config.put(12, &segments.to_le_bytes());
+    config.put(20, &BLOCK_BYTES.to_le_bytes());
+    config.put(34, &u16::from(spec.queues).to_le_bytes());
+    if spec.queues > 1 {
+        features |= feature::BLK_MQ;
+    }
+    if spec.read_only {
+        features |= feature::BLK_RO;
+    } else {
+        features |= feature::BLK_DISCARD | feature::BLK_WRITE_ZEROES;
+        let sectors_max = u32::MAX / SECTOR_BYTES;
+        config.put(36, &sectors_max.to_le_bytes());
+        config.put(40, &1u32.to_le_bytes());
+        config.put(44, &(4096 / SECTOR_BYTES).to_le_bytes());
+        config.put(48, &sectors_max.to_le_bytes());
+        config.put(52, &1u32.to_le_bytes());
+        config.put(56, &[1]);
+    }
+    DevicePlan {
+        slot,
+        name: spec.name.clone(),
+        index,
+        kind: VirtioKind::Blk,
+        queue_sizes,
+        window_bytes,
+        features,
+        config: config.0,
+        own: DeviceOwn::Blk {
+            read_only: spec.read_only,
+            serial: spec.serial.clone(),
+        },
+    }
+}
+
+/// A configuration image under construction.
+struct Image(Vec<u8>);
+
+impl Image {
+    fn new(kind: VirtioKind) -> Self {
+        Self(vec![0; kind.config_bytes()])
+    }
+
+    fn put(&mut self, at: usize, bytes: &[u8]) {
+        let places = self.0.iter_mut().skip(at);
+        for (place, &byte) in places.zip(bytes) {
+            *place = byte;
+        }
+    }
+}
+
+impl DevicePlan {
+    /// As the gates see it.
+    #[must_use]
+    pub fn as_slot(&self, generation: u32) -> VirtioSlot {
+        VirtioSlot {
+            slot: self.slot,
+            name: self.name.clone(),
+            kind: self.kind,
+            generation,
+            queue_sizes: self.queue_sizes.clone(),
+            window_bytes: self.window_bytes,
+            features: self.features,
+            config: self.config.clone(),
+        }
+    }
+
+    /// As its process sees it; `output_head` is where a console's output goes on.
+    #[must_use]
+    pub fn as_device(&self, output_head: u64) -> DeviceConfig {
+        let mut own = self.own.clone();
+        if let DeviceOwn::Console {
+            output_head: head, ..
+        } = &mut own
+        {
+            *head = output_head;
+        }
+        DeviceConfig {
+            kind: self.kind,
+            queue_sizes: self.queue_sizes.clone(),
+            window_bytes: self.window_bytes,
+            features: self.features,
+            config: self.config.clone(),
+            own,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::spec::KernelSource;
+    use super::*;
+
+    fn spec(disks: usize, queues: u8, read_only: bool) -> VmSpec {
+        let mut spec = VmSpec::new("vm", KernelSource::File("k".into()));
+        spec.disks = (0..disks)
+            .map(|n| DiskSpec {
+                name: format!("disk{n}"),
+                path: "d".into(),
+                read_only,
+                ephemeral: false,
+                serial: "s".into(),
+                queues,
+            })
+            .collect();
+        spec
+    }
+
+    #[test]
+    fn largest_machine_fits_the_slots_and_every_window_can_be_laid_out() {
+        let devices = plan(&spec(14, 8, false));
+        let slots: Vec<u8> = devices.iter().map(|d| d.slot).collect();
+        assert_eq!(slots, (0..16).collect::<Vec<u8>>());
+        for device in &devices {
+            WindowLayout::new(device.window_bytes as usize, &device.queue_sizes).unwrap();
+            assert_eq!(device.config.len(), device.kind.config_bytes());
+        }
+    }
+
+    #[test]
+    fn largest_legal_disk_request_fits_a_quarter_of_the_window() {
+        for queues in 1..=8 {
+            let disk = &plan(&spec(1, queues, false))[2];
+            let word = |at: usize| {
+                let bytes = disk.config[at..at + 4].try_into().unwrap();
+                u32::from_le_bytes(bytes) as usize
+            };
+            let layout = WindowLayout::new(disk.window_bytes as usize, &disk.queue_sizes).unwrap();
+            assert!(word(8) * word(12) <= layout.request_bytes_max());
+            assert!(word(12) >= 32, "128 KiB in scattered pages is one request");
+        }
+    }
+
+    #[test]
+    fn read_only_disk_offers_no_way_to_write() {
+        let disk = &plan(&spec(1, 1, true))[2];
+        let writes = feature::BLK_DISCARD | feature::BLK_WRITE_ZEROES;
+        assert_eq!(disk.features & writes, 0);
+        assert_ne!(disk.features & feature::BLK_RO, 0);
+    }
+}

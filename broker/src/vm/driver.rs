@@ -1,0 +1,377 @@
+//! Runs a machine: carries out what [`super::state`] and the supervisor decide.
+//!
+//! The broker is on no data path: all it does while a guest runs is to sleep on control channels,
+//! pidfds, logs, its owner's commands and deadlines.
+
+use super::consoles::Rings;
+use super::devices::{self, DevicePlan};
+use super::household::{Household, Member};
+use super::report::Report;
+use super::resources::Resources;
+use super::session::{Command, Event, Finished, RunError, RunOptions};
+use super::spec::VmSpec;
+use super::state::{Input, Life, Output, Verdict};
+use crate::launch::Launcher;
+use crate::supervisor::driver::{NOTICES_CAPACITY, Notice, watch};
+use crate::supervisor::fault;
+use crate::supervisor::state::{self as supervision, Action, Supervisor};
+use bulkhead_ipc::channel::ChannelError;
+use bulkhead_ipc::ident::{ProcId, ProcKind};
+use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
+use bulkhead_ipc::protocol::vcpu::{FromVcpu, ToVcpu};
+use bulkhead_policies::cache::Compiled;
+use serde::Serialize;
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// Runs the machine until it is over. Runs in a current-thread runtime with I/O and time.
+///
+/// # Errors
+/// When it cannot be started; what happens to it later is an [`super::session::Ending`].
+pub async fn run(
+    spec: &VmSpec,
+    options: &RunOptions,
+    mut commands: mpsc::Receiver<Command>,
+    events: mpsc::Sender<Event>,
+) -> Result<Finished, RunError> {
+    let configuration = |e: &dyn std::fmt::Display| RunError::Configuration(e.to_string());
+    spec.check().map_err(|e| configuration(&e))?;
+    // First of all, since it makes namespaces while the rest is being prepared.
+    let mut launcher = Launcher::new(&options.binaries).map_err(|e| RunError::Host {
+        lacks: e.to_string(),
+    })?;
+    let compiled = policies(options)?;
+    let devices = devices::plan(spec);
+    let kinds = devices.iter().map(|device| device.kind.proc_kind());
+    for kind in [ProcKind::Vcpu, ProcKind::Legacy].into_iter().chain(kinds) {
+        launcher.find_program(kind).map_err(|e| RunError::Start {
+            who: kind.name().to_owned(),
+            reason: e.to_string(),
+        })?;
+    }
+    let mut resources = Resources::open(spec, options)?;
+    let (rings, consoles) = Rings::make(spec, &options.state)?;
+    let mut tell = Teller { events, dropped: 0 };
+    tell.event(Event::Consoles(Box::new(consoles)));
+
+    let timeout = spec.limits.run_timeout;
+    let until = timeout.map(|after| (tokio::time::Instant::now() + after, after));
+    let mut degraded = Vec::new();
+    let mut restarts = 0;
+    loop {
+        let may_restart = options.reboot && restarts < spec.limits.restarts_max;
+        let household = Household::start(
+            &mut launcher,
+            &compiled,
+            spec,
+            &devices,
+            &rings,
+            &mut resources,
+            restarts + 1,
+        )?;
+        drop(resources);
+        let (notices, heard) = mpsc::channel(NOTICES_CAPACITY);
+        let mut machine = Machine {
+            spec,
+            devices: &devices,
+            began: Instant::now(),
+            life: Life::new(spec.lifecycle, may_restart),
+            supervisor: Supervisor::new(spec.limits.shutdown_timeout),
+            household,
+            report: Report::default(),
+            degraded: &mut degraded,
+            tell: &mut tell,
+            inputs: VecDeque::new(),
+        };
+        machine.watch(&notices)?;
+        drop(notices);
+        let verdict = machine.live(heard, &mut commands, until).await;
+        let report = machine.report.finish();
+        match verdict {
+            Verdict::Finished(ending) => {
+                return Ok(Finished {
+                    ending,
+                    report,
+                    degraded,
+                });
+            }
+            Verdict::StartFailed(who, reason) => return Err(RunError::Start { who, reason }),
+            Verdict::Restart => {
+                restarts += 1;
+                tell.event(Event::Restarting { count: restarts });
+                resources = Resources::open(spec, options)?;
+            }
+        }
+    }
+}
+
+fn policies(options: &RunOptions) -> Result<Compiled, RunError> {
+    let directory = options.policies.as_deref();
+    let looser = options.allow_looser_policy;
+    let compiled = match &options.cache {
+        Some(cache) => Compiled::cached(directory, looser, cache),
+        None => Compiled::fresh(directory, looser),
+    };
+    compiled.map_err(|e| RunError::Configuration(e.to_string()))
+}
+
+/// Passes events on without ever waiting for whoever listens.
+struct Teller {
+    events: mpsc::Sender<Event>,
+    dropped: u64,
+}
+
+impl Teller {
+    fn event(&mut self, event: Event) {
+        match self.events.try_send(event) {
+            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
+            Err(mpsc::error::TrySendError::Full(event)) => {
+                self.dropped += 1;
+                if self.dropped.is_power_of_two() {
+                    let dropped = self.dropped;
+                    tracing::warn!(dropped, ?event, "nobody listens to the machine's events");
+                }
+            }
+        }
+    }
+}
+
+/// One life of the machine.
+struct Machine<'a> {
+    spec: &'a VmSpec,
+    devices: &'a [DevicePlan],
+    began: Instant,
+    life: Life,
+    supervisor: Supervisor,
+    household: Household,
+    report: Report,
+    degraded: &'a mut Vec<(String, String)>,
+    tell: &'a mut Teller,
+    /// What the life has still to be told.
+    inputs: VecDeque<Input>,
+}
+
+impl Machine<'_> {
+    fn watch(&mut self, notices: &mpsc::Sender<(ProcId, Notice)>) -> Result<(), RunError> {
+        for member in &self.household.members {
+            let id = member.launched.id;
+            self.supervisor
+                .add(id, member.on_death, member.birth_timeout);
+            watch(&member.launched, &self.spec.name, notices.clone()).map_err(|cause| {
+                RunError::Host {
+                    lacks: format!("a way to watch processes: {cause}"),
+                }
+            })?;
+            self.tell.event(Event::Started {
+                id,
+                name: member.name.clone(),
+                pid: member.launched.pid,
+            });
+        }
+        Ok(())
+    }
+
+    async fn live(
+        &mut self,
+        mut heard: mpsc::Receiver<(ProcId, Notice)>,
+        commands: &mut mpsc::Receiver<Command>,
+        until: Option<(tokio::time::Instant, Duration)>,
+    ) -> Verdict {
+        let mut commanding = true;
+        let mut timed_out = false;
+        loop {
+            while let Some(input) = self.inputs.pop_front() {
+                if let Some(verdict) = self.advance(input) {
+                    return verdict;
+                }
+            }
+            let tick = self.supervisor.next_deadline().map(|at| self.began + at);
+            tokio::select! {
+                notice = heard.recv() => match notice {
+                    Some((id, notice)) => self.notice(id, notice),
+                    // Every watcher has ended, so every process has.
+                    None => self.inputs.push_back(Input::AllGone),
+                },
+                command = commands.recv(), if commanding => match command {
+                    Some(command) => self.command(command),
+                    None => commanding = false,
+                },
+                () = sleep_until(tick.map(Into::into)) => {
+                    self.supervise(supervision::Event::Tick);
+                }
+                () = sleep_until(until.map(|(at, _)| at)), if !timed_out => {
+                    timed_out = true;
+                    let after = until.map(|(_, after)| after).unwrap_or_default();
+                    self.inputs.push_back(Input::TimedOut(after));
+                }
+            }
+        }
+    }
+
+    fn advance(&mut self, input: Input) -> Option<Verdict> {
+        for output in self.life.step(input) {
+            match output {
+                Output::Tell(message) => self.tell_vcpu(&message),
+                Output::End => self.supervise(supervision::Event::End),
+                Output::Over(verdict) => return Some(verdict),
+            }
+        }
+        None
+    }
+
+    fn command(&mut self, command: Command) {
+        if let Command::Resize { columns, rows } = command
+            && let Some(console) = self.household.of_kind(ProcKind::Console)
+        {
+            let id = console.launched.id;
+            self.send(id, &ToDevice::Resize { columns, rows });
+        }
+        self.inputs.push_back(Input::Command(command));
+    }
+
+    fn notice(&mut self, id: ProcId, notice: Notice) {
+        match notice {
+            Notice::Locked(landlock_abi) => {
+                let after = self.began.elapsed();
+                tracing::debug!(proc = %id, after_us = after.as_micros(), "locked");
+                self.tell.event(Event::Locked {
+                    id,
+                    after,
+                    landlock_abi,
+                });
+                self.supervise(supervision::Event::Locked(id));
+            }
+            Notice::Broke(reason) => self.supervise(supervision::Event::Broke { id, reason }),
+            Notice::Died(reason) => {
+                tracing::debug!(proc = %id, reason, "gone");
+                self.supervise(supervision::Event::Died { id, reason });
+            }
+            Notice::Device(FromDevice::Pong(_)) | Notice::Vcpu(FromVcpu::Pong(_)) => {}
+            Notice::Device(FromDevice::Fault { reason }) => {
+                let name = self.name(id);
+                let reason = fault::said(&reason);
+                tracing::warn!(proc = %id, name, reason, "device fault");
+                self.tell.event(Event::DeviceFault { name, reason });
+            }
+            Notice::Vcpu(message) => self.hear_vcpu(message),
+        }
+    }
+
+    fn hear_vcpu(&mut self, message: FromVcpu) {
+        match message {
+            FromVcpu::Pong(_) => {}
+            FromVcpu::Paused => {
+                self.tell.event(Event::Paused);
+                self.inputs.push_back(Input::Paused);
+            }
+            FromVcpu::Resumed => {
+                self.tell.event(Event::Resumed);
+                self.inputs.push_back(Input::Resumed);
+            }
+            FromVcpu::DeviceFault { slot, reason } => {
+                let (name, reason) = (self.name_of_slot(slot), fault::said(&reason));
+                self.tell.event(Event::DeviceFault { name, reason });
+            }
+            FromVcpu::GuestFault { slot, reason } => {
+                let (name, reason) = (self.name_of_slot(slot), fault::said(&reason));
+                self.tell.event(Event::GuestFault { name, reason });
+            }
+            FromVcpu::Report { text } => self.report.add(&text),
+            FromVcpu::Ended(outcome) => {
+                tracing::info!(?outcome, "the machine has ended");
+                self.tell.event(Event::Ended(outcome));
+                self.inputs.push_back(Input::Ended(outcome));
+            }
+        }
+    }
+
+    fn supervise(&mut self, event: supervision::Event) {
+        let now = self.began.elapsed();
+        for action in self.supervisor.step(event, now) {
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::AllLocked => {
+                let after = self.began.elapsed();
+                self.tell.event(Event::AllLocked { after });
+                self.inputs.push_back(Input::AllLocked);
+            }
+            Action::StartFailed { id, reason } => {
+                let name = self.name(id);
+                self.inputs.push_back(Input::StartFailed(name, reason));
+            }
+            Action::Degraded { id, reason } => self.degrade(id, reason),
+            Action::MachineLost { id, reason } => {
+                tracing::error!(proc = %id, reason, "lost");
+                self.inputs.push_back(Input::Lost(reason));
+            }
+            Action::Ask(id) => match id.kind {
+                ProcKind::Vcpu => self.send(id, &ToVcpu::Kill),
+                _ => self.send(id, &ToDevice::Shutdown),
+            },
+            Action::Kill(id) => {
+                if let Some(member) = self.household.member(id) {
+                    // Already dead is as good; its pidfd says so.
+                    let _killed = member.launched.kill();
+                }
+            }
+            Action::AllGone => self.inputs.push_back(Input::AllGone),
+        }
+    }
+
+    fn degrade(&mut self, id: ProcId, reason: String) {
+        let Some(member) = self.household.member(id) else {
+            return;
+        };
+        let (name, slot) = (member.name.clone(), member.slot);
+        tracing::error!(proc = %id, name, reason, "device lost; the machine goes on degraded");
+        match slot {
+            Some(slot) => self.tell_vcpu(&ToVcpu::DeviceLost { slot }),
+            None => self.tell_vcpu(&ToVcpu::LegacyLost),
+        }
+        self.degraded.push((name.clone(), reason.clone()));
+        self.tell.event(Event::Degraded { id, name, reason });
+    }
+
+    fn tell_vcpu(&mut self, message: &ToVcpu) {
+        if let Some(vcpu) = self.household.of_kind(ProcKind::Vcpu) {
+            let id = vcpu.launched.id;
+            self.send(id, message);
+        }
+    }
+
+    fn send<T: Serialize>(&mut self, id: ProcId, message: &T) {
+        let Some(member) = self.household.member(id) else {
+            return;
+        };
+        match member.launched.control.send(message, &[]) {
+            // Its death is told by its pidfd.
+            Ok(()) | Err(ChannelError::Closed) => {}
+            Err(error) => {
+                let reason = format!("cannot be told anything: {error}");
+                self.supervise(supervision::Event::Broke { id, reason });
+            }
+        }
+    }
+
+    fn name(&self, id: ProcId) -> String {
+        let member = self.household.member(id);
+        member.map_or_else(|| id.kind.name().to_owned(), |m: &Member| m.name.clone())
+    }
+
+    fn name_of_slot(&self, slot: u8) -> String {
+        let device = self.devices.iter().find(|device| device.slot == slot);
+        device.map_or_else(|| format!("slot {slot}"), |device| device.name.clone())
+    }
+}
+
+async fn sleep_until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,310 @@
+//! The processes of a machine in one life of it: what connects them, their birth, and the handles
+//! to talk to and kill them.
+//!
+//! Windows, the legacy page and doorbells are made here and forgotten as soon as the processes have
+//! them: the broker maps none and keeps none.
+
+use super::consoles::Rings;
+use super::devices::DevicePlan;
+use super::resources::Resources;
+use super::session::RunError;
+use super::spec::VmSpec;
+use crate::launch::{Gift, LaunchError, Launched, Launcher};
+use bulkhead_ipc::device_kind::VirtioKind;
+use bulkhead_ipc::ident::{ProcId, ProcKind};
+use bulkhead_ipc::legacy_page::{self, LEGACY_PAGE_BYTES};
+use bulkhead_ipc::protocol::PROTOCOL_VERSION;
+use bulkhead_ipc::protocol::birth::{Birth, FdRole, KindConfig, LegacyConfig, VcpuConfig};
+use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
+use bulkhead_ipc::window;
+use bulkhead_policies::cache::Compiled;
+use bulkhead_policies::schema::OnDeath;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A process of the machine.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) launched: Arc<Launched>,
+    /// Name in messages.
+    pub(super) name: String,
+    /// virtio-mmio slot of a device.
+    pub(super) slot: Option<u8>,
+    pub(super) on_death: OnDeath,
+    pub(super) birth_timeout: Duration,
+}
+
+/// All of them, the vCPU process first. Dropped, it leaves no process behind.
+#[derive(Debug)]
+pub(super) struct Household {
+    pub(super) members: Vec<Member>,
+}
+
+/// Between gate and device.
+struct DeviceWiring {
+    window: OwnedFd,
+    kick: Doorbell,
+    call: Doorbell,
+}
+
+/// Between the vCPUs and legacy.
+struct LegacyWiring {
+    page: OwnedFd,
+    kick: Doorbell,
+    interrupt: Doorbell,
+    reply: Doorbell,
+}
+
+impl DeviceWiring {
+    fn new(device: &DevicePlan, generation: u32) -> io::Result<Self> {
+        let window = sealed_memfd("bulkhead-window", u64::from(device.window_bytes))?;
+        window::stamp(window.as_fd(), generation)?;
+        Ok(Self {
+            window,
+            kick: Doorbell::new()?,
+            call: Doorbell::new()?,
+        })
+    }
+
+    fn gifts(&self, index: u16) -> [Gift<'_>; 3] {
+        [
+            Gift::numbered(FdRole::Window, index, self.window.as_fd()),
+            Gift::numbered(FdRole::Kick, index, self.kick.as_fd()),
+            Gift::numbered(FdRole::Call, index, self.call.as_fd()),
+        ]
+    }
+}
+
+impl LegacyWiring {
+    fn new(generation: u32) -> io::Result<Self> {
+        let page = sealed_memfd("bulkhead-legacy-page", LEGACY_PAGE_BYTES)?;
+        legacy_page::stamp(page.as_fd(), generation)?;
+        Ok(Self {
+            page,
+            kick: Doorbell::new()?,
+            interrupt: Doorbell::new()?,
+            reply: Doorbell::new()?,
+        })
+    }
+
+    fn gifts(&self) -> [Gift<'_>; 4] {
+        [
+            Gift::new(FdRole::LegacyPage, self.page.as_fd()),
+            Gift::new(FdRole::LegacyKick, self.kick.as_fd()),
+            Gift::new(FdRole::LegacyInterrupt, self.interrupt.as_fd()),
+            Gift::new(FdRole::LegacyReply, self.reply.as_fd()),
+        ]
+    }
+}
+
+/// What the births of one life have in common.
+struct Midwife<'a> {
+    launcher: &'a mut Launcher,
+    compiled: &'a Compiled,
+    spec: &'a VmSpec,
+    generation: u32,
+    household: Household,
+}
+
+impl Household {
+    /// Starts every process, the vCPU process first, and sends each its birth message. Does not
+    /// wait for any.
+    pub(super) fn start(
+        launcher: &mut Launcher,
+        compiled: &Compiled,
+        spec: &VmSpec,
+        devices: &[DevicePlan],
+        rings: &Rings,
+        resources: &mut Resources,
+        generation: u32,
+    ) -> Result<Self, RunError> {
+        let host = |cause: io::Error| RunError::Host {
+            lacks: format!("shared memory or descriptors: {cause}"),
+        };
+        let legacy = LegacyWiring::new(generation).map_err(host)?;
+        let wirings: io::Result<Vec<DeviceWiring>> = devices
+            .iter()
+            .map(|device| DeviceWiring::new(device, generation))
+            .collect();
+        let wirings = wirings.map_err(host)?;
+        let mut midwife = Midwife {
+            launcher,
+            compiled,
+            spec,
+            generation,
+            household: Self {
+                members: Vec::new(),
+            },
+        };
+        midwife.vcpu(devices, &wirings, &legacy, resources)?;
+        midwife.legacy(rings, &legacy)?;
+        for (device, wiring) in devices.iter().zip(&wirings) {
+            midwife.device(device, wiring, rings, resources)?;
+        }
+        Ok(midwife.household)
+    }
+
+    pub(super) fn member(&self, id: ProcId) -> Option<&Member> {
+        self.members.iter().find(|m| m.launched.id == id)
+    }
+
+    pub(super) fn of_kind(&self, kind: ProcKind) -> Option<&Member> {
+        self.members.iter().find(|m| m.launched.id.kind == kind)
+    }
+}
+
+impl Drop for Household {
+    fn drop(&mut self) {
+        for member in &self.members {
+            // Already dead is as good.
+            let _killed = member.launched.kill();
+        }
+    }
+}
+
+impl Midwife<'_> {
+    fn vcpu(
+        &mut self,
+        devices: &[DevicePlan],
+        wirings: &[DeviceWiring],
+        legacy: &LegacyWiring,
+        resources: &Resources,
+    ) -> Result<(), RunError> {
+        let mut gifts = vec![
+            Gift::new(FdRole::Kvm, resources.kvm.as_fd()),
+            Gift::new(FdRole::Kernel, resources.kernel.as_fd()),
+        ];
+        let optional = [
+            (FdRole::Initrd, &resources.initrd),
+            (FdRole::Core, &resources.core),
+        ];
+        for (role, file) in optional {
+            gifts.extend(file.as_ref().map(|file| Gift::new(role, file.as_fd())));
+        }
+        for (device, wiring) in devices.iter().zip(wirings) {
+            gifts.extend(wiring.gifts(device.slot.into()));
+        }
+        gifts.extend(legacy.gifts());
+        let slots = devices.iter().map(|d| d.as_slot(self.generation));
+        let config = VcpuConfig {
+            vcpus: self.spec.vcpus,
+            memory_bytes: self.spec.memory_bytes,
+            huge_pages: self.spec.huge_pages,
+            cmdline: self.spec.cmdline_in_full(),
+            quirks: resources.quirks,
+            devices: slots.collect(),
+            legacy_generation: self.generation,
+        };
+        self.birth(
+            ProcKind::Vcpu,
+            0,
+            "vcpu",
+            None,
+            &gifts,
+            KindConfig::Vcpu(config),
+        )
+    }
+
+    fn legacy(&mut self, rings: &Rings, wiring: &LegacyWiring) -> Result<(), RunError> {
+        let gifts: Vec<Gift<'_>> = rings
+            .serial
+            .gifts()
+            .into_iter()
+            .chain(wiring.gifts())
+            .collect();
+        let config = LegacyConfig {
+            output_capacity: self.spec.console.history_bytes,
+            output_head: rings.serial.head(),
+            rtc_offset_s: 0,
+        };
+        let config = KindConfig::Legacy(config);
+        self.birth(ProcKind::Legacy, 0, "legacy", None, &gifts, config)
+    }
+
+    fn device(
+        &mut self,
+        device: &DevicePlan,
+        wiring: &DeviceWiring,
+        rings: &Rings,
+        resources: &Resources,
+    ) -> Result<(), RunError> {
+        let mut gifts = Vec::from(wiring.gifts(0));
+        let mut head = 0;
+        match (device.kind, &rings.console) {
+            (VirtioKind::Blk, _) => {
+                let disk = resources.disks.get(usize::from(device.index));
+                gifts.extend(disk.map(|file| Gift::new(FdRole::Disk, file.as_fd())));
+            }
+            (VirtioKind::Rng, _) => {
+                gifts.push(Gift::new(FdRole::Entropy, resources.entropy.as_fd()));
+            }
+            (VirtioKind::Console, Some(ring)) => {
+                gifts.extend(ring.gifts());
+                head = ring.head();
+            }
+            (VirtioKind::Console, None) => {}
+        }
+        let config = KindConfig::Device(device.as_device(head));
+        let (kind, slot) = (device.kind.proc_kind(), Some(device.slot));
+        self.birth(kind, device.index, &device.name, slot, &gifts, config)
+    }
+
+    fn birth(
+        &mut self,
+        kind: ProcKind,
+        index: u16,
+        name: &str,
+        slot: Option<u8>,
+        gifts: &[Gift<'_>],
+        config: KindConfig,
+    ) -> Result<(), RunError> {
+        let fails = |cause: LaunchError| RunError::Start {
+            who: name.to_owned(),
+            reason: cause.to_string(),
+        };
+        let Some((policy, filters)) = self.compiled.get(kind) else {
+            return Err(RunError::Configuration(format!("no policy for {kind}")));
+        };
+        let id = ProcId {
+            kind,
+            index,
+            generation: self.generation,
+        };
+        let launched = self.launcher.launch(id, policy, gifts).map_err(fails)?;
+        let grants = launched.grants.clone();
+        // From here on it is killed when anything goes wrong.
+        let launched = Arc::new(launched);
+        let policy_timeout = Duration::from_millis(policy.birth_timeout_ms.into());
+        self.household.members.push(Member {
+            launched: Arc::clone(&launched),
+            name: name.to_owned(),
+            slot,
+            on_death: policy.on_death,
+            birth_timeout: policy_timeout.min(self.spec.limits.birth_timeout),
+        });
+        let birth = Birth {
+            version: PROTOCOL_VERSION,
+            id,
+            vm: self.spec.name.clone(),
+            token: token().map_err(|cause| RunError::Host {
+                lacks: format!("random numbers: {cause}"),
+            })?,
+            grants,
+            startup: filters.startup.clone(),
+            locked: filters.locked.clone(),
+            uring: filters.uring.clone(),
+            config,
+        };
+        let sent = launched.control.send(&birth, &[]);
+        sent.map_err(|cause| fails(cause.into()))
+    }
+}
+
+/// 256 bits that nobody can guess.
+fn token() -> io::Result<[u8; 32]> {
+    let mut token = [0; 32];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut token)?;
+    Ok(token)
+}

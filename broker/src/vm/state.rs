@@ -1,0 +1,349 @@
+//! The life of a machine: a pure state machine over what its processes and its owner say.
+//!
+//! ```text
+//!   Starting ──▶ Running ◀──▶ Paused
+//!       │           │            │
+//!       ▼           ▼            ▼       Preserved: ended, kept as it is until it is killed
+//!      Stopping ◀───┴────────────┴── Preserved
+//!       │ every process gone
+//!       ▼
+//!      Over(verdict): finished, restart, or the start failed
+//! ```
+//!
+//! The first reason to stop is the one that counts.
+
+use super::session::{Command, Ending};
+use super::spec::{Lifecycle, OnEnd};
+use bulkhead_ipc::protocol::vcpu::{Outcome, ToVcpu};
+use std::time::Duration;
+
+/// What has happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input {
+    /// Every process is locked.
+    AllLocked,
+    /// A process could not start: its name and why.
+    StartFailed(String, String),
+    /// A process that the machine cannot do without was lost.
+    Lost(String),
+    /// The vCPU process says that the machine has ended.
+    Ended(Outcome),
+    /// The vCPUs are stopped.
+    Paused,
+    /// The vCPUs run again.
+    Resumed,
+    /// The owner wants something.
+    Command(Command),
+    /// The run's time-out has passed.
+    TimedOut(Duration),
+    /// Every process is gone.
+    AllGone,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// Tell the vCPU process.
+    Tell(ToVcpu),
+    /// End every process.
+    End,
+    /// Nothing is left.
+    Over(Verdict),
+}
+
+/// How it went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// The run is over.
+    Finished(Ending),
+    /// The machine is to be started again.
+    Restart,
+    /// The machine could not start: which process, and why.
+    StartFailed(String, String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    Starting,
+    Running,
+    Paused,
+    Preserved(Ending),
+    Stopping(Verdict),
+    Over,
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub struct Life {
+    state: State,
+    lifecycle: Lifecycle,
+    may_restart: bool,
+}
+
+impl Life {
+    /// Of a machine that is being started; `may_restart` is whether [`OnEnd::Restart`] counts.
+    #[must_use]
+    pub const fn new(lifecycle: Lifecycle, may_restart: bool) -> Self {
+        Self {
+            state: State::Starting,
+            lifecycle,
+            may_restart,
+        }
+    }
+
+    /// Whether processes are being ended on purpose.
+    #[must_use]
+    pub const fn is_stopping(&self) -> bool {
+        matches!(self.state, State::Stopping(_) | State::Over)
+    }
+
+    /// Takes one input.
+    pub fn step(&mut self, input: Input) -> Vec<Output> {
+        match input {
+            Input::AllLocked => {
+                if self.state == State::Starting {
+                    self.state = State::Running;
+                }
+                Vec::new()
+            }
+            Input::StartFailed(who, why) => self.stop(Verdict::StartFailed(who, why)),
+            Input::Lost(reason) => self.lost(reason),
+            Input::Ended(outcome) => self.ended(outcome),
+            Input::Paused => self.change(State::Running, State::Paused),
+            Input::Resumed => self.change(State::Paused, State::Running),
+            Input::Command(command) => self.command(command),
+            Input::TimedOut(after) => self.stop_as(Ending::TimedOut(after)),
+            Input::AllGone => self.all_gone(),
+        }
+    }
+
+    fn change(&mut self, from: State, to: State) -> Vec<Output> {
+        if self.state == from {
+            self.state = to;
+        }
+        Vec::new()
+    }
+
+    fn stop(&mut self, verdict: Verdict) -> Vec<Output> {
+        if self.is_stopping() {
+            return Vec::new();
+        }
+        self.state = State::Stopping(verdict);
+        vec![Output::End]
+    }
+
+    /// Stops; a machine that was preserved has ended as it ended.
+    fn stop_as(&mut self, ending: Ending) -> Vec<Output> {
+        let ending = match &self.state {
+            State::Preserved(preserved) => preserved.clone(),
+            _ => ending,
+        };
+        self.stop(Verdict::Finished(ending))
+    }
+
+    fn ended(&mut self, outcome: Outcome) -> Vec<Output> {
+        if self.is_stopping() || matches!(self.state, State::Preserved(_)) {
+            return Vec::new();
+        }
+        let life = self.lifecycle;
+        let (ending, then) = match outcome {
+            Outcome::PowerOff => (Ending::PoweredOff, life.on_poweroff),
+            Outcome::Reset => (Ending::PoweredOff, life.on_reboot),
+            Outcome::GuestPanic => (Ending::GuestPanic, life.on_crash),
+            Outcome::TripleFault => (Ending::TripleFault, life.on_crash),
+            Outcome::InternalError => (Ending::InternalError, life.on_crash),
+            Outcome::DebugExit(value) => (Ending::DebugExit(value), OnEnd::Destroy),
+            Outcome::Killed => (Ending::Killed, OnEnd::Destroy),
+        };
+        match then {
+            OnEnd::Restart if self.may_restart => self.stop(Verdict::Restart),
+            OnEnd::Preserve => {
+                self.state = State::Preserved(ending);
+                Vec::new()
+            }
+            OnEnd::Restart | OnEnd::Destroy => self.stop(Verdict::Finished(ending)),
+        }
+    }
+
+    fn lost(&mut self, reason: String) -> Vec<Output> {
+        let restart = self.lifecycle.on_crash == OnEnd::Restart && self.may_restart;
+        if restart && !matches!(self.state, State::Preserved(_)) {
+            return self.stop(Verdict::Restart);
+        }
+        self.stop_as(Ending::Lost { reason })
+    }
+
+    fn command(&mut self, command: Command) -> Vec<Output> {
+        match (command, &self.state) {
+            (Command::Kill, _) => self.stop_as(Ending::Killed),
+            (Command::Interrupt, _) => self.stop_as(Ending::Interrupted),
+            (Command::PowerButton, State::Starting | State::Running | State::Paused) => {
+                vec![Output::Tell(ToVcpu::PowerButton)]
+            }
+            (Command::Pause, State::Starting | State::Running) => {
+                vec![Output::Tell(ToVcpu::Pause)]
+            }
+            (Command::Resume, State::Starting | State::Running | State::Paused) => {
+                vec![Output::Tell(ToVcpu::Resume)]
+            }
+            // The size concerns the console's process, which the driver tells.
+            (Command::Resize { .. }, _)
+            | (Command::PowerButton | Command::Pause | Command::Resume, _) => Vec::new(),
+        }
+    }
+
+    fn all_gone(&mut self) -> Vec<Output> {
+        match std::mem::replace(&mut self.state, State::Over) {
+            State::Stopping(verdict) => vec![Output::Over(verdict)],
+            State::Preserved(ending) => vec![Output::Over(Verdict::Finished(ending))],
+            State::Over => Vec::new(),
+            State::Starting | State::Running | State::Paused => {
+                let reason = "every process is gone".to_owned();
+                vec![Output::Over(Verdict::Finished(Ending::Lost { reason }))]
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn life(on_reboot: OnEnd, may_restart: bool) -> Life {
+        let lifecycle = Lifecycle {
+            on_reboot,
+            ..Lifecycle::default()
+        };
+        let mut life = Life::new(lifecycle, may_restart);
+        life.step(Input::AllLocked);
+        life
+    }
+
+    fn verdict(mut life: Life, inputs: &[Input]) -> Verdict {
+        for input in inputs {
+            life.step(input.clone());
+        }
+        match life.step(Input::AllGone).as_slice() {
+            [Output::Over(verdict)] => verdict.clone(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn finished(ending: Ending) -> Verdict {
+        Verdict::Finished(ending)
+    }
+
+    #[test]
+    fn outcomes_are_distinct() {
+        let cases = [
+            (Outcome::PowerOff, Ending::PoweredOff),
+            (Outcome::GuestPanic, Ending::GuestPanic),
+            (Outcome::TripleFault, Ending::TripleFault),
+            (Outcome::InternalError, Ending::InternalError),
+            (Outcome::DebugExit(3), Ending::DebugExit(3)),
+        ];
+        for (outcome, ending) in cases {
+            let life = life(OnEnd::Restart, true);
+            assert_eq!(verdict(life, &[Input::Ended(outcome)]), finished(ending));
+        }
+    }
+
+    #[test]
+    fn reset_restarts_unless_told_otherwise() {
+        let reset = [Input::Ended(Outcome::Reset)];
+        assert_eq!(
+            verdict(life(OnEnd::Restart, true), &reset),
+            Verdict::Restart
+        );
+        let off = finished(Ending::PoweredOff);
+        assert_eq!(verdict(life(OnEnd::Restart, false), &reset), off);
+        assert_eq!(verdict(life(OnEnd::Destroy, true), &reset), off);
+    }
+
+    #[test]
+    fn guest_that_ends_before_every_process_is_up_has_ended_all_the_same() {
+        let life = Life::new(Lifecycle::default(), true);
+        let inputs = [
+            Input::Ended(Outcome::PowerOff),
+            Input::StartFailed("rng".into(), "late".into()),
+        ];
+        assert_eq!(verdict(life, &inputs), finished(Ending::PoweredOff));
+    }
+
+    #[test]
+    fn preserved_machine_waits_to_be_killed_and_ends_as_it_ended() {
+        let mut life = life(OnEnd::Preserve, true);
+        assert_eq!(life.step(Input::Ended(Outcome::Reset)), []);
+        assert_eq!(life.step(Input::Command(Command::Pause)), []);
+        assert_eq!(
+            life.step(Input::Command(Command::Kill)),
+            [Output::End],
+            "killing ends it"
+        );
+        assert_eq!(
+            life.step(Input::AllGone),
+            [Output::Over(finished(Ending::PoweredOff))]
+        );
+    }
+
+    #[test]
+    fn first_reason_counts() {
+        let inputs = [
+            Input::TimedOut(Duration::from_secs(1)),
+            Input::Ended(Outcome::Killed),
+            Input::Lost("x".into()),
+        ];
+        let expected = finished(Ending::TimedOut(Duration::from_secs(1)));
+        assert_eq!(verdict(life(OnEnd::Restart, true), &inputs), expected);
+    }
+
+    fn any_input() -> impl Strategy<Value = Input> {
+        let commands = [
+            Command::PowerButton,
+            Command::Kill,
+            Command::Interrupt,
+            Command::Pause,
+            Command::Resume,
+        ];
+        let outcomes = [
+            Outcome::PowerOff,
+            Outcome::Reset,
+            Outcome::TripleFault,
+            Outcome::Killed,
+        ];
+        prop_oneof![
+            Just(Input::AllLocked),
+            Just(Input::StartFailed("p".into(), "r".into())),
+            Just(Input::Lost("r".into())),
+            prop::sample::select(outcomes.to_vec()).prop_map(Input::Ended),
+            Just(Input::Paused),
+            Just(Input::Resumed),
+            prop::sample::select(commands.to_vec()).prop_map(Input::Command),
+            Just(Input::TimedOut(Duration::ZERO)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn every_life_ends_once_and_tells_nothing_afterwards(
+            inputs in prop::collection::vec(any_input(), 0..40),
+            preserve: bool,
+        ) {
+            let on_reboot = if preserve { OnEnd::Preserve } else { OnEnd::Restart };
+            let mut life = life(on_reboot, true);
+            let mut ends = 0;
+            for input in inputs {
+                let outputs = life.step(input);
+                if ends > 0 {
+                    prop_assert!(outputs.is_empty(), "{outputs:?}");
+                }
+                ends += outputs.iter().filter(|o| **o == Output::End).count();
+            }
+            prop_assert!(ends <= 1);
+            let over = life.step(Input::AllGone);
+            prop_assert!(matches!(over.as_slice(), [Output::Over(_)]));
+            prop_assert!(life.step(Input::AllGone).is_empty());
+        }
+    }
+}
