@@ -84,6 +84,18 @@ impl DebugRegisters {
         self.apply(vcpu)
     }
 
+    /// Ends a step over the breakpoint whose instruction was completed without the processor.
+    ///
+    /// # Errors
+    /// If KVM refuses the ioctl.
+    pub fn end_step_over<V: VcpuOps>(&mut self, vcpu: &mut V) -> OpResult<()> {
+        if self.stepping {
+            self.set_stepping(vcpu, false)
+        } else {
+            Ok(())
+        }
+    }
+
     /// Whether the debugger wants to hear of the end of a single step.
     #[must_use]
     pub fn debugger_steps(&self) -> bool {

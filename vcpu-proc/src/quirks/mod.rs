@@ -37,6 +37,8 @@ pub mod debug;
 pub mod machine;
 pub mod ops;
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod recorder;
 pub mod syscall;
 #[cfg(test)]
@@ -80,7 +82,7 @@ pub struct Counters {
 /// What became of an exit that this layer was given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Handled {
-    /// The instruction was completed.
+    /// The instruction was completed. A debugger that steps has to be told.
     Completed,
     /// The guest gets an exception.
     Faulted(Exception),
@@ -268,6 +270,7 @@ impl VcpuQuirks {
         let stop = match complete::complete(&mut machine) {
             Ok(next) => {
                 machine.commit(next)?;
+                self.debug.end_step_over(machine.ops)?;
                 self.counters.completed += 1;
                 return Ok(Handled::Completed);
             }
@@ -286,6 +289,7 @@ impl VcpuQuirks {
             Stop::Kvm(errno) => return Err(errno.into()),
         };
         machine.inject(exception)?;
+        self.debug.end_step_over(machine.ops)?;
         self.counters.faults += 1;
         Ok(Handled::Faulted(exception))
     }

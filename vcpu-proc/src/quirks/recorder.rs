@@ -30,7 +30,7 @@ pub(crate) enum Call {
 }
 
 /// The vCPU.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Recorder {
     pub(crate) calls: Vec<Call>,
     pub(crate) regs: kvm_regs,
