@@ -27,7 +27,12 @@ pub(crate) fn ensure(packages: &[&str]) -> Result<()> {
     let mut install = as_root("apt-get")?;
     install.env("DEBIAN_FRONTEND", "noninteractive");
     install
-        .args(["install", "--yes", "--no-upgrade", "--no-install-recommends"])
+        .args([
+            "install",
+            "--yes",
+            "--no-upgrade",
+            "--no-install-recommends",
+        ])
         .args(&missing);
     command::run(&mut install)
         .with_context(|| format!("cannot install the packages {}", missing.join(" ")))
