@@ -2,6 +2,11 @@
 //!
 //! A test binary of its own, because it measures the process that it runs in.
 
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is a test module"
+)]
+
 use std::fs::File;
 use std::io::Write;
 
