@@ -1,8 +1,9 @@
 //! From a birth configuration to a VM that can take its first step.
 //!
-//! The order is the cheapest one that KVM allows: memory is registered before the interrupt
-//! controllers exist (0.1 ms instead of 7 ms), everything that vCPUs need is there before they are
-//! made. Nothing runs yet when [`build`] returns, and everything that may fail has been done.
+//! The order is the cheapest one that KVM allows. Filtering registers and registering memory each wait
+//! for a grace period of the kernel: the filter comes first (0.02 ms instead of 15 ms), memory
+//! before the interrupt controllers (0.1 ms instead of 7 ms), and the work between them lets the
+//! kernel settle. Everything that vCPUs need is there before they are made. Nothing runs yet when [`build`] returns, and everything that may fail has been done.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -159,12 +160,10 @@ pub fn build(config: VcpuConfig, resources: Resources) -> Result<Machine, SetupE
     let host = Host::new(resources.kvm)?;
     let vm = host.create_vm()?;
     vm.reserve_kvm_pages(KVM_TSS_BASE, KVM_IDENTITY_MAP_BASE)?;
-    let memory = memory::map(config.memory_bytes, config.huge_pages)?;
-    memory::register(&vm, &memory)?;
-    vm.create_interrupt_controllers()?;
     if config.quirks {
         quirks::prepare_vm(vm.fd()).map_err(QuirkError::from)?;
     }
+    let memory = memory::map(config.memory_bytes, config.huge_pages)?;
     let loaded = load(
         &config,
         &memory,
@@ -172,6 +171,8 @@ pub fn build(config: VcpuConfig, resources: Resources) -> Result<Machine, SetupE
         resources.initrd.as_ref(),
     )?;
     let supported = host.supported_cpuid()?;
+    memory::register(&vm, &memory)?;
+    vm.create_interrupt_controllers()?;
     let vcpus = (0..config.vcpus)
         .map(|index| make_vcpu(&vm, index, &config, &supported))
         .collect::<Result<Vec<_>, _>>()?;
