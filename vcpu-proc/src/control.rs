@@ -12,6 +12,7 @@ use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::legacy_page::RESET_REQUEST;
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, Outcome, ToVcpu};
 
+use crate::crash::CrashScene;
 use crate::group::{Directive, Ending, Group};
 use crate::irq::Lines;
 use crate::legacy_client::LegacyClient;
@@ -31,7 +32,7 @@ const MESSAGES_PER_TURN: usize = 16;
 
 /// What the control thread holds.
 #[derive(Debug)]
-pub struct Control<'a, R> {
+pub struct Control<'a> {
     /// The broker.
     pub channel: &'a Channel,
     /// The vCPUs as one.
@@ -44,11 +45,11 @@ pub struct Control<'a, R> {
     pub ports: Arc<Ports>,
     /// Interrupt lines.
     pub lines: Lines,
-    /// Tells what the vCPUs looked like at the end, as messages.
-    pub report: R,
+    /// What a crash report is made from.
+    pub scene: CrashScene,
 }
 
-impl<R: FnMut(&Ending, &mut dyn FnMut(FromVcpu))> Control<'_, R> {
+impl Control<'_> {
     /// Lets the guest run, and returns when the process is to end.
     pub fn serve(&mut self) {
         let mut life = Lifecycle::default();
@@ -153,7 +154,9 @@ impl<R: FnMut(&Ending, &mut dyn FnMut(FromVcpu))> Control<'_, R> {
             Action::Conclude(ending) => {
                 self.pass_faults_on();
                 let channel = self.channel;
-                (self.report)(&ending, &mut |message| send(channel, &message));
+                let vcpus = self.group.take_crashed();
+                self.scene
+                    .tell(&ending, &vcpus, &mut |message| send(channel, &message));
                 send(channel, &FromVcpu::Ended(ending.outcome));
             }
             Action::Exit => {}

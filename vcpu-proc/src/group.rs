@@ -18,6 +18,7 @@ use bulkhead_ipc::shared::Doorbell;
 
 use crate::kick::{Kick, ThreadId};
 use crate::kvm::ImmediateExit;
+use crate::report::VcpuState;
 
 /// What vCPU threads are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +47,7 @@ struct State {
     directive: Directive,
     holding: usize,
     stopped: usize,
+    crashed: Vec<VcpuState>,
     ending: Option<Ending>,
 }
 
@@ -82,6 +84,7 @@ impl Group {
                 directive: Directive::Hold,
                 holding: 0,
                 stopped: 0,
+                crashed: Vec::new(),
                 ending: None,
             }),
             changed: Condvar::new(),
@@ -132,6 +135,14 @@ impl Group {
     #[must_use]
     pub fn ending(&self) -> Option<Ending> {
         self.state().ending.clone()
+    }
+
+    /// What the vCPUs looked like when the guest crashed, in order.
+    #[must_use]
+    pub fn take_crashed(&self) -> Vec<VcpuState> {
+        let mut crashed = std::mem::take(&mut self.state().crashed);
+        crashed.sort_by_key(|vcpu| vcpu.index);
+        crashed
     }
 
     /// The doorbell of the control thread.
@@ -197,9 +208,10 @@ impl Group {
         }
     }
 
-    /// vCPU thread: has left its loop.
-    pub fn leave(&self) {
+    /// vCPU thread: has left its loop. If the guest crashed it gives what its vCPU looked like.
+    pub fn leave(&self, crashed: Option<VcpuState>) {
         let mut state = self.state();
+        state.crashed.extend(crashed);
         state.stopped += 1;
         if state.stopped == self.members.len() {
             self.wake.ring();

@@ -9,6 +9,7 @@ pub mod birth;
 pub mod boot;
 pub mod control;
 pub mod cpuid;
+pub mod crash;
 pub mod gate;
 pub mod group;
 pub mod irq;

@@ -12,10 +12,12 @@ use kvm_bindings::{
 };
 use vm_memory::GuestMemoryMmap;
 
+use crate::crash;
 use crate::group::{Ending, Group};
 use crate::kvm::{Exit, Vcpu};
 use crate::ports::Ports;
 use crate::quirks::{Handled, QuirkError, VcpuQuirks};
+use crate::report::{self, VcpuState};
 
 /// One vCPU with everything that its thread needs.
 #[derive(Debug)]
@@ -56,6 +58,18 @@ impl VcpuLoop {
                 }
             }
         }
+    }
+
+    /// What the vCPU looks like, if the guest has crashed.
+    pub fn scene(&mut self) -> Option<VcpuState> {
+        let ending = self.group.ending()?;
+        if !crash::is_crash(ending.outcome) {
+            return None;
+        }
+        let collected = report::collect(self.vcpu.fd_mut(), self.index);
+        collected
+            .inspect_err(|error| tracing::error!(%error, "registers for the crash report"))
+            .ok()
     }
 
     /// One KVM_RUN. Returns whether to go on.

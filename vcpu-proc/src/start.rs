@@ -4,6 +4,7 @@
 //! runs. No thread ever ends by itself: threads whose work is done sleep until the process ends,
 //! so that nothing of ending a thread needs to be permitted.
 
+use std::hash::RandomState;
 use std::sync::Arc;
 
 use bulkhead_ipc::channel::Channel;
@@ -11,6 +12,7 @@ use bulkhead_ipc::protocol::birth::VcpuConfig;
 use vm_memory::GuestMemoryMmap;
 
 use crate::control::Control;
+use crate::crash::CrashScene;
 use crate::irq::Lines;
 use crate::kvm::Vm;
 use crate::setup::{self, Machine, Resources, SetupError};
@@ -60,6 +62,7 @@ pub struct Remains {
     _vm: Vm,
     _memory: GuestMemoryMmap,
     _lines: Lines,
+    _scene: CrashScene,
 }
 
 /// Runs a VM to its end. Returns when the process has nothing more to do.
@@ -82,8 +85,11 @@ pub fn run<W: Walls>(
         gates,
         ports,
         lines,
-        ..
+        loaded,
+        kernel,
+        core,
     } = setup::build(config, resources)?;
+    let scene = CrashScene::new(memory.clone(), loaded, kernel, core);
     let threads = loops.len() + 1;
     let (locked, all_locked) = flume::bounded(threads);
     for mut vcpu in loops {
@@ -96,7 +102,7 @@ pub fn run<W: Walls>(
         let (join, index) = (Arc::clone(&group), vcpu.index);
         let run = move || {
             vcpu.run();
-            group.leave();
+            group.leave(vcpu.scene());
             vcpu
         };
         spawn(kind, walls, &locked, move || join.join(index), run)?;
@@ -111,6 +117,8 @@ pub fn run<W: Walls>(
         let told = all_locked.recv().unwrap_or(Err(String::new()));
         told.map_err(StartError::Walls)?;
     }
+    // Hash tables of this thread take their seeds from here; the kernel is not asked after lock.
+    let _seeded = RandomState::new();
     walls.lock_thread("main").map_err(StartError::Walls)?;
     walls.announce().map_err(StartError::Walls)?;
     let mut control = Control {
@@ -120,13 +128,14 @@ pub fn run<W: Walls>(
         virtio,
         ports,
         lines,
-        report: |_: &_, _: &mut dyn FnMut(_)| {},
+        scene,
     };
     control.serve();
     Ok(Remains {
         _vm: vm,
         _memory: memory,
         _lines: control.lines,
+        _scene: control.scene,
     })
 }
 

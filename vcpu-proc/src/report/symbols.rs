@@ -25,9 +25,6 @@ pub enum SymbolError {
     /// It is not a 64-bit little-endian ELF file, or a broken one.
     #[error("kernel symbols: {0}")]
     Elf(#[from] object::Error),
-    /// The file descriptor could not be duplicated.
-    #[error("kernel symbols: {0}")]
-    Io(#[from] std::io::Error),
 }
 
 impl Symbols {
@@ -48,7 +45,7 @@ impl Symbols {
         if let Some(table) = self.table.get() {
             return Ok(table.len());
         }
-        let table = read(self.file.try_clone()?)?;
+        let table = read(&self.file)?;
         Ok(self.table.get_or_init(|| table).len())
     }
 
@@ -56,8 +53,8 @@ impl Symbols {
     #[must_use]
     pub fn lookup(&self, address: u64) -> Option<(String, u64)> {
         let table = self.table.get_or_init(|| {
-            let file = self.file.try_clone().ok();
-            file.and_then(|file| read(file).ok()).unwrap_or_default()
+            // A locked process cannot duplicate descriptors, so the file itself is read.
+            read(&self.file).unwrap_or_default()
         });
         let after = table.partition_point(|(start, _)| *start <= address);
         let (start, name) = table.get(after.checked_sub(1)?)?;
@@ -66,7 +63,7 @@ impl Symbols {
     }
 }
 
-fn read(file: File) -> Result<Vec<(u64, String)>, SymbolError> {
+fn read(file: &File) -> Result<Vec<(u64, String)>, SymbolError> {
     let cache = ReadCache::new(file);
     let elf: ElfFile64<'_, object::LittleEndian, _> = ElfFile64::parse(&cache)?;
     let mut table: Vec<(u64, String)> = elf

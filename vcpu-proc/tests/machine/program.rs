@@ -85,18 +85,19 @@ fn spawn(targets: Vec<(RawFd, RawFd)>) -> Child {
     command.spawn().expect("`unshare` of util-linux is needed")
 }
 
-/// Copies descriptors to their numbers; above all targets first, so that none is overwritten
+/// Copies descriptors to their numbers; above all of them first, so that none is overwritten
 /// before it is copied.
 fn place(targets: &[(RawFd, RawFd)]) -> std::io::Result<()> {
-    const FIRST_FREE: RawFd = 200;
+    let numbers = targets.iter().map(|&(from, to)| from.max(to));
+    let first_free = numbers.max().unwrap_or(0) + 1;
     let copy = |from, to| match nix::errno::Errno::result(copy_fd(from, to)) {
         Ok(_) => Ok(()),
         Err(errno) => Err(std::io::Error::from(errno)),
     };
-    for (&(from, _), high) in targets.iter().zip(FIRST_FREE..) {
+    for (&(from, _), high) in targets.iter().zip(first_free..) {
         copy(from, high)?;
     }
-    for (&(_, to), high) in targets.iter().zip(FIRST_FREE..) {
+    for (&(_, to), high) in targets.iter().zip(first_free..) {
         copy(high, to)?;
     }
     Ok(())
