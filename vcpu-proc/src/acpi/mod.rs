@@ -8,6 +8,7 @@
 //! ```text
 //! RSDP 0xe0000 -> XSDT -> FADT -> DSDT (devices)
 //!                      -> MADT (local APICs, I/O APIC)
+//!              -> RSDT, the same in 32 bits for kernels that know only ACPI 1.0
 //! ```
 
 mod dsdt;
@@ -16,7 +17,6 @@ mod fixed;
 mod tests;
 
 use acpi_tables::Aml;
-use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use bulkhead_ipc::platform;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -84,15 +84,16 @@ pub fn write_tables(
         memory,
         next: platform::ACPI_TABLES_START,
     };
-    let rsdp = writer.reserve(Rsdp::len())?;
+    let rsdp = writer.reserve(fixed::RSDP_BYTES)?;
     let dsdt = writer.place(&dsdt::build(machine.virtio_slots))?;
-    let fadt = writer.place(&bytes_of(&fixed::fadt(dsdt)))?;
+    let fadt = writer.place(&bytes_of(&fixed::fadt(narrow(dsdt)?)))?;
     let madt = writer.place(&bytes_of(&fixed::madt(machine.vcpus)))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
     let xsdt = writer.place(&bytes_of(&xsdt))?;
-    writer.write(rsdp, &bytes_of(&Rsdp::new(OEM_ID, xsdt)))?;
+    let rsdt = writer.place(&fixed::rsdt(&[narrow(fadt)?, narrow(madt)?]))?;
+    writer.write(rsdp, &fixed::rsdp(narrow(rsdt)?, xsdt))?;
     Ok(GuestAddress(rsdp))
 }
 
@@ -110,6 +111,11 @@ fn check(machine: &MachineDescription<'_>) -> Result<(), AcpiError> {
         }
     }
     Ok(())
+}
+
+/// Tables lie below 1 MiB, so their addresses have 32 bits.
+fn narrow(address: u64) -> Result<u32, AcpiError> {
+    u32::try_from(address).map_err(|_| AcpiError::Space { address, bytes: 0 })
 }
 
 fn bytes_of(table: &dyn Aml) -> Vec<u8> {

@@ -48,6 +48,16 @@ fn walk(memory: &GuestMemoryMmap, rsdp: GuestAddress) -> BTreeMap<String, Vec<u8
         let bytes = table(long(entry, 0));
         tables.insert(String::from_utf8(bytes[..4].to_vec()).unwrap(), bytes);
     }
+    let rsdt = table(u32::from_le_bytes(root[16..20].try_into().unwrap()).into());
+    let narrow: Vec<_> = rsdt[36..]
+        .chunks_exact(4)
+        .map(|entry| u32::from_le_bytes(entry.try_into().unwrap()))
+        .collect();
+    let wide: Vec<_> = xsdt[36..]
+        .chunks_exact(8)
+        .map(|entry| long(entry, 0))
+        .collect();
+    assert_eq!(narrow.into_iter().map(u64::from).collect::<Vec<_>>(), wide);
     let dsdt = table(long(&tables["FACP"], 140));
     tables.insert("DSDT".into(), dsdt);
     tables

@@ -20,6 +20,7 @@ pub(super) const HEADER_BYTES: usize = size_of::<RawHeader64>();
 
 const CLASS_64: u8 = 2;
 const DATA_LITTLE: u8 = 1;
+const KIND_EXECUTABLE: u16 = 2;
 const MACHINE_386: u16 = 3;
 const MACHINE_X86_64: u16 = 62;
 const SEGMENT_LOAD: u32 = 1;
@@ -39,6 +40,8 @@ pub(super) enum Class {
 #[derive(Debug, Clone)]
 pub(super) struct Header {
     pub(super) class: Class,
+    /// False for object files and for what expects to be relocated before it runs.
+    pub(super) fixed: bool,
     entry: u64,
     table_offset: u64,
     table_entries: u16,
@@ -75,6 +78,7 @@ impl Header {
                 let raw = prefix::<RawHeader32>(head)?;
                 let header = Self {
                     class: Class::Elf32,
+                    fixed: raw.kind.get() == KIND_EXECUTABLE,
                     entry: raw.entry.get().into(),
                     table_offset: raw.table_offset.get().into(),
                     table_entries: raw.table_entries.get(),
@@ -90,6 +94,7 @@ impl Header {
                 let raw = prefix::<RawHeader64>(head)?;
                 let header = Self {
                     class: Class::Elf64,
+                    fixed: raw.kind.get() == KIND_EXECUTABLE,
                     entry: raw.entry.get(),
                     table_offset: raw.table_offset.get(),
                     table_entries: raw.table_entries.get(),

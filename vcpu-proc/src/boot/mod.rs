@@ -192,7 +192,7 @@ impl<'a> Loader<'a> {
     }
 
     fn load_elf(&mut self, elf: &Elf, head: &[u8]) -> Result<LoadedKernel, BootError> {
-        if elf.header.class == Class::Elf32 {
+        if elf.header.class == Class::Elf32 || !elf.header.fixed {
             let what = recognise::contents(head, self.kernel.length());
             let recognised = format!("{what} with neither a PVH note nor a Multiboot header");
             return Err(BootError::NotAKernel {

@@ -199,6 +199,17 @@ fn a_32_bit_kernel_is_entered_through_its_pvh_note_only() {
 }
 
 #[test]
+fn a_position_independent_program_is_no_linux_kernel() {
+    let mut kernel = elf64(TEXT, &[Segment::load(TEXT, b"code")]);
+    kernel[16] = 3;
+    let error = load(&kernel).unwrap_err().to_string();
+    assert!(
+        error.contains("position-independent executable for x86-64"),
+        "{error}"
+    );
+}
+
+#[test]
 fn an_entry_outside_of_every_segment_is_refused() {
     let error = load(&elf64(0x20_0000, &[Segment::load(TEXT, b"code")])).unwrap_err();
     assert!(error.to_string().contains("e_entry is 0x200000"), "{error}");
