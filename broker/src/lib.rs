@@ -5,7 +5,11 @@
 //! maps guest memory, never keeps a KVM descriptor after handing it over, and parses nothing that
 //! a guest wrote.
 
+pub mod cli;
+pub mod console;
+pub mod doctor;
 pub mod escape;
+pub mod image;
 pub mod launch;
 pub mod supervisor;
 pub mod vm;

@@ -1,0 +1,268 @@
+//! The options of `run`, and the draft of a machine that they make.
+
+use super::disk_arg::parse_disk;
+use crate::console::keys::parse_escape;
+use crate::vm::spec::{ConsoleChoice, OnEnd};
+use crate::vmfile::{
+    Draft, Located, Place, Problems, parse_console_size, parse_duration, parse_size, show_size,
+};
+use bulkhead_ipc::protocol::birth::HugePages;
+use clap::{Args, ValueEnum, ValueHint};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Backing of guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum HugePagesChoice {
+    /// 4 KiB pages
+    Off,
+    /// Huge pages where the kernel finds some
+    Transparent,
+    /// 2 MiB pages of the host's reserved pool
+    Reserved,
+}
+
+/// A console.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ConsoleName {
+    /// The serial port (ttyS0)
+    Serial,
+    /// The virtio console (hvc0)
+    Virtio,
+}
+
+/// The key that leaves the console; none if every key is for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct EscapeKey(Option<u8>);
+
+fn escape_key(text: &str) -> Result<EscapeKey, String> {
+    parse_escape(text).map(EscapeKey)
+}
+
+/// Run a virtual machine in this terminal
+///
+/// The machine is described by VMFILE (TOML), by options, or by both: an option wins over the file,
+/// and --disk adds to its disks. With neither VMFILE nor --kernel the built-in guest is started.
+///
+/// Everything is checked before any process is started. Then each part of the machine runs in a
+/// sandboxed process of its own; this program stays outside of every data path.
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = AFTER)]
+pub(super) struct RunArgs {
+    /// VM file; its paths are relative to it
+    #[arg(value_name = "VMFILE", value_hint = ValueHint::FilePath)]
+    pub(super) vmfile: Option<PathBuf>,
+    /// Name of the machine [default: the VM file's name, or run-PID]
+    #[arg(long, value_name = "NAME")]
+    pub(super) name: Option<String>,
+
+    /// Kernel: bzImage, or ELF with PVH, Linux or Multiboot entry
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Machine")]
+    pub(super) kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Machine")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line; console= is added unless given
+    #[arg(
+        long,
+        value_name = "STRING",
+        allow_hyphen_values = true,
+        help_heading = "Machine"
+    )]
+    cmdline: Option<String>,
+    /// Memory with a unit, such as 512MiB; at least 16MiB [default: 256MiB]
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size, help_heading = "Machine")]
+    memory: Option<u64>,
+    /// Number of virtual processors, 1 to 32 [default: 1]
+    #[arg(short, long, value_name = "N", help_heading = "Machine")]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=32))]
+    cpus: Option<u8>,
+    /// Disk image or block device; may be given several times
+    ///
+    /// PATH[,readonly][,ephemeral][,format=raw][,name=NAME][,serial=TEXT][,queues=N]. A comma in
+    /// PATH is written twice. The format is never probed, since a guest can write any header.
+    #[arg(
+        long = "disk",
+        value_name = "PATH[,OPTION]...",
+        help_heading = "Machine"
+    )]
+    disks: Vec<OsString>,
+    /// Host pages behind the memory; without a value, reserved [default: transparent]
+    #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "reserved", help_heading = "Machine")]
+    hugepages: Option<HugePagesChoice>,
+    /// Start even if the memory is more than the host has available now
+    #[arg(long, help_heading = "Machine")]
+    pub(super) overcommit: bool,
+
+    /// Discard what the guest writes to its disks
+    #[arg(long, help_heading = "Life cycle")]
+    ephemeral: bool,
+    /// End when the guest resets itself, instead of starting it again
+    #[arg(long, help_heading = "Life cycle")]
+    pub(super) no_reboot: bool,
+    /// Kill the machine after this time, such as 60s, and exit with 124
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, help_heading = "Life cycle")]
+    pub(super) timeout: Option<Duration>,
+    /// Remove the machine's state (its console history) at the end; implied for machines without
+    /// VM file and name
+    #[arg(long, help_heading = "Life cycle")]
+    pub(super) rm: bool,
+    /// Write an ELF core, which gdb opens, when the machine crashes
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(help_heading = "Life cycle")]
+    pub(super) core: Option<PathBuf>,
+
+    /// Console that this terminal is attached to [default: serial]
+    #[arg(long, value_name = "CONSOLE", help_heading = "Console")]
+    console: Option<ConsoleName>,
+    /// Columns and rows of the virtio console while no terminal is attached [default: 80x25]
+    #[arg(long, value_name = "COLUMNSxROWS", value_parser = parse_console_size)]
+    #[arg(help_heading = "Console")]
+    console_size: Option<(u16, u16)>,
+    /// Output kept of each console, 4KiB to 64MiB [default: 1MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Console")]
+    console_history: Option<u64>,
+    /// Key that quits, such as ^T, or none
+    #[arg(long, value_name = "KEY", default_value = "^]", value_parser = escape_key)]
+    #[arg(help_heading = "Console")]
+    escape: EscapeKey,
+
+    /// Accept policy overrides that grant more than the built-in policies
+    #[arg(long, help_heading = "Policies")]
+    pub(super) allow_looser_policy: bool,
+    /// Print the equivalent VM file and exit
+    #[arg(long, help_heading = "Output")]
+    pub(super) print_config: bool,
+    /// Print how the machine ended as one JSON object; the console is not shown
+    #[arg(long, help_heading = "Output")]
+    pub(super) json: bool,
+}
+
+const AFTER: &str = "\
+Console:
+  The terminal is attached to the console named by --console. While it is, every key goes to the
+  guest, Ctrl-C included, except:
+    Ctrl-]         quit, which ends the machine (another key with --escape)
+    Ctrl-A x       quit, too
+    Ctrl-A Ctrl-A  send Ctrl-A to the guest
+    Ctrl-A h       show these keys
+  The terminal is restored on every way out. If standard input is not a terminal, its bytes go to
+  the guest as they are. The guest's output reaches standard output unchanged. A reader that is
+  too slow never holds up the guest: the oldest output is lost, and standard error says how much.
+
+Exit codes:
+  0    the guest powered itself off, or reset itself with --no-reboot
+  2    wrong usage or configuration
+  4    the host lacks something; see bulkhead doctor
+  6    starting failed
+  8    the guest panicked
+  10   triple fault
+  12   killed
+  14   a process of the machine was lost for good
+  16   KVM could not run the guest
+  124  --timeout passed
+  130  interrupted, or quit from the console
+  A guest that writes v to the isa-debug-exit port 0xf4 makes it (v << 1) | 1, as with QEMU.
+
+Environment:
+  BULKHEAD_CONFIG_DIR, BULKHEAD_STATE_DIR, BULKHEAD_RUNTIME_DIR, BULKHEAD_LIBEXEC_DIR
+        as the options of the same name; an option wins
+
+Examples:
+  bulkhead run
+        boots the built-in guest
+  bulkhead run web.toml
+        runs the machine that web.toml describes
+  bulkhead run --kernel vmlinuz --initrd initrd.img --disk root.img -m 512MiB -c 2
+        runs a Linux kernel
+  bulkhead run --kernel vmlinuz --disk base.img,readonly --disk data.img --print-config > vm.toml
+        writes the VM file for these options
+";
+
+fn located<T>(option: &str, shown: impl Into<String>, value: T) -> Located<T> {
+    Located {
+        value,
+        place: Place::Option {
+            option: option.to_owned(),
+            value: shown.into(),
+        },
+    }
+}
+
+impl RunArgs {
+    /// The machine as far as the options describe it.
+    ///
+    /// # Errors
+    /// Every wrong `--disk`.
+    pub(super) fn draft(&self) -> Result<Draft, Problems> {
+        let (mut disks, mut problems) = (Vec::new(), Vec::new());
+        for disk in &self.disks {
+            match parse_disk(disk) {
+                Ok(disk) => disks.push(disk),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        if !problems.is_empty() {
+            return Err(Problems(problems));
+        }
+        let path = |option: &str, path: &Option<PathBuf>| {
+            let path = path.as_ref()?;
+            let absolute = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            Some(located(option, path.display().to_string(), absolute))
+        };
+        let size = |option: &str, bytes: Option<u64>| {
+            bytes.map(|bytes| located(option, show_size(bytes), bytes))
+        };
+        let text = |option: &str, text: &Option<String>| {
+            text.as_ref()
+                .map(|text| located(option, text.clone(), text.clone()))
+        };
+        Ok(Draft {
+            name: text("--name", &self.name),
+            vcpus: self.cpus.map(|n| located("--cpus", n.to_string(), n)),
+            memory: size("--memory", self.memory),
+            huge_pages: self.hugepages.map(|choice| match choice {
+                HugePagesChoice::Off => located("--hugepages", "off", HugePages::Off),
+                HugePagesChoice::Transparent => {
+                    located("--hugepages", "transparent", HugePages::Transparent)
+                }
+                HugePagesChoice::Reserved => {
+                    located("--hugepages", "reserved", HugePages::Reserved)
+                }
+            }),
+            kernel: path("--kernel", &self.kernel),
+            initrd: path("--initrd", &self.initrd),
+            cmdline: text("--cmdline", &self.cmdline),
+            disks,
+            console_attach: self.console.map(|name| match name {
+                ConsoleName::Serial => located("--console", "serial", ConsoleChoice::Serial),
+                ConsoleName::Virtio => located("--console", "virtio", ConsoleChoice::Virtio),
+            }),
+            console_history: size("--console-history", self.console_history),
+            console_size: self.console_size.map(|size| {
+                let shown = format!("{}x{}", size.0, size.1);
+                located("--console-size", shown, size)
+            }),
+            on_reboot: self
+                .no_reboot
+                .then(|| located("--no-reboot", "", OnEnd::Destroy)),
+            ..Draft::default()
+        })
+    }
+
+    /// Makes every disk of `draft` ephemeral if the options say so.
+    pub(super) fn make_ephemeral(&self, draft: &mut Draft) {
+        if self.ephemeral {
+            for disk in &mut draft.disks {
+                disk.ephemeral = Some(located("--ephemeral", "", true));
+            }
+        }
+    }
+
+    /// The key that leaves the console.
+    pub(super) const fn escape(&self) -> Option<u8> {
+        self.escape.0
+    }
+}

@@ -1,0 +1,160 @@
+//! `run`: from options and VM file to a checked machine, and on to whoever runs it.
+
+use super::failure::{Failure, START, USAGE, print};
+use super::paths::{PathOptions, Paths};
+use super::run_args::RunArgs;
+use super::run_session::Session;
+use crate::image::ephemeral::private_copy;
+use crate::vm::session::RunOptions;
+use crate::vm::spec::VmSpec;
+use crate::vmfile::{
+    HostMemory, Problems, Surroundings, check, is_name, load, print as print_config,
+};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+/// Runs `run`.
+pub(super) fn run(args: &RunArgs, options: &PathOptions) -> Result<u8, Failure> {
+    let paths = Paths::new(options)?;
+    let spec = specification(args, &paths)?;
+    if args.print_config {
+        let text = print_config(&spec)
+            .map_err(|error| Failure::because(USAGE, "--print-config", &error))?;
+        print(&text)?;
+        return Ok(0);
+    }
+    let mut spec = spec;
+    let options = prepare(args, &paths, &spec)?;
+    let remove_state = args.rm || (args.vmfile.is_none() && args.name.is_none());
+    let _state = StateDirectory {
+        path: options.state.clone(),
+        remove: remove_state,
+    };
+    // Open until the machine has ended: the copies have no other name.
+    let _copies = make_copies(&mut spec, &options.state)?;
+    let session = Session {
+        json: args.json,
+        escape: args.escape(),
+    };
+    session.run(&spec, &options, async |_, _, _, _| {
+        Err(crate::vm::session::RunError::Start {
+            who: spec.name.clone(),
+            reason: "this build has no launcher".to_owned(),
+        })
+    })
+}
+
+/// The machine that options and VM file describe together, checked against this host.
+fn specification(args: &RunArgs, paths: &Paths) -> Result<VmSpec, Failure> {
+    // Both sides' problems are shown at once.
+    let file = args.vmfile.as_deref().map(load).transpose();
+    let (options, file) = match (args.draft(), file) {
+        (Ok(options), Ok(file)) => (options, file),
+        (Err(problems), Ok(_)) | (Ok(_), Err(problems)) => return Err(problems.into()),
+        (Err(mut problems), Err(more)) => {
+            problems.0.extend(more.0);
+            return Err(Problems(problems.0).into());
+        }
+    };
+    let mut draft = options.or(file.unwrap_or_default());
+    args.make_ephemeral(&mut draft);
+    let kernel = if args.vmfile.is_none() && draft.kernel.is_none() {
+        Some(paths.built_in_guest()?)
+    } else {
+        None
+    };
+    let around = Surroundings {
+        name: default_name(args.vmfile.as_deref()),
+        kernel,
+        memory: HostMemory::read(Path::new("/")),
+        overcommit: args.overcommit,
+    };
+    let mut spec = check(draft, &around)?;
+    spec.limits.run_timeout = args.timeout;
+    Ok(spec)
+}
+
+/// The VM file's name as a name of a machine, or one that no other run has.
+fn default_name(vmfile: Option<&Path>) -> String {
+    let stem = vmfile
+        .and_then(Path::file_stem)
+        .map(|stem| stem.to_string_lossy().into_owned());
+    stem.filter(|stem| is_name(stem))
+        .unwrap_or_else(|| format!("run-{}", std::process::id()))
+}
+
+/// The state directory of a run, removed at the end if that was wished.
+#[derive(Debug)]
+struct StateDirectory {
+    path: PathBuf,
+    remove: bool,
+}
+
+impl Drop for StateDirectory {
+    fn drop(&mut self) {
+        if self.remove {
+            // Whatever cannot be removed now is a few rings that the next run of that name replaces.
+            let _left = std::fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+/// Gives each ephemeral disk a private copy, which replaces its image in `spec`. A machine that
+/// restarts finds what it has written; the end of the run discards it.
+fn make_copies(spec: &mut VmSpec, state: &Path) -> Result<Vec<File>, Failure> {
+    let mut copies = Vec::new();
+    for disk in spec.disks.iter_mut().filter(|disk| disk.ephemeral) {
+        let failed = |error: &dyn std::error::Error| {
+            let doing = format!("disk {} ({})", disk.name, disk.path.display());
+            Failure::because(START, doing, error)
+        };
+        let image = File::open(&disk.path).map_err(|e| failed(&e))?;
+        let copy = private_copy(&image, state).map_err(|e| failed(&e))?;
+        disk.path = PathBuf::from(format!("/proc/self/fd/{}", copy.as_raw_fd()));
+        copies.push(copy);
+    }
+    Ok(copies)
+}
+
+fn prepare(args: &RunArgs, paths: &Paths, spec: &VmSpec) -> Result<RunOptions, Failure> {
+    let binaries = paths.binaries()?;
+    let state = paths.state.join("vms").join(&spec.name);
+    for directory in [&paths.runtime, &state] {
+        make_private(directory).map_err(|error| {
+            let doing = format!("making the directory {}", directory.display());
+            Failure::because(START, doing, &error)
+        })?;
+    }
+    Ok(RunOptions {
+        binaries,
+        policies: paths.policies(),
+        allow_looser_policy: args.allow_looser_policy,
+        cache: Some(paths.state.join("cache")),
+        state,
+        core: args.core.clone(),
+        reboot: !args.no_reboot,
+    })
+}
+
+/// Makes a directory that only this user can enter.
+fn make_private(directory: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_are_named_after_their_file() {
+        assert_eq!(default_name(Some(Path::new("/a/web.toml"))), "web");
+        let odd = default_name(Some(Path::new("/a/my web.toml")));
+        assert_eq!(odd, format!("run-{}", std::process::id()));
+        assert_eq!(default_name(None), odd);
+    }
+}

@@ -1,0 +1,7 @@
+//! Disk images as files: making raw ones, telling their sizes, private copies for ephemeral disks.
+//!
+//! Nothing here looks into an image: what it holds was written by a guest, and the broker parses
+//! nothing that a guest wrote. The format is what the user says it is.
+
+pub mod ephemeral;
+pub mod raw;
