@@ -4,14 +4,11 @@ use super::failure::{Failure, START, USAGE, print};
 use super::paths::{PathOptions, Paths};
 use super::run_args::RunArgs;
 use super::run_session::Session;
-use crate::image::ephemeral::private_copy;
 use crate::vm::session::RunOptions;
 use crate::vm::spec::VmSpec;
 use crate::vmfile::{
     HostMemory, Problems, Surroundings, check, is_name, load, print as print_config,
 };
-use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 /// Runs `run`.
@@ -24,25 +21,17 @@ pub(super) fn run(args: &RunArgs, options: &PathOptions) -> Result<u8, Failure> 
         print(&text)?;
         return Ok(0);
     }
-    let mut spec = spec;
     let options = prepare(args, &paths, &spec)?;
     let remove_state = args.rm || (args.vmfile.is_none() && args.name.is_none());
     let _state = StateDirectory {
         path: options.state.clone(),
         remove: remove_state,
     };
-    // Open until the machine has ended: the copies have no other name.
-    let _copies = make_copies(&mut spec, &options.state)?;
     let session = Session {
         json: args.json,
         escape: args.escape(),
     };
-    session.run(&spec, &options, async |_, _, _, _| {
-        Err(crate::vm::session::RunError::Start {
-            who: spec.name.clone(),
-            reason: "this build has no launcher".to_owned(),
-        })
-    })
+    session.run(&spec, &options, crate::vm::run)
 }
 
 /// The machine that options and VM file describe together, checked against this host.
@@ -98,23 +87,6 @@ impl Drop for StateDirectory {
             let _left = std::fs::remove_dir_all(&self.path);
         }
     }
-}
-
-/// Gives each ephemeral disk a private copy, which replaces its image in `spec`. A machine that
-/// restarts finds what it has written; the end of the run discards it.
-fn make_copies(spec: &mut VmSpec, state: &Path) -> Result<Vec<File>, Failure> {
-    let mut copies = Vec::new();
-    for disk in spec.disks.iter_mut().filter(|disk| disk.ephemeral) {
-        let failed = |error: &dyn std::error::Error| {
-            let doing = format!("disk {} ({})", disk.name, disk.path.display());
-            Failure::because(START, doing, error)
-        };
-        let image = File::open(&disk.path).map_err(|e| failed(&e))?;
-        let copy = private_copy(&image, state).map_err(|e| failed(&e))?;
-        disk.path = PathBuf::from(format!("/proc/self/fd/{}", copy.as_raw_fd()));
-        copies.push(copy);
-    }
-    Ok(copies)
 }
 
 fn prepare(args: &RunArgs, paths: &Paths, spec: &VmSpec) -> Result<RunOptions, Failure> {

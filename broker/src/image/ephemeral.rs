@@ -4,7 +4,6 @@
 //! Until images can be layered this copies: by reference where the file system can (btrfs, XFS),
 //! else the data without the holes, after checking that there is room.
 
-use super::raw::ImageError;
 use crate::vmfile::show_size;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -13,7 +12,7 @@ use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Whence, lseek64};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
 /// Why there is no private copy.
@@ -27,12 +26,9 @@ pub enum CopyError {
         /// Bytes that are free.
         free: u64,
     },
-    /// A block device is not copied: its size says nothing about what it holds.
-    #[error("an ephemeral disk must be an image file, not a block device")]
-    BlockDevice,
-    /// The image cannot be inspected.
-    #[error(transparent)]
-    Image(#[from] ImageError),
+    /// It is neither a file nor a block device.
+    #[error("expected an image file or a block device")]
+    Kind,
     /// The file system's error.
     #[error("copying an ephemeral disk: {0}")]
     Io(#[from] io::Error),
@@ -44,23 +40,31 @@ pub enum CopyError {
 /// Why there is none; nothing is left behind.
 pub fn private_copy(image: &File, directory: &Path) -> Result<File, CopyError> {
     let found = image.metadata()?;
-    if !found.is_file() {
-        return Err(CopyError::BlockDevice);
+    let is_file = found.is_file();
+    if !is_file && !found.file_type().is_block_device() {
+        return Err(CopyError::Kind);
     }
     let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
     let mode = Mode::S_IRUSR | Mode::S_IWUSR;
     let copy = File::from(open(directory, flags, mode).map_err(io::Error::from)?);
-    if sys::clone_file(&copy, image).is_ok() {
+    if is_file && sys::clone_file(&copy, image).is_ok() {
         return Ok(copy);
     }
-    let needed = found.blocks().saturating_mul(512).min(found.len());
+    // The end of a block device is where its size is.
+    let bytes = u64::try_from(lseek64(image, 0, Whence::SeekEnd).map_err(io::Error::from)?);
+    let bytes = bytes.unwrap_or(0);
+    let needed = if is_file {
+        found.blocks().saturating_mul(512).min(bytes)
+    } else {
+        bytes
+    };
     let room = fstatvfs(&copy).map_err(io::Error::from)?;
     let free = room.blocks_available().saturating_mul(room.fragment_size());
     if needed > free {
         return Err(CopyError::Room { needed, free });
     }
-    copy.set_len(found.len())?;
-    copy_data(image, &copy, found.len())?;
+    copy.set_len(bytes)?;
+    copy_data(image, &copy, bytes)?;
     Ok(copy)
 }
 
@@ -71,9 +75,11 @@ fn copy_data(from: &File, to: &File, bytes: u64) -> io::Result<()> {
     while at < end {
         let start = match lseek64(from, at, Whence::SeekData) {
             Err(Errno::ENXIO) => break,
+            // A block device has no holes.
+            Err(Errno::EINVAL) => at,
             found => found?,
         };
-        let stop = lseek64(from, start, Whence::SeekHole)?.min(end);
+        let stop = lseek64(from, start, Whence::SeekHole).map_or(end, |hole| hole.min(end));
         copy_range(from, to, start, stop)?;
         at = stop;
     }
@@ -157,12 +163,12 @@ mod tests {
     }
 
     #[test]
-    fn devices_are_refused() {
+    fn other_files_are_refused() {
         let null = File::open("/dev/null").unwrap();
         let dir = tempfile::tempdir().unwrap();
         assert!(matches!(
             private_copy(&null, dir.path()),
-            Err(CopyError::BlockDevice)
+            Err(CopyError::Kind)
         ));
     }
 }

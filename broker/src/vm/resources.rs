@@ -6,14 +6,14 @@
 use super::session::{RunError, RunOptions};
 use super::spec::{DiskSpec, KernelSource, VmSpec};
 use crate::escape::escaped;
+use crate::image::ephemeral;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::{Whence, lseek};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 /// What a machine's processes are given, besides what they share with each other.
@@ -184,55 +184,12 @@ fn disk(spec: &DiskSpec) -> Result<File, RunError> {
     }
 }
 
-/// Copies a disk into a file without a name, which is gone with the last process that has it. Holes
-/// stay holes.
+/// A copy of a disk in a file without a name, which is gone with the last process that has it.
 fn private_copy(spec: &DiskSpec, from: &File, directory: &Path) -> Result<File, RunError> {
-    let copy = || -> io::Result<File> {
-        fs::create_dir_all(directory)?;
-        let to = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_TMPFILE)
-            .mode(0o600)
-            .open(directory)?;
-        // The length of a block device is where its end is.
-        let len = lseek(from, 0, Whence::SeekEnd)?;
-        to.set_len(u64::try_from(len).unwrap_or(0))?;
-        let mut at = 0;
-        while at < len {
-            let data = match lseek(from, at, Whence::SeekData) {
-                Ok(data) => data,
-                Err(Errno::ENXIO) => break,
-                // A block device has no holes.
-                Err(Errno::EINVAL) => at,
-                Err(errno) => return Err(errno.into()),
-            };
-            let hole = lseek(from, data, Whence::SeekHole).unwrap_or(len);
-            copy_range(from, &to, data, hole)?;
-            at = hole;
-        }
-        Ok(to)
-    };
-    let fault = |e| configuration(&format!("copy of disk {}", spec.name), directory, plain(&e));
-    copy().map_err(fault)
-}
-
-fn copy_range(from: &File, to: &File, start: i64, end: i64) -> io::Result<()> {
-    let mut buffer = vec![0; 1 << 20];
-    let mut at = u64::try_from(start).unwrap_or(0);
-    let end = u64::try_from(end).unwrap_or(0);
-    while at < end {
-        let want = usize::try_from(end - at)
-            .unwrap_or(usize::MAX)
-            .min(buffer.len());
-        let read = from.read_at(buffer.get_mut(..want).unwrap_or_default(), at)?;
-        if read == 0 {
-            break;
-        }
-        to.write_all_at(buffer.get(..read).unwrap_or_default(), at)?;
-        at += read as u64;
-    }
-    Ok(())
+    let what = format!("copy of disk {}", spec.name);
+    fs::create_dir_all(directory).map_err(|e| configuration(&what, directory, plain(&e)))?;
+    ephemeral::private_copy(from, directory)
+        .map_err(|e| configuration(&what, directory, e.to_string()))
 }
 
 /// A process that has the file open, as "pid (name)", where `/proc` tells.
@@ -263,6 +220,7 @@ fn holder(device: u64, inode: u64) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::FileExt;
 
     fn spec(path: &Path, read_only: bool) -> DiskSpec {
         DiskSpec {
