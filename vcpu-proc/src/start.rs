@@ -16,6 +16,7 @@ use crate::crash::CrashScene;
 use crate::irq::Lines;
 use crate::kvm::Vm;
 use crate::setup::{self, Machine, Resources, SetupError};
+use crate::shed;
 
 /// Stack of a vCPU or gate thread in bytes.
 const STACK_BYTES: usize = 128 * 1024;
@@ -117,6 +118,7 @@ pub fn run<W: Walls>(
         let told = all_locked.recv().unwrap_or(Err(String::new()));
         told.map_err(StartError::Walls)?;
     }
+    shed::start_up_code();
     // Hash tables of this thread take their seeds from here; the kernel is not asked after lock.
     let _seeded = RandomState::new();
     walls.lock_thread("main").map_err(StartError::Walls)?;
