@@ -78,16 +78,16 @@ fn start(way: &str) -> Rig {
         .stdin(end())
         .stdout(end())
         .stderr(end());
-    // SAFETY: both calls are async-signal-safe.
-    unsafe {
-        command.pre_exec(|| {
-            nix::unistd::setsid()?;
-            match libc::ioctl(0, libc::TIOCSCTTY, 0) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            }
-        });
-    }
+    let take_terminal = || {
+        nix::unistd::setsid()?;
+        // SAFETY: the request takes an integer and touches no memory of this process.
+        match unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: both calls in it are async-signal-safe.
+    unsafe { command.pre_exec(take_terminal) };
     Rig {
         child: command.spawn().unwrap(),
         master: pty.master.into(),
