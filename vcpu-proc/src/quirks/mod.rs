@@ -16,6 +16,10 @@
 //! 4. KVM_EXIT_INTERNAL_ERROR → [`VcpuQuirks::on_internal_error`]; KVM_EXIT_DEBUG →
 //!    [`VcpuQuirks::on_debug`]; KVM_EXIT_X86_WRMSR → [`VcpuQuirks::on_wrmsr`].
 //!
+//! Beyond what every vCPU thread needs this takes the ioctls KVM_GET/SET_{REGS, SREGS, MSRS, XSAVE, XCRS,
+//! VCPU_EVENTS, DEBUGREGS} and KVM_SET_GUEST_DEBUG after lock, and KVM_ENABLE_CAP and
+//! KVM_X86_SET_MSR_FILTER before it.
+//!
 //! # What is completed
 //! - [`complete`]: instructions that KVM cannot emulate (KVM_EXIT_INTERNAL_ERROR, sub-error 1), one
 //!   module for each group. What is not in its table is reported with its bytes and RIP, never

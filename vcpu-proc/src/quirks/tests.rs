@@ -356,6 +356,45 @@ fn cmpxchg16b_exchanges_or_tells_what_it_saw() {
 }
 
 #[test]
+fn cmpxchg16b_of_many_vcpus_loses_no_update() {
+    const VCPUS: u64 = 32;
+    const UPDATES: u64 = 200;
+    let mem = memory();
+    mem.write_slice(&[0xf0, 0x48, 0x0f, 0xc7, 0x0f], GuestAddress(CODE))
+        .expect("in range");
+    std::thread::scope(|scope| {
+        for _ in 0..VCPUS {
+            scope.spawn(|| {
+                let (mut vcpu, mut quirks) = (vcpu(), VcpuQuirks::default());
+                vcpu.regs.rdi = DATA;
+                let mut done = 0;
+                while done < UPDATES {
+                    // Both halves count, the upper one downwards.
+                    vcpu.regs.rip = CODE;
+                    vcpu.regs.rbx = vcpu.regs.rax.wrapping_add(1);
+                    vcpu.regs.rcx = vcpu.regs.rdx.wrapping_sub(1);
+                    quirks
+                        .on_internal_error(&mut vcpu, &mem)
+                        .expect("completes");
+                    vcpu.calls.clear();
+                    done += vcpu.regs.rflags >> 6 & 1;
+                }
+            });
+        }
+    });
+    let total = VCPUS * UPDATES;
+    assert_eq!(
+        mem.read_obj::<u64>(GuestAddress(DATA)).expect("in range"),
+        total
+    );
+    assert_eq!(
+        mem.read_obj::<u64>(GuestAddress(DATA + 8))
+            .expect("in range"),
+        total.wrapping_neg()
+    );
+}
+
+#[test]
 fn another_internal_error_is_not_taken_for_an_instruction() {
     let (mut vcpu, mem) = (vcpu(), memory());
     vcpu.error.suberror = 3;

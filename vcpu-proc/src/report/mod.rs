@@ -6,6 +6,9 @@
 //! loop or point anywhere, descriptors may be nonsense, symbol names come from a file. Nothing here
 //! panics on them, output is bounded, and what is printed is numbers, disassembly and escaped names,
 //! never bytes that a guest chose.
+//!
+//! Takes KVM_GET_{REGS, SREGS, MSRS}; for symbols `fcntl(F_DUPFD_CLOEXEC)`, `lseek` and `read` on the
+//! kernel's file; for a core `pwrite64` and `ftruncate` on the file it is given.
 
 mod code;
 pub mod core;
