@@ -110,6 +110,8 @@ impl LaunchPlan {
                 true => (USER_BASE, true),
                 false => (USER_FALLBACK, false),
             };
+            // Root may raise a limit of the host's; the user that it becomes may not.
+            steps.extend(limit_steps(limits));
             steps.extend([
                 Step::JoinNetwork,
                 Step::JoinEmptyRoot,
@@ -122,8 +124,8 @@ impl LaunchPlan {
         } else {
             clone_flags = flags(namespaces, &[]) | libc::CLONE_NEWNET.cast_unsigned();
             steps.extend([Step::MapUser, Step::EmptyRoot]);
+            steps.extend(limit_steps(limits));
         }
-        steps.extend(limit_steps(limits));
         steps.extend([
             Step::DropCapabilities,
             Step::NoNewPrivileges,

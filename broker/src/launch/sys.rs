@@ -146,14 +146,7 @@ fn perform(step: &Step, prepared: &Prepared<'_>, report: &mut RawFd) -> Done {
         Step::Unshare { flags } => call!(SYS_unshare, flags),
         Step::MapUser => map_user(prepared),
         Step::EmptyRoot => empty_root(),
-        Step::Limit { resource, value } => {
-            let limit = libc::rlimit64 {
-                rlim_cur: value,
-                rlim_max: value,
-            };
-            let old = std::ptr::null_mut::<libc::rlimit64>();
-            call!(SYS_prlimit64, 0, resource, &raw const limit, old)
-        }
+        Step::Limit { resource, value } => set_limit(resource, value),
         Step::DropCapabilities => drop_capabilities(),
         Step::NoNewPrivileges => {
             call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1u64, 0u64, 0u64, 0u64)
@@ -300,6 +293,32 @@ fn empty_root() -> Done {
     call!(SYS_chdir, c"/proc".as_ptr())?;
     call!(SYS_pivot_root, c".".as_ptr(), c".".as_ptr())?;
     call!(SYS_umount2, c".".as_ptr(), libc::MNT_DETACH)
+}
+
+/// Sets both limits to `value`, or to the host's hard limit where that is lower and we may not raise
+/// it: the host's own word is the tighter one then.
+fn set_limit(resource: libc::__rlimit_resource_t, value: u64) -> Done {
+    let mut host = libc::rlimit64 {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    let keep = std::ptr::null::<libc::rlimit64>();
+    let get = |host: *mut libc::rlimit64| call!(SYS_prlimit64, 0, resource, keep, host);
+    let set = |value: u64| {
+        let limit = libc::rlimit64 {
+            rlim_cur: value,
+            rlim_max: value,
+        };
+        let old = std::ptr::null_mut::<libc::rlimit64>();
+        call!(SYS_prlimit64, 0, resource, &raw const limit, old)
+    };
+    match set(value) {
+        Err(Errno::EPERM) => {
+            get(&raw mut host)?;
+            set(value.min(host.rlim_max))
+        }
+        done => done,
+    }
 }
 
 fn drop_capabilities() -> Done {
