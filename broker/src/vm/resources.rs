@@ -12,7 +12,7 @@ use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -108,7 +108,8 @@ fn image(name: &str, bytes: &[u8]) -> Result<File, RunError> {
         let mut file = File::from(memfd_create("bulkhead-kernel", flags)?);
         file.write_all(bytes)?;
         fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(SealFlag::all()))?;
-        Ok(file)
+        // Opened again, so that what is handed over is read only.
+        File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     };
     make().map_err(|e| RunError::Host {
         lacks: format!("memory for the kernel {name}: {}", plain(&e)),
