@@ -231,15 +231,9 @@ impl Supervisor {
         self.ending = true;
         for entry in &mut self.entries {
             match entry.phase {
-                Phase::Starting { .. } => {
-                    // It may not read its control channel yet.
-                    actions.push(Action::Kill(entry.id));
-                    entry.phase = Phase::Ending {
-                        until: now,
-                        killed: true,
-                    };
-                }
-                Phase::Serving => {
+                // One that is still starting finds the message when it serves: what the guest has
+                // posted to it before it ended is not lost.
+                Phase::Starting { .. } | Phase::Serving => {
                     actions.push(Action::Ask(entry.id));
                     entry.phase = Phase::Ending {
                         until: now + self.shutdown_timeout,

@@ -7,7 +7,7 @@ use super::consoles::Rings;
 use super::devices::{self, DevicePlan};
 use super::household::{Household, Member};
 use super::report::Report;
-use super::resources::Resources;
+use super::resources::{Fence, Resources};
 use super::session::{Command, Event, Finished, RunError, RunOptions};
 use super::spec::VmSpec;
 use super::state::{Input, Life, Output, Verdict};
@@ -24,6 +24,10 @@ use serde::Serialize;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+
+/// How long the kernel may take to give up the disks of dead processes.
+const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
+const FENCE_POLL: Duration = Duration::from_millis(1);
 
 /// Runs the machine until it is over. Runs in a current-thread runtime with I/O and time.
 ///
@@ -70,6 +74,9 @@ pub async fn run(
             &mut resources,
             restarts + 1,
         )?;
+        let fence = Fence::new(spec, &resources).map_err(|cause| RunError::Host {
+            lacks: format!("a way to watch the disks: {cause}"),
+        })?;
         drop(resources);
         let (notices, heard) = mpsc::channel(NOTICES_CAPACITY);
         let mut machine = Machine {
@@ -88,6 +95,8 @@ pub async fn run(
         drop(notices);
         let verdict = machine.live(heard, &mut commands, until).await;
         let report = machine.report.finish();
+        drop(machine);
+        free_disks(&fence).await;
         match verdict {
             Verdict::Finished(ending) => {
                 return Ok(Finished {
@@ -103,6 +112,14 @@ pub async fn run(
                 resources = Resources::open(spec, options)?;
             }
         }
+    }
+}
+
+/// Waits until the dead processes have left nothing in the kernel that holds a disk.
+async fn free_disks(fence: &Fence) {
+    let until = tokio::time::Instant::now() + FENCE_TIMEOUT;
+    while !fence.is_free() && tokio::time::Instant::now() < until {
+        tokio::time::sleep(FENCE_POLL).await;
     }
 }
 

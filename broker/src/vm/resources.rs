@@ -77,6 +77,49 @@ impl Resources {
     }
 }
 
+/// Tells when the disks of a machine that has ended are free again: the kernel gives a lock up with
+/// the last reference to the file, which a dead process's ring may hold a little longer.
+#[derive(Debug)]
+pub struct Fence {
+    probes: Vec<File>,
+}
+
+impl Fence {
+    /// Around the disks that are locked for writing.
+    ///
+    /// # Errors
+    /// The kernel's error.
+    pub fn new(spec: &VmSpec, resources: &Resources) -> io::Result<Self> {
+        let written = spec.disks.iter().zip(&resources.disks);
+        let written = written.filter(|(spec, _)| !spec.read_only && !spec.ephemeral);
+        // A file description of its own, without a lock.
+        let probe =
+            |(_, file): (_, &File)| File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let probes = written.map(probe).collect::<io::Result<_>>()?;
+        Ok(Self { probes })
+    }
+
+    /// Whether nobody has a lock on any of the disks.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        self.probes.iter().all(|file| {
+            let mut lock = whole_file(libc::F_WRLCK);
+            let asked = fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut lock));
+            asked.is_err() || i32::from(lock.l_type) == libc::F_UNLCK
+        })
+    }
+}
+
+fn whole_file(kind: i32) -> libc::flock {
+    libc::flock {
+        l_type: i16::try_from(kind).unwrap_or(0),
+        l_whence: i16::try_from(libc::SEEK_SET).unwrap_or(0),
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
+}
+
 fn device(path: &str, write: bool) -> Result<File, RunError> {
     let mut options = OpenOptions::new();
     let opened = options.read(true).write(write).open(path);
@@ -163,13 +206,7 @@ fn disk(spec: &DiskSpec) -> Result<File, RunError> {
     } else {
         libc::F_WRLCK
     };
-    let lock = libc::flock {
-        l_type: i16::try_from(kind).unwrap_or(0),
-        l_whence: i16::try_from(libc::SEEK_SET).unwrap_or(0),
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
+    let lock = whole_file(kind);
     match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)) {
         Ok(_) => Ok(file),
         Err(Errno::EAGAIN | Errno::EACCES) => {
