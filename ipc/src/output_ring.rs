@@ -54,6 +54,7 @@ pub struct OutputRing {
     file: File,
     capacity: u64,
     head: u64,
+    base: u64,
 }
 
 impl OutputRing {
@@ -64,7 +65,16 @@ impl OutputRing {
             file,
             capacity,
             head,
+            base: 0,
         }
+    }
+
+    /// Position 0 of what is written from now on is byte `base` of the ring: a machine that starts
+    /// again goes on behind its last life's output.
+    #[must_use]
+    pub const fn based_at(mut self, base: u64) -> Self {
+        self.base = base;
+        self
     }
 
     /// Bytes written so far.
@@ -78,6 +88,7 @@ impl OutputRing {
     /// # Errors
     /// The file system's error (disk full); the stream then has a hole.
     pub fn write_at(&mut self, position: u64, bytes: &[u8]) -> io::Result<()> {
+        let position = position.saturating_add(self.base);
         let end = position.saturating_add(bytes.len() as u64);
         let kept = bytes
             .len()
@@ -216,6 +227,16 @@ mod tests {
         assert_eq!(all(&mut r), (b"hello world".to_vec(), 0));
         w.write_at(6, b"world").unwrap();
         assert_eq!(all(&mut r), (vec![], 0), "a replayed write adds nothing");
+    }
+
+    #[test]
+    fn next_life_goes_on_behind_the_last_one() {
+        let (mut w, mut r) = ring(64);
+        w.write_at(0, b"first ").unwrap();
+        let mut w = OutputRing::new(w.file, 64, 6).based_at(6);
+        w.write_at(0, b"second").unwrap();
+        w.write_at(0, b"second").unwrap();
+        assert_eq!(all(&mut r), (b"first second".to_vec(), 0));
     }
 
     #[test]

@@ -89,6 +89,7 @@ fn console(spec: &ConsoleSpec) -> DevicePlan {
         own: DeviceOwn::Console {
             output_capacity: spec.history_bytes,
             output_head: 0,
+            output_base: 0,
             size: spec.size,
         },
     }
@@ -192,10 +193,12 @@ impl DevicePlan {
     pub fn as_device(&self, output_head: u64) -> DeviceConfig {
         let mut own = self.own.clone();
         if let DeviceOwn::Console {
-            output_head: head, ..
+            output_head: head,
+            output_base: base,
+            ..
         } = &mut own
         {
-            *head = output_head;
+            (*head, *base) = (output_head, output_head);
         }
         DeviceConfig {
             kind: self.kind,

@@ -214,9 +214,11 @@ impl Midwife<'_> {
             .into_iter()
             .chain(wiring.gifts())
             .collect();
+        let head = rings.serial.head();
         let config = LegacyConfig {
             output_capacity: self.spec.console.history_bytes,
-            output_head: rings.serial.head(),
+            output_head: head,
+            output_base: head,
             rtc_offset_s: 0,
         };
         let config = KindConfig::Legacy(config);

@@ -40,6 +40,7 @@ impl Device for Console {
         let &DeviceOwn::Console {
             output_capacity,
             output_head,
+            output_base,
             size,
         } = &setup.config.own
         else {
@@ -53,7 +54,8 @@ impl Device for Console {
             });
         }
         let output = setup.grants.take(FdRole::Output, 0)?;
-        let ring = OutputRing::new(output.into(), output_capacity, output_head);
+        let ring =
+            OutputRing::new(output.into(), output_capacity, output_head).based_at(output_base);
         let bell = Doorbell::from(setup.grants.take(FdRole::OutputBell, 0)?);
         let input = InputReader::map(setup.grants.take(FdRole::Input, 0)?)?;
         let input_bell = Doorbell::from(setup.grants.take(FdRole::InputBell, 0)?);
@@ -179,6 +181,7 @@ mod tests {
             own: DeviceOwn::Console {
                 output_capacity: CAPACITY,
                 output_head: 0,
+                output_base: 0,
                 size: (80, 25),
             },
         };

@@ -185,6 +185,8 @@ pub struct LegacyConfig {
     pub output_capacity: u64,
     /// Bytes in the output ring at birth.
     pub output_head: u64,
+    /// Bytes in the output ring when the vCPU process was born: where its stream begins.
+    pub output_base: u64,
     /// Offset of the guest's real-time clock from the host's in seconds.
     pub rtc_offset_s: i64,
 }
@@ -222,6 +224,8 @@ pub enum DeviceOwn {
         output_capacity: u64,
         /// Bytes in the output ring at birth.
         output_head: u64,
+        /// Bytes in the output ring when the vCPU process was born: where its stream begins.
+        output_base: u64,
         /// Columns and rows at birth.
         size: (u16, u16),
     },
