@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::Channel;
+use bulkhead_ipc::host::host_needs_quirks;
 use bulkhead_ipc::legacy_page::{LEGACY_PAGE_BYTES, LegacyPage};
 use bulkhead_ipc::protocol::birth::{HugePages, VcpuConfig};
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, Outcome, ToVcpu};
@@ -49,6 +51,8 @@ pub(crate) struct Plan {
     pub(crate) core: Option<File>,
     /// Run the program, behind the walls of its policy, instead of its library.
     pub(crate) program: bool,
+    /// Do as on a host whose KVM lacks nothing; the guest of these tests needs nothing more.
+    pub(crate) complete_kvm: bool,
 }
 
 impl Plan {
@@ -61,6 +65,7 @@ impl Plan {
             manners: Manners::Honest,
             core: None,
             program: false,
+            complete_kvm: false,
         }
     }
 }
@@ -133,7 +138,7 @@ impl Vm {
             memory_bytes: plan.memory_bytes,
             huge_pages: HugePages::Transparent,
             cmdline: plan.cmdline.to_owned(),
-            quirks: bulkhead_ipc::host::host_needs_quirks(std::path::Path::new("/sys")),
+            quirks: !plan.complete_kvm && host_needs_quirks(Path::new("/sys")),
             devices: Vec::new(),
             legacy_generation: 1,
         };

@@ -20,6 +20,33 @@ fn guest_runs_behind_the_walls() {
 }
 
 #[test]
+fn narrower_walls_of_a_complete_kvm_suffice() {
+    for (cmdline, outcome) in [
+        ("aB", Outcome::PowerOff),
+        ("q", Outcome::PowerOff),
+        ("t", Outcome::TripleFault),
+    ] {
+        let end = Vm::start(Plan {
+            complete_kvm: true,
+            ..program(cmdline, 2)
+        })
+        .end();
+        assert_eq!(end.outcome, outcome);
+    }
+    let vm = Vm::start(Plan {
+        complete_kvm: true,
+        ..program("x", 2)
+    });
+    vm.wait_for_output(10);
+    vm.send(&ToVcpu::Pause);
+    assert_eq!(vm.hear(), FromVcpu::Paused);
+    vm.send(&ToVcpu::Resume);
+    assert_eq!(vm.hear(), FromVcpu::Resumed);
+    vm.send(&ToVcpu::Kill);
+    assert_eq!(vm.end().outcome, Outcome::Killed);
+}
+
+#[test]
 fn processors_start_behind_the_walls() {
     let end = Vm::start(program("a`", 32)).end();
     assert_eq!(end.outcome, Outcome::PowerOff);
