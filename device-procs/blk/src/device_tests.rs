@@ -337,14 +337,14 @@ proptest! {
             (0usize..1 << 23, any::<u32>(), any::<bool>()), 1..4)), 1..12),
     ) {
         let mut b = bench();
-        let data = b.rig.window().layout.data;
+        let data = b.rig.window.layout.data;
         let mut submitted = 0;
         for (head, spans) in requests {
             // Now and then a header that is nearly right.
-            b.rig.window().memory.slice(data, 24).copy_from(&head);
+            b.rig.window.memory.slice(data, 24).copy_from(&head);
             if head[0] % 2 == 0 {
-                b.rig.window().memory.write(data, u32::from(head[0] % 16));
-                b.rig.window().memory.write(data + 8, u64::from(head[1]));
+                b.rig.window.memory.write(data, u32::from(head[0] % 16));
+                b.rig.window.memory.write(data + 8, u64::from(head[1]));
             }
             let mut layout = RequestLayout::default();
             layout.push(RawSpan { offset: data, len: 16 + u32::from(head[2] % 8), writable: false });

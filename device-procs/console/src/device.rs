@@ -327,7 +327,7 @@ mod tests {
             for (queue, spans) in requests {
                 let mut layout = RequestLayout::default();
                 for (offset, len, writable) in spans {
-                    let offset = offset.max(desk.rig.window().layout.data);
+                    let offset = offset.max(desk.rig.window.layout.data);
                     layout.push(Span { offset, len: len % 70_000 + 1, writable });
                 }
                 desk.rig.submit_raw(queue, &layout);

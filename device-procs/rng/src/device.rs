@@ -123,7 +123,7 @@ mod tests {
             let mut layout = RequestLayout::default();
             for (offset, len, writable) in spans {
                 // Data area only: a gate that points at its own rings harms itself.
-                let offset = offset.max(rig.window().layout.data);
+                let offset = offset.max(rig.window.layout.data);
                 layout.push(Span { offset, len: len % (1 << 20) + 1, writable });
             }
             rig.submit_raw(0, &layout);

@@ -76,7 +76,6 @@ impl Uring {
             .setup_r_disabled()
             .setup_single_issuer()
             .setup_submit_all()
-            .dontfork()
             .build(entries)
             .map_err(|e| failed("setup (see the sysctl kernel.io_uring_disabled)", e))?;
         let raw: Vec<i32> = files.iter().map(AsRawFd::as_raw_fd).collect();

@@ -1,15 +1,7 @@
-//! A gate for tests of devices: the driver half of the shadow virtqueues in the same process, and
-//! the device run by hand, one pass at a time. Framing is that of the real gate.
+//! The gate's half of a device: the driver half of its shadow virtqueues, with the framing of the
+//! real gate.
 
-use crate::birth::Stillbirth;
-use crate::device::{Device, DeviceFault, Setup};
-use crate::grants::Grants;
-use crate::queues::Queues;
-use crate::serve::Server;
-use crate::spin::Spin;
-use crate::wait::Waiter;
-use bulkhead_ipc::device_kind::{Framing, POSITION_BYTES, TAIL_OFFSET};
-use bulkhead_ipc::protocol::birth::{DeviceConfig, FdRole, UringGrant};
+use bulkhead_ipc::device_kind::{Framing, POSITION_BYTES, TAIL_OFFSET, VirtioKind};
 use bulkhead_ipc::ring::{PageRange, RequestLayout, ShadowDriver, Span, WindowPages};
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window::{
@@ -17,7 +9,6 @@ use bulkhead_ipc::window::{
 };
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
 
 /// A completed request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,16 +28,21 @@ struct Placed {
     tail: (usize, usize),
 }
 
-/// A device and its gate.
+/// The gate of one device.
 #[derive(Debug)]
-pub struct Rig<D> {
-    server: Server<D>,
-    window: Window,
-    bells: Doorbells,
+pub struct Gate {
+    kind: VirtioKind,
+    /// The window.
+    pub window: Window,
+    window_fd: OwnedFd,
+    /// Its doorbells.
+    pub bells: Doorbells,
     drivers: Vec<ShadowDriver>,
     pages: WindowPages,
     placed: HashMap<(usize, u16), Placed>,
     epoch: u64,
+    /// Whether writable bytes are filled with a pattern first.
+    pub fill: bool,
 }
 
 #[expect(
@@ -54,71 +50,43 @@ pub struct Rig<D> {
     clippy::unwrap_used,
     reason = "a test that cannot set itself up fails"
 )]
-impl<D: Device> Rig<D> {
-    /// Starts a device with the given descriptors and publishes its configuration.
-    ///
-    /// # Errors
-    /// What the device says.
-    pub fn new(
-        config: &DeviceConfig,
-        held: Vec<(FdRole, u16, OwnedFd)>,
-        uring: &UringGrant,
-    ) -> Result<Self, Stillbirth> {
-        let layout = WindowLayout::new(config.window_bytes as usize, &config.queue_sizes).unwrap();
+impl Gate {
+    /// A gate with a fresh window of generation 1.
+    #[must_use]
+    pub fn new(kind: VirtioKind, window_bytes: u32, queue_sizes: &[u16]) -> Self {
+        let layout = WindowLayout::new(window_bytes as usize, queue_sizes).unwrap();
         let fd = sealed_memfd("window", layout.bytes as u64).unwrap();
-        let window = Window::map(fd.try_clone().unwrap(), layout.clone()).unwrap();
+        let window = Window::map(fd.try_clone().unwrap(), layout).unwrap();
         window.initialise(1);
-        let bells = Doorbells {
-            kick: Doorbell::new().unwrap(),
-            call: Doorbell::new().unwrap(),
-        };
-        let queues = Queues::map(fd.try_clone().unwrap(), &layout).unwrap();
-        let waiter = Waiter::new().unwrap();
-        waiter.watch(&bells.kick, 0).unwrap();
-        let mut grants = Grants::of(held);
-        let mut setup = Setup::new(config, &mut grants, uring, queues.memory(), &waiter);
-        let device = D::start(&mut setup)?;
-        grants.finish()?;
-        let device_bells = Doorbells {
-            kick: bells.kick.try_clone().unwrap(),
-            call: bells.call.try_clone().unwrap(),
-        };
-        let device_window = Window::map(fd, layout.clone()).unwrap();
-        let server = Server::new(
-            device,
-            device_window,
-            queues,
-            device_bells,
-            waiter,
-            None,
-            config.features,
-            Spin::new(Duration::ZERO),
-        );
-        server.publish();
-        Ok(Self {
-            server,
-            window,
-            bells,
+        let layout = &window.layout;
+        Self {
+            kind,
             drivers: layout
                 .queues
                 .iter()
                 .map(|&q| ShadowDriver::new(q))
                 .collect(),
             pages: WindowPages::new(layout.data_pages),
+            window,
+            window_fd: fd,
+            bells: Doorbells {
+                kick: Doorbell::new().unwrap(),
+                call: Doorbell::new().unwrap(),
+            },
             placed: HashMap::new(),
             epoch: 0,
-        })
+            fill: true,
+        }
     }
 
-    /// The device.
-    pub const fn device(&mut self) -> &mut D {
-        &mut self.server.device
-    }
-
-    /// The window, for tests that write nonsense into it.
+    /// Descriptors for the device: window, kick, call.
     #[must_use]
-    pub const fn window(&self) -> &Window {
-        &self.window
+    pub fn device_fds(&self) -> (OwnedFd, Doorbell, Doorbell) {
+        (
+            self.window_fd.try_clone().unwrap(),
+            self.bells.kick.try_clone().unwrap(),
+            self.bells.call.try_clone().unwrap(),
+        )
     }
 
     /// What the device has published.
@@ -126,11 +94,6 @@ impl<D: Device> Rig<D> {
     pub fn published(&self) -> Published {
         assert_eq!(self.window.device_state(), DeviceState::Ready);
         self.window.published(0).unwrap()
-    }
-
-    /// Publishes again after a change.
-    pub fn publish(&self) {
-        self.server.publish();
     }
 
     /// The guest's driver starts with these features.
@@ -160,7 +123,7 @@ impl<D: Device> Rig<D> {
             head_bytes,
             tail_bytes,
             positioned,
-        } = D::KIND.framing(queue);
+        } = self.kind.framing(queue);
         assert_eq!(positioned, position.is_some());
         let driver = self.drivers.get_mut(queue).unwrap();
         let slot = driver.next_slot()?;
@@ -196,9 +159,11 @@ impl<D: Device> Rig<D> {
         push(start, data.len(), false);
         push(start + into_at, into, true);
         push(head_at + TAIL_OFFSET, tail, true);
-        memory
-            .slice(start + into_at, into)
-            .copy_from(&vec![0xa5u8; into]);
+        if self.fill {
+            memory
+                .slice(start + into_at, into)
+                .copy_from(&vec![0xa5u8; into]);
+        }
         memory
             .slice(head_at + TAIL_OFFSET, tail)
             .copy_from(&[0xa5u8; 32][..tail]);
@@ -218,22 +183,34 @@ impl<D: Device> Rig<D> {
         driver.submit(&self.window.memory, layout)
     }
 
-    /// Runs the device until it has nothing to do and no I/O in progress.
-    ///
-    /// # Errors
-    /// The device's fault.
-    pub fn run(&mut self) -> Result<(), DeviceFault> {
-        loop {
-            while self.server.pass()? {}
-            if self.server.device.in_flight() == 0 {
-                self.server.sleep(Some(Duration::ZERO))?;
-                if !self.server.pass()? {
-                    return Ok(());
-                }
-            } else {
-                self.server.sleep(Some(Duration::from_millis(100)))?;
-            }
+    /// Rings the kick doorbell if the device asked for it. Returns whether it did.
+    pub fn announce(&mut self, queue: usize) -> bool {
+        let needed = self
+            .drivers
+            .get_mut(queue)
+            .unwrap()
+            .announce(&self.window.memory);
+        if needed {
+            self.bells.kick.ring();
         }
+        needed
+    }
+
+    /// Asks to be called at the next completion. Returns whether there is one.
+    #[must_use]
+    pub fn ask_for_calls(&self, queue: usize) -> bool {
+        self.drivers
+            .get(queue)
+            .unwrap()
+            .enable_calls(&self.window.memory)
+    }
+
+    /// Asks not to be called.
+    pub fn refuse_calls(&self, queue: usize) {
+        self.drivers
+            .get(queue)
+            .unwrap()
+            .disable_calls(&self.window.memory);
     }
 
     /// Completions of a queue since the last call, oldest first.
@@ -262,6 +239,26 @@ impl<D: Device> Rig<D> {
             });
         }
         answers
+    }
+
+    /// As [`Gate::answers`], for measurements: shows each answer's data range and forgets it.
+    pub fn each_answer(
+        &mut self,
+        queue: usize,
+        mut look: impl FnMut(&Window, usize, usize),
+    ) -> usize {
+        let mut n = 0;
+        let driver = self.drivers.get_mut(queue).unwrap();
+        while let Some(done) = driver.complete(&self.window.memory).unwrap() {
+            n += 1;
+            if let Some(place) = self.placed.remove(&(queue, done.slot)) {
+                look(&self.window, place.data.0, place.data.1);
+                if let Some(pages) = place.pages {
+                    self.pages.give(pages);
+                }
+            }
+        }
+        n
     }
 
     /// Whether the device has called since the last question.
