@@ -179,10 +179,15 @@ impl Blk {
     fn go_on(
         &mut self,
         place: usize,
-        job: Job,
-        next: Next,
+        mut job: Job,
+        mut next: Next,
         queues: &mut Queues,
     ) -> Result<(), DeviceFault> {
+        while let Next::Step(step) = next
+            && let Some(result) = self.disk.at_once(step, queues)
+        {
+            next = job.advance(result, queues, &self.geometry);
+        }
         match next {
             Next::Step(step) => {
                 self.disk.prepare(step, place as u64);

@@ -48,14 +48,31 @@ fn bench_on(file: File, read_only: bool, opcodes: &[u8]) -> Result<Bench, Stillb
     Ok(Bench { rig, file })
 }
 
-fn bench_with(read_only: bool) -> Bench {
+fn disk_file() -> File {
     let file = tempfile::tempfile().unwrap();
     file.set_len(SECTORS * 512).unwrap();
-    bench_on(file, read_only, &OPCODES).unwrap()
+    file
+}
+
+fn memory_file() -> File {
+    let name = "disk";
+    let fd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::empty()).unwrap();
+    let file = File::from(fd);
+    file.set_len(SECTORS * 512).unwrap();
+    file
+}
+
+fn bench_with(read_only: bool) -> Bench {
+    bench_on(disk_file(), read_only, &OPCODES).unwrap()
 }
 
 fn bench() -> Bench {
     bench_with(false)
+}
+
+/// One on a file system, one in memory.
+fn benches() -> [Bench; 2] {
+    [disk_file(), memory_file()].map(|file| bench_on(file, false, &OPCODES).unwrap())
 }
 
 fn header(kind: u32, sector: u64) -> Vec<u8> {
@@ -101,11 +118,12 @@ fn pattern(bytes: usize, seed: u8) -> Vec<u8> {
 
 #[test]
 fn what_is_written_is_on_the_disk_and_read_back() {
-    let mut b = bench();
-    let data = pattern(128 * 1024, 7);
-    assert_eq!(b.ask(1, 100, &data, 0), (OK, vec![]));
-    assert_eq!(b.contents()[51200..51200 + data.len()], data);
-    assert_eq!(b.ask(0, 100, &[], data.len()), (OK, data));
+    for mut b in benches() {
+        let data = pattern(128 * 1024, 7);
+        assert_eq!(b.ask(1, 100, &data, 0), (OK, vec![]));
+        assert_eq!(b.contents()[51200..51200 + data.len()], data);
+        assert_eq!(b.ask(0, 100, &[], data.len()), (OK, data));
+    }
 }
 
 #[test]
@@ -191,8 +209,13 @@ fn driver_without_flush_gets_durable_writes() {
 
 #[test]
 fn discard_and_write_zeroes_leave_zeroes_in_their_ranges_only() {
-    for (kind, flags) in [(11, 0), (13, 0), (13, 1)] {
-        let mut b = bench();
+    let kinds = [(11, 0), (13, 0), (13, 1)];
+    for (mut b, (kind, flags)) in benches()
+        .into_iter()
+        .chain(benches())
+        .chain(benches())
+        .zip(kinds.into_iter().flat_map(|k| [k, k]))
+    {
         let data = pattern(1 << 20, 3);
         b.file.write_all_at(&data, 0).unwrap();
         let mut ranges = range(16, 8, flags);
@@ -228,10 +251,11 @@ fn discards_that_break_their_limits_are_refused() {
 
 #[test]
 fn file_that_was_cut_short_gives_errors_not_garbage() {
-    let mut b = bench();
-    b.file.set_len(512 * 10).unwrap();
-    assert_eq!(b.ask(0, 100, &[], 512).0, IO_ERROR);
-    assert_eq!(b.ask(0, 8, &[], 4096), (IO_ERROR, vec![]));
+    for mut b in benches() {
+        b.file.set_len(512 * 10).unwrap();
+        assert_eq!(b.ask(0, 100, &[], 512).0, IO_ERROR);
+        assert_eq!(b.ask(0, 8, &[], 4096), (IO_ERROR, vec![]));
+    }
 }
 
 #[test]
@@ -284,8 +308,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
     #[test]
-    fn disk_behaves_like_an_array_of_bytes(acts in prop::collection::vec(act(), 1..40)) {
-        let mut b = bench();
+    fn disk_behaves_like_an_array_of_bytes(
+        acts in prop::collection::vec(act(), 1..40),
+        in_memory: bool,
+    ) {
+        let file = if in_memory { memory_file() } else { disk_file() };
+        let mut b = bench_on(file, false, &OPCODES).unwrap();
         let mut model = vec![0u8; usize::try_from(SECTORS * 512).unwrap()];
         let slot = |s: u64, n: u32| {
             let (from, len) = (usize::try_from(s * 512).unwrap(), n as usize * 512);

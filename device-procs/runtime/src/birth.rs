@@ -182,10 +182,9 @@ impl Newborn {
             landlock_abi,
             ..
         } = self;
-        let locked = grants
-            .finish()
-            .map_err(Stillbirth::from)
-            .and_then(|()| Ok(locks.lock_thread("main")?));
+        let taken = grants.finish().map_err(Stillbirth::from);
+        sys::forget_start_up();
+        let locked = taken.and_then(|()| Ok(locks.lock_thread("main")?));
         locked.inspect_err(|cause| tell(&channel, cause))?;
         announce(&channel, page, landlock_abi)?;
         Ok((channel, id))

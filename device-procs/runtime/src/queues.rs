@@ -6,9 +6,11 @@
 //! by a device; a ring that is not sound is a fault of the gate.
 
 use crate::device::DeviceFault;
+use crate::sys;
 use bulkhead_ipc::shared::{SharedError, SharedMemory};
 use bulkhead_ipc::window::{DESCRIPTORS_PER_SLOT, WindowLayout};
-use std::os::fd::OwnedFd;
+use nix::errno::Errno;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{
@@ -213,6 +215,22 @@ impl Queues {
     #[must_use]
     pub fn slice(&self, span: Span) -> VolatileSlice<'_> {
         slice(&self.memory, span)
+    }
+
+    /// Reads file bytes into the window, now. For files in memory, which cannot block.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn read_file(&self, file: impl AsFd, at: u64, to: Span) -> Result<u32, Errno> {
+        sys::read_at(file.as_fd(), at, &self.slice(to))
+    }
+
+    /// Writes window bytes to a file, now. For files in memory, which cannot block.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn write_file(&self, file: impl AsFd, at: u64, from: Span) -> Result<u32, Errno> {
+        sys::write_at(file.as_fd(), at, &self.slice(from))
     }
 
     /// Whether the gate asked to be called for what was completed since the last question.

@@ -10,8 +10,9 @@ use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use std::cell::Cell;
 use std::ffi::c_void;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
+use vm_memory::VolatileSlice;
 
 /// Exit status of a process that tried a system call it may not make: 128 + SIGSYS.
 pub(crate) const EXIT_DENIED: i32 = 159;
@@ -143,6 +144,67 @@ extern "C" fn on_denial(_signal: i32, _info: *mut libc::siginfo_t, context: *mut
         });
     }
     leave(EXIT_DENIED);
+}
+
+/// Reads file bytes into window memory, now. For files that cannot block.
+pub(crate) fn read_at(file: BorrowedFd<'_>, at: u64, to: &VolatileSlice<'_>) -> Result<u32, Errno> {
+    let offset = i64::try_from(at).map_err(|_| Errno::EINVAL)?;
+    let guard = to.ptr_guard_mut();
+    // SAFETY: the guard's range is mapped and writable for the length given; window memory is only
+    // ever accessed as volatile.
+    let n = unsafe { libc::pread(file.as_raw_fd(), guard.as_ptr().cast(), to.len(), offset) };
+    Errno::result(n).map(|n| u32::try_from(n).unwrap_or(0))
+}
+
+/// Writes window memory to a file, now. For files that cannot block.
+pub(crate) fn write_at(
+    file: BorrowedFd<'_>,
+    at: u64,
+    from: &VolatileSlice<'_>,
+) -> Result<u32, Errno> {
+    let offset = i64::try_from(at).map_err(|_| Errno::EINVAL)?;
+    let guard = from.ptr_guard();
+    // SAFETY: the guard's range is mapped and readable for the length given.
+    let n = unsafe { libc::pwrite(file.as_raw_fd(), guard.as_ptr().cast(), from.len(), offset) };
+    Errno::result(n).map(|n| u32::try_from(n).unwrap_or(0))
+}
+
+/// Unmaps the program's own pages that it has used so far: most of them served its start-up and are not
+/// needed again. What is needed comes back from the page cache. Only pages that were never written
+/// are touched, so nothing can be lost.
+pub(crate) fn forget_start_up() {
+    // SAFETY: the callback matches the signature and uses its arguments only during the call.
+    unsafe { libc::dl_iterate_phdr(Some(forget_segments), std::ptr::null_mut()) };
+}
+
+extern "C" fn forget_segments(
+    info: *mut libc::dl_phdr_info,
+    _size: usize,
+    _data: *mut c_void,
+) -> i32 {
+    // SAFETY: the loader passes a valid record for the duration of the call.
+    let info = unsafe { &*info };
+    // SAFETY: the record's program headers are an array of the length it gives.
+    let headers = unsafe { std::slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
+    for header in headers {
+        let writable = header.p_flags & libc::PF_W != 0;
+        if header.p_type != libc::PT_LOAD || writable {
+            continue;
+        }
+        let start = (info.dlpi_addr + header.p_vaddr).next_multiple_of(4096);
+        let end = (info.dlpi_addr + header.p_vaddr + header.p_memsz) / 4096 * 4096;
+        let (Ok(address), Ok(len)) = (
+            usize::try_from(start),
+            usize::try_from(end.saturating_sub(start)),
+        ) else {
+            continue;
+        };
+        let pages: *mut c_void = std::ptr::with_exposed_provenance_mut(address);
+        // SAFETY: the pages belong to a read-only private mapping of the program's file, so
+        // dropping them only makes the next access fault them in again, unchanged.
+        let _advice = unsafe { libc::madvise(pages, len, libc::MADV_DONTNEED) };
+    }
+    0
 }
 
 /// Ends the process at once, with no destructor and no exit handler: those would unmap and close,
