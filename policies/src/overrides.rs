@@ -175,7 +175,8 @@ mod tests {
     #[test]
     fn override_takes_away() {
         let before = load(ProcKind::Rng, None, false).unwrap();
-        let text = "kind = \"rng\"\n[[deny]]\nname = \"madvise\"\n[limits]\nopen_files = 16\n";
+        let text =
+            "kind = \"rng\"\n[[deny]]\nname = \"clock_gettime\"\n[limits]\nopen_files = 16\n";
         let after = rng(text, false).unwrap();
         let count = |p: &Policy| p.locked_requests().len();
         assert_eq!(count(&after), count(&before) - 1);

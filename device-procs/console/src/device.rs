@@ -285,7 +285,7 @@ mod tests {
         desk.rig.run().unwrap();
         desk.rig.reset_driver();
         desk.rig.run().unwrap();
-        assert_eq!(desk.received(), [Vec::new()]);
+        assert_eq!(desk.received(), [Vec::<u8>::new()]);
         desk.keys(b"x");
         desk.rig.start_driver(F_SIZE);
         desk.rig.submit(RECEIVE, None, &[], 16).unwrap();

@@ -7,36 +7,23 @@
 
 use bulkhead_ipc::control_page::Phase;
 use bulkhead_ipc::device_kind::VirtioKind;
-use bulkhead_ipc::ident::{ProcId, ProcKind};
+use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::birth::{Born, DeviceConfig, DeviceOwn, FdRole, KindConfig};
-use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
-use bulkhead_policies::{compile, load};
 use bulkhead_runtime::testing::Gate;
 use bulkhead_runtime::testing::process::{Process, Upbringing, gate_grants};
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
 
 fn upbringing() -> Upbringing {
-    let filters = compile(&load(ProcKind::Rng, None, false).unwrap()).unwrap();
-    Upbringing {
-        id: ProcId {
-            kind: ProcKind::Rng,
-            index: 0,
-            generation: 1,
-        },
-        startup: filters.startup,
-        locked: filters.locked,
-        uring: filters.uring,
-        config: KindConfig::Device(DeviceConfig {
-            kind: VirtioKind::Rng,
-            queue_sizes: vec![16],
-            window_bytes: 1 << 20,
-            features: 0,
-            config: Vec::new(),
-            own: DeviceOwn::Rng,
-        }),
-    }
+    let config = DeviceConfig {
+        kind: VirtioKind::Rng,
+        queue_sizes: vec![16],
+        window_bytes: 1 << 20,
+        features: 0,
+        config: Vec::new(),
+        own: DeviceOwn::Rng,
+    };
+    Upbringing::new(ProcKind::Rng, KindConfig::Device(config))
 }
 
 fn grants(gate: &Gate) -> Vec<(FdRole, u16, OwnedFd)> {
@@ -57,33 +44,15 @@ fn spawn(upbringing: Upbringing, grants: Vec<(FdRole, u16, OwnedFd)>) -> Process
 fn process_is_born_locked_serves_and_ends_when_told() {
     let mut gate = Gate::new(VirtioKind::Rng, 1 << 20, &[16]);
     let mut process = spawn(upbringing(), grants(&gate));
-    assert!(matches!(process.born(), Ok(Born::Locked { .. })));
+    process.assert_serving();
     assert_eq!(process.page.phase(), Phase::Locked);
     for _ in 0..100 {
         gate.submit(0, None, &[], 64).unwrap();
-        gate.announce(0);
-        let deadline = Instant::now() + Duration::from_secs(5);
-        let answers = loop {
-            let answers = gate.answers(0);
-            if !answers.is_empty() || Instant::now() > deadline {
-                break answers;
-            }
-        };
-        assert_eq!(
-            answers[0].written,
-            64,
-            "denied: {:?}",
-            process.page.denial()
-        );
+        let answers = gate.await_answers(0, 1);
+        let denial = process.page.denial();
+        assert_eq!(answers[0].written, 64, "denied: {denial:?}");
     }
-    process.channel.send(&ToDevice::Ping(5), &[]).unwrap();
-    let within = Duration::from_secs(5);
-    let (pong, _) = process.channel.recv_within::<FromDevice>(within).unwrap();
-    assert_eq!(pong, FromDevice::Pong(5));
-    process.channel.send(&ToDevice::Shutdown, &[]).unwrap();
-    let (status, log) = process.end();
-    assert!(status.success(), "{status} {log}");
-    assert_eq!(log, "");
+    process.assert_ends_quietly();
 }
 
 #[test]

@@ -126,7 +126,10 @@ impl Newborn {
     /// [`Stillbirth`]; the broker has been told where that was possible. Leave with
     /// [`EXIT_STILLBORN`].
     pub fn receive(kind: ProcKind) -> Result<Self, Stillbirth> {
-        sys::settle_heap(HEAP_BYTES);
+        if kind != ProcKind::Vcpu {
+            // The kernels that vCPU processes unpack should not stay in their heaps.
+            sys::settle_heap(HEAP_BYTES);
+        }
         sys::harden().map_err(Stillbirth::Harden)?;
         let adopt = |fd| sys::adopt(fd).map_err(|errno| Stillbirth::Descriptor { fd, errno });
         let channel = Channel::from(adopt(CONTROL_FD)?);

@@ -63,6 +63,10 @@ pub(crate) fn cpus() -> usize {
     })
 }
 
+/// Largest block that comes from the heap instead of a mapping of its own; the most that the C
+/// library accepts is twice as much.
+const HEAP_BLOCK_BYTES: i32 = 16 << 20;
+
 /// Gives the heap `bytes` of headroom and keeps it from asking the kernel for more or giving any
 /// back, so that the locked phase allocates without system calls. Untouched headroom costs nothing.
 pub(crate) fn settle_heap(bytes: i32) {
@@ -70,11 +74,14 @@ pub(crate) fn settle_heap(bytes: i32) {
         (libc::M_ARENA_MAX, 1),
         (libc::M_TOP_PAD, bytes),
         (libc::M_TRIM_THRESHOLD, i32::MAX),
-        (libc::M_MMAP_THRESHOLD, i32::MAX),
+        (libc::M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES),
     ] {
         // SAFETY: plain integers; a refused parameter keeps its default.
         let _accepted = unsafe { libc::mallopt(parameter, value) };
     }
+    // Makes the heap that large; freed, the room stays with it.
+    let room = Vec::<u8>::with_capacity(usize::try_from(bytes).unwrap_or(0));
+    drop(std::hint::black_box(room));
 }
 
 /// Installs a seccomp filter for the calling thread.

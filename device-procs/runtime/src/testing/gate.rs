@@ -9,6 +9,10 @@ use bulkhead_ipc::window::{
 };
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+/// How long a test waits for a device.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A completed request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -237,6 +241,18 @@ impl Gate {
                 written: done.written,
                 bytes,
             });
+        }
+        answers
+    }
+
+    /// Waits for `count` completions, kicking the device if it asked for it.
+    pub fn await_answers(&mut self, queue: usize, count: usize) -> Vec<Answer> {
+        let deadline = Instant::now() + PATIENCE;
+        self.announce(queue);
+        let mut answers = Vec::new();
+        while answers.len() < count && Instant::now() < deadline {
+            answers.extend(self.answers(queue));
+            std::thread::yield_now();
         }
         answers
     }

@@ -8,12 +8,13 @@
 use super::gate::Gate;
 use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::control_page::{CONTROL_PAGE_BYTES, ControlPage};
-use bulkhead_ipc::ident::ProcId;
+use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
 use bulkhead_ipc::protocol::birth::{
     Birth, Born, CONTROL_FD, FIRST_GRANT_FD, FdRole, Filter, Grant, KindConfig, PAGE_FD,
     ThreadFilter, UringGrant,
 };
+use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
 use bulkhead_ipc::shared::sealed_memfd;
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -34,6 +35,31 @@ pub struct Upbringing {
     pub uring: UringGrant,
     /// What it is to do.
     pub config: KindConfig,
+}
+
+#[expect(
+    clippy::missing_panics_doc,
+    clippy::unwrap_used,
+    reason = "a test that cannot set itself up fails"
+)]
+impl Upbringing {
+    /// The first process of its kind, behind its built-in policy.
+    #[must_use]
+    pub fn new(kind: ProcKind, config: KindConfig) -> Self {
+        let policy = bulkhead_policies::load(kind, None, false).unwrap();
+        let filters = bulkhead_policies::compile(&policy).unwrap();
+        Self {
+            id: ProcId {
+                kind,
+                index: 0,
+                generation: 1,
+            },
+            startup: filters.startup,
+            locked: filters.locked,
+            uring: filters.uring,
+            config,
+        }
+    }
 }
 
 /// The program, alive.
@@ -132,6 +158,28 @@ impl Process {
                 ))
             }
         }
+    }
+
+    /// Asserts that it has locked itself and answers.
+    pub fn assert_serving(&mut self) {
+        let born = self.born();
+        assert!(matches!(born, Ok(Born::Locked { .. })), "{born:?}");
+        self.channel.send(&ToDevice::Ping(7), &[]).unwrap();
+        let answer = self.channel.recv_within::<FromDevice>(PATIENCE);
+        let denial = self.page.denial();
+        assert!(
+            matches!(answer, Ok((FromDevice::Pong(7), _))),
+            "{answer:?}; denied: {denial:?}"
+        );
+    }
+
+    /// Tells it to end and asserts that it does, without a word.
+    pub fn assert_ends_quietly(&mut self) {
+        self.channel.send(&ToDevice::Shutdown, &[]).unwrap();
+        let (status, log) = self.end();
+        let denial = self.page.denial();
+        assert!(status.success(), "{status}; denied: {denial:?}; {log}");
+        assert_eq!(log, "");
     }
 
     /// Its process id.
