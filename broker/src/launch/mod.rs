@@ -13,6 +13,7 @@
 //!
 //! Processes are not killed when the broker dies (no PR_SET_PDEATHSIG): they outlive it.
 
+pub mod cgroup;
 pub mod hollow;
 pub mod plan;
 mod sys;

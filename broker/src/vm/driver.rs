@@ -12,6 +12,7 @@ use super::session::{Command, Event, Finished, RunError, RunOptions};
 use super::spec::VmSpec;
 use super::state::{Input, Life, Output, Verdict};
 use crate::launch::Launcher;
+use crate::launch::cgroup::Place;
 use crate::supervisor::driver::{NOTICES_CAPACITY, Notice, watch};
 use crate::supervisor::fault;
 use crate::supervisor::state::{self as supervision, Action, Supervisor};
@@ -313,6 +314,7 @@ impl Machine<'_> {
     fn act(&mut self, action: Action) {
         match action {
             Action::AllLocked => {
+                self.household.limit(&Place::find());
                 let after = self.began.elapsed();
                 self.tell.event(Event::AllLocked { after });
                 self.inputs.push_back(Input::AllLocked);

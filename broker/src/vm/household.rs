@@ -9,17 +9,21 @@ use super::devices::DevicePlan;
 use super::resources::Resources;
 use super::session::RunError;
 use super::spec::VmSpec;
+use crate::launch::cgroup::{Group, GroupLimits, Place};
 use crate::launch::{Gift, LaunchError, Launched, Launcher};
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::legacy_page::{self, LEGACY_PAGE_BYTES};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
-use bulkhead_ipc::protocol::birth::{Birth, FdRole, KindConfig, LegacyConfig, VcpuConfig};
+use bulkhead_ipc::protocol::birth::{
+    Birth, DeviceConfig, DeviceOwn, FdRole, KindConfig, LegacyConfig, VcpuConfig,
+};
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window;
 use bulkhead_policies::cache::Compiled;
+use bulkhead_policies::plan::Limits;
 use bulkhead_policies::schema::OnDeath;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,12 +38,15 @@ pub(super) struct Member {
     pub(super) slot: Option<u8>,
     pub(super) on_death: OnDeath,
     pub(super) birth_timeout: Duration,
+    /// Limits of its control group.
+    group_limits: GroupLimits,
 }
 
 /// All of them, the vCPU process first. Dropped, it leaves no process behind.
 #[derive(Debug)]
 pub(super) struct Household {
     pub(super) members: Vec<Member>,
+    groups: Vec<Group>,
 }
 
 /// Between gate and device.
@@ -106,6 +113,8 @@ struct Midwife<'a> {
     spec: &'a VmSpec,
     generation: u32,
     household: Household,
+    /// Size of all disks together.
+    disk_bytes: u64,
 }
 
 impl Household {
@@ -129,13 +138,20 @@ impl Household {
             .map(|device| DeviceWiring::new(device, generation))
             .collect();
         let wirings = wirings.map_err(host)?;
+        let disk_bytes = resources.disks.iter().map(|mut file| {
+            // The length of a block device is where its end is.
+            file.seek(SeekFrom::End(0)).unwrap_or(0)
+        });
+        let disk_bytes = disk_bytes.fold(0, u64::saturating_add);
         let mut midwife = Midwife {
+            disk_bytes,
             launcher,
             compiled,
             spec,
             generation,
             household: Self {
                 members: Vec::new(),
+                groups: Vec::new(),
             },
         };
         midwife.vcpu(devices, &wirings, &legacy, resources)?;
@@ -144,6 +160,22 @@ impl Household {
             midwife.device(device, wiring, rings, resources)?;
         }
         Ok(midwife.household)
+    }
+
+    /// Puts every process into a control group with the limits of its policy. Not part of the start,
+    /// of which the guest's first instruction would be the later.
+    pub(super) fn limit(&mut self, place: &Place) {
+        for member in &self.members {
+            let id = member.launched.id;
+            let pid = member.launched.pid;
+            let name = format!("bulkhead-{}-{}-{pid}", std::process::id(), id.kind);
+            match place.put(&name, pid, member.group_limits) {
+                Ok(group) => self.groups.push(group),
+                Err(error) => {
+                    tracing::warn!(proc = %id, %error, "no control group: only rlimits apply");
+                }
+            }
+        }
     }
 
     pub(super) fn member(&self, id: ProcId) -> Option<&Member> {
@@ -253,6 +285,38 @@ impl Midwife<'_> {
         self.birth(kind, device.index, &device.name, slot, &gifts, config)
     }
 
+    /// The policy's limits, and what the machine itself takes: guest memory with the kernel's page
+    /// tables for it, windows, and files whose pages may stay in memory (on a tmpfs, all of them).
+    fn group_limits(&self, limits: &Limits, config: &KindConfig) -> GroupLimits {
+        let memory_bytes = match config {
+            KindConfig::Vcpu(vcpu) => {
+                let windows = vcpu.devices.iter().map(|d| u64::from(d.window_bytes));
+                vcpu.memory_bytes + vcpu.memory_bytes / 16 + windows.sum::<u64>()
+            }
+            KindConfig::Legacy(legacy) => legacy.output_capacity,
+            KindConfig::Device(device) => u64::from(device.window_bytes) + self.file_bytes(device),
+        };
+        let vcpus = if limits.plus_vcpus {
+            self.spec.vcpus
+        } else {
+            0
+        };
+        GroupLimits {
+            memory_bytes: limits.memory_bytes.saturating_add(memory_bytes),
+            tasks: u64::from(limits.tasks) + u64::from(vcpus),
+        }
+    }
+
+    fn file_bytes(&self, device: &DeviceConfig) -> u64 {
+        match &device.own {
+            DeviceOwn::Console {
+                output_capacity, ..
+            } => *output_capacity,
+            DeviceOwn::Blk { .. } => self.disk_bytes,
+            DeviceOwn::Rng => 0,
+        }
+    }
+
     fn birth(
         &mut self,
         kind: ProcKind,
@@ -278,6 +342,7 @@ impl Midwife<'_> {
         let grants = launched.grants.clone();
         // From here on it is killed when anything goes wrong.
         let launched = Arc::new(launched);
+        let group_limits = self.group_limits(&policy.limits, &config);
         let policy_timeout = Duration::from_millis(policy.birth_timeout_ms.into());
         self.household.members.push(Member {
             launched: Arc::clone(&launched),
@@ -285,6 +350,7 @@ impl Midwife<'_> {
             slot,
             on_death: policy.on_death,
             birth_timeout: policy_timeout.min(self.spec.limits.birth_timeout),
+            group_limits,
         });
         let birth = Birth {
             version: PROTOCOL_VERSION,
