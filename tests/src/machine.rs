@@ -205,13 +205,16 @@ impl Machine {
             let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
                 continue;
             };
-            let Some((name, rest)) = stat.rsplit_once(')') else {
+            let Some((_, rest)) = stat.rsplit_once(')') else {
                 continue;
             };
             let mut fields = rest.split_whitespace();
             let (state, ppid) = (fields.next(), fields.next());
             if ppid == Some(parent.as_str()) && state != Some("Z") {
-                let name = name.split_once('(').map_or("", |(_, name)| name);
+                // The name in `stat` is cut to 15 bytes; the first argument is whole.
+                let cmdline = fs::read_to_string(entry.path().join("cmdline"));
+                let cmdline = cmdline.unwrap_or_default();
+                let name = cmdline.split('\0').next().unwrap_or_default();
                 found.push((pid, name.to_owned()));
             }
         }

@@ -58,8 +58,11 @@ impl Row {
         }
         Ok(Self {
             pid,
-            kind: read(pid, "comm")?
-                .trim()
+            // The `comm` of a process is cut to 15 bytes; its first argument is whole.
+            kind: read(pid, "cmdline")?
+                .split('\0')
+                .next()
+                .unwrap_or_default()
                 .trim_start_matches("bulkhead-")
                 .to_owned(),
             uid: fs::metadata(format!("/proc/{pid}"))?.uid(),
