@@ -121,7 +121,12 @@ impl Channel {
     /// As [`ChannelError`]; after [`ChannelError::Malformed`] or [`ChannelError::TooLarge`] the
     /// packet is gone and its descriptors are closed.
     pub fn try_recv<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ChannelError> {
-        let mut buffer = vec![0u8; MESSAGE_BYTES_MAX];
+        // Room for what is there and no more: a process that never hears long messages shall not
+        // have the longest in its memory.
+        let Some(waiting) = self.next_len()? else {
+            return Ok(None);
+        };
+        let mut buffer = vec![0u8; waiting.min(MESSAGE_BYTES_MAX)];
         let (len, fds, truncated) = loop {
             let mut space = nix::cmsg_space!([RawFd; FDS_MAX]);
             let mut iov = [IoSliceMut::new(&mut buffer)];
@@ -155,6 +160,20 @@ impl Channel {
             ));
         }
         Ok(Some((message, fds)))
+    }
+
+    /// Length in bytes of the next packet: 0 at the end of the connection, `None` when there is none.
+    fn next_len(&self) -> Result<Option<usize>, ChannelError> {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
+        loop {
+            match recvmsg::<()>(self.socket.as_raw_fd(), &mut [], None, flags) {
+                Ok(message) => return Ok(Some(message.bytes)),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Ok(None),
+                Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
+                Err(e) => return Err(e.into()),
+            }
+        }
     }
 
     /// Receives one message, waiting at most `within`.

@@ -9,8 +9,10 @@ use std::time::Duration;
 
 /// First budget after a short sleep.
 const START: Duration = Duration::from_micros(20);
-/// Longest budget. Measured: see `cargo xtask bench blk`.
+/// Longest budget: the time that waking would take, and a little more.
 const LONGEST: Duration = Duration::from_micros(100);
+/// A sleep of at most this was worth avoiding. It contains the time that waking took.
+const NEAR: Duration = Duration::from_micros(250);
 
 /// The budget, decided from how long the process slept. Pure: the caller measures time.
 #[derive(Debug, Clone, Copy)]
@@ -43,7 +45,7 @@ impl Spin {
 
     /// The process spun for its budget in vain, slept for `slept`, and was woken.
     pub fn slept(&mut self, slept: Duration) {
-        if slept > self.max {
+        if slept > NEAR || self.max.is_zero() {
             self.budget = Duration::ZERO;
         } else {
             self.budget = (self.budget * 2).max(START).min(self.max);

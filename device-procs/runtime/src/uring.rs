@@ -19,6 +19,7 @@ use io_uring::squeue::{Entry, Flags};
 use io_uring::{IoUring, opcode, types};
 use nix::errno::Errno;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use vm_memory::MmapRegion;
 
 /// Most operations in progress.
 pub const ENTRIES_MAX: u32 = 1024;
@@ -43,8 +44,8 @@ pub struct Done {
 pub struct Uring {
     ring: IoUring,
     memory: WindowMemory,
-    /// Never written, so that it costs no memory.
-    zeroes: Box<[u8]>,
+    /// Never touched by this process, so that it costs no memory.
+    zeroes: MmapRegion,
     _files: Vec<OwnedFd>,
     unsubmitted: u32,
 }
@@ -98,7 +99,7 @@ impl Uring {
         Ok(Self {
             ring,
             memory,
-            zeroes: vec![0; ZEROES_BYTES as usize].into_boxed_slice(),
+            zeroes: MmapRegion::new(ZEROES_BYTES as usize).map_err(Stillbirth::setup)?,
             _files: files,
             unsubmitted: 0,
         })
