@@ -13,6 +13,9 @@ const START: Duration = Duration::from_micros(20);
 const LONGEST: Duration = Duration::from_micros(100);
 /// A sleep of at most this was worth avoiding. It contains the time that waking took.
 const NEAR: Duration = Duration::from_micros(250);
+/// A shorter sleep cost nothing: the peer is on the same CPU and could only go on once this process slept,
+/// so that looking keeps it from its work.
+const CHEAP: Duration = Duration::from_micros(25);
 
 /// The budget, decided from how long the process slept. Pure: the caller measures time.
 #[derive(Debug, Clone, Copy)]
@@ -45,7 +48,7 @@ impl Spin {
 
     /// The process spun for its budget in vain, slept for `slept`, and was woken.
     pub fn slept(&mut self, slept: Duration) {
-        if slept > NEAR || self.max.is_zero() {
+        if slept > NEAR || slept < CHEAP || self.max.is_zero() {
             self.budget = Duration::ZERO;
         } else {
             self.budget = (self.budget * 2).max(START).min(self.max);
@@ -76,6 +79,15 @@ mod tests {
             spin.slept(Duration::from_micros(50));
         }
         assert_eq!(spin.budget(), MAX);
+    }
+
+    #[test]
+    fn peer_on_the_same_cpu_is_not_kept_waiting() {
+        let mut spin = Spin::new(MAX);
+        spin.slept(Duration::from_micros(120));
+        assert!(spin.budget() > Duration::ZERO);
+        spin.slept(Duration::from_micros(8));
+        assert_eq!(spin.budget(), Duration::ZERO);
     }
 
     #[test]
