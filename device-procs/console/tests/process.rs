@@ -36,6 +36,7 @@ fn process_carries_text_both_ways_resizes_and_ends() {
         own: DeviceOwn::Console {
             output_capacity: CAPACITY,
             output_head: 0,
+            output_base: 0,
             size: (80, 25),
         },
     };

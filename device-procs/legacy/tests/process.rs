@@ -58,6 +58,7 @@ impl Machine {
         let config = LegacyConfig {
             output_capacity: CAPACITY,
             output_head: 0,
+            output_base: 0,
             rtc_offset_s: 0,
         };
         let upbringing = Upbringing::new(ProcKind::Legacy, KindConfig::Legacy(config));
