@@ -4,8 +4,9 @@
 //! guests come from `guest`, the processes of Bulkhead from one release build, and each path is
 //! handed over in a `BULKHEAD_…` variable.
 
-use std::fs::File;
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -16,6 +17,13 @@ use crate::{command, packages, tidy, workspace};
 const END_TO_END: &str = "bulkhead-tests";
 /// The command line that the small Linux needs to be quick where ring 0 is emulated.
 const LINUX_CMDLINE: &str = include_str!("../../guests/linux/cmdline");
+/// The same for the stock Debian kernel, which also has to do without what no emulator knows.
+const STOCK_CMDLINE: &str = include_str!("../../guests/linux/stock-cmdline");
+/// How many guests the end-to-end tests may run side by side: a machine of two CPUs that is busy
+/// with something else must still keep their time limits.
+const GUESTS_AT_ONCE: &str = "2";
+/// The name under which `bulkhead run` without a kernel finds its guest, beside the processes.
+const BUILT_IN_GUEST: &str = "bulkhead-guest.elf";
 
 /// `cargo xtask test …`
 #[derive(clap::Args)]
@@ -27,14 +35,52 @@ pub(crate) struct Options {
     filter: Option<String>,
 }
 
-/// Runs all suites; the first failure ends the run.
+/// Runs all suites; the first failure ends the run. How long each took is told in any case.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    let mut stages = Stages::default();
+    let result = run_stages(options, &mut stages);
+    stages.tell();
+    result
+}
+
+fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
     require_kvm()?;
-    // What the tests themselves call: they look into disk images after the guest is done.
-    packages::ensure(&["busybox-static", "cpio", "e2fsprogs"])?;
-    tidy::run()?;
-    unit_tests()?;
-    end_to_end(options)
+    // What the tests themselves call: they look into disk images after the guest is done, have a
+    // debugger open cores, and assemble kernels of a few instructions.
+    stages.run("packages", || {
+        packages::ensure(&["binutils", "busybox-static", "cpio", "e2fsprogs", "gdb"])
+    })?;
+    stages.run("tidy", tidy::run)?;
+    stages.run("build for unit tests", build_programs)?;
+    stages.run("unit tests", unit_tests)?;
+    let binaries = stages.run("release build", release_binaries)?;
+    let images = stages.run("guests", || images(options))?;
+    stages.run("end-to-end tests", || {
+        end_to_end(options, &binaries, &images)
+    })
+}
+
+/// How long each stage took.
+#[derive(Default)]
+struct Stages(Vec<(&'static str, Duration)>);
+
+impl Stages {
+    fn run<T>(&mut self, name: &'static str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        eprintln!("== {name}");
+        let start = Instant::now();
+        let result = work();
+        self.0.push((name, start.elapsed()));
+        result.context(name)
+    }
+
+    fn tell(&self) {
+        eprintln!("\nHow long each stage took:");
+        let total: Duration = self.0.iter().map(|(_, time)| *time).sum();
+        for (name, time) in self.0.iter().chain([&("together", total)]) {
+            let seconds = time.as_secs();
+            eprintln!("  {name:<22} {:>3} min {:>2} s", seconds / 60, seconds % 60);
+        }
+    }
 }
 
 pub(crate) fn require_kvm() -> Result<()> {
@@ -44,6 +90,12 @@ pub(crate) fn require_kvm() -> Result<()> {
         .open("/dev/kvm")
         .map(drop)
         .context("/dev/kvm: tests boot real guests, and need to read and write it")
+}
+
+/// Builds every program before any test: some tests start programs of other packages, which cargo
+/// does not build for them.
+fn build_programs() -> Result<()> {
+    command::run(command::cargo().args(["build", "--workspace", "--bins"]))
 }
 
 fn unit_tests() -> Result<()> {
@@ -68,27 +120,31 @@ fn unit_tests() -> Result<()> {
     command::run(&mut guest_tests)
 }
 
-fn end_to_end(options: &Options) -> Result<()> {
-    let binaries = release_binaries()?;
+/// The guests that the end-to-end tests boot, each with the variable that tells its path.
+fn images(options: &Options) -> Result<Vec<(&'static str, PathBuf)>> {
+    let stock: &[Image] = if options.slow { &Image::STOCK } else { &[] };
+    let all = Image::BUILT.iter().chain(stock);
+    all.map(|image| Ok((image.variable(), image.path()?)))
+        .collect()
+}
+
+fn end_to_end(options: &Options, binaries: &Path, images: &[(&str, PathBuf)]) -> Result<()> {
     let mut tests = command::cargo();
-    tests.args(["test", "--package", END_TO_END]);
-    if let Some(filter) = &options.filter {
-        tests.args(["--", filter]);
-    }
+    tests.args(["test", "--package", END_TO_END, "--"]);
+    tests.args(["--test-threads", GUESTS_AT_ONCE]);
+    tests.args(&options.filter);
     tests.env("BULKHEAD_BIN_DIR", binaries);
     tests.env("BULKHEAD_TEST_LINUX_CMDLINE", LINUX_CMDLINE.trim());
-    let mut images = Image::BUILT.to_vec();
+    tests.env("BULKHEAD_TEST_STOCK_CMDLINE", STOCK_CMDLINE.trim());
     if options.slow {
-        images.extend(Image::STOCK);
         tests.env("BULKHEAD_SLOW", "1");
     }
-    for image in images {
-        tests.env(image.variable(), image.path()?);
-    }
+    tests.envs(images.iter().map(|(variable, path)| (variable, path)));
     command::run(&mut tests)
 }
 
-/// Builds all processes as users run them and returns the folder of the binaries.
+/// Builds all processes as users run them, puts the built-in guest beside them, and returns the
+/// folder.
 pub(crate) fn release_binaries() -> Result<PathBuf> {
     let mut build = command::cargo();
     build.args([
@@ -101,5 +157,15 @@ pub(crate) fn release_binaries() -> Result<PathBuf> {
     ]);
     command::run(&mut build)?;
     // `.cargo/config.toml` names the target, which adds a folder.
-    Ok(workspace::target_directory()?.join("x86_64-unknown-linux-gnu/release"))
+    let folder = workspace::target_directory()?.join("x86_64-unknown-linux-gnu/release");
+    install_built_in_guest(&Image::TestGuest.path()?, &folder)?;
+    Ok(folder)
+}
+
+/// By `rename`: a machine that is reading the old one keeps it.
+fn install_built_in_guest(guest: &Path, folder: &Path) -> Result<()> {
+    let place = folder.join(BUILT_IN_GUEST);
+    let new = folder.join(format!(".{BUILT_IN_GUEST}.{}", std::process::id()));
+    fs::copy(guest, &new).with_context(|| format!("cannot copy {}", guest.display()))?;
+    fs::rename(&new, &place).with_context(|| format!("cannot write {}", place.display()))
 }

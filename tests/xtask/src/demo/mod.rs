@@ -6,7 +6,6 @@
 mod filter;
 mod table;
 
-use crate::guest::Image;
 use crate::process;
 use crate::{command, suite};
 use anyhow::{Context, Result, bail, ensure};
@@ -27,7 +26,6 @@ const KINDS: [&str; 5] = ["vcpu", "legacy", "console", "blk", "rng"];
 pub(crate) fn run() -> Result<()> {
     suite::require_kvm()?;
     let binaries = suite::release_binaries()?;
-    let guest = Image::TestGuest.path()?;
     let directory = tempfile::Builder::new()
         .prefix("bulkhead-demo-")
         .tempdir()?;
@@ -44,8 +42,6 @@ pub(crate) fn run() -> Result<()> {
     bulkhead.env("BULKHEAD_LIBEXEC_DIR", &binaries);
     bulkhead
         .arg("run")
-        .arg("--kernel")
-        .arg(guest)
         .arg("--disk")
         .arg(&disk);
     bulkhead.args([
