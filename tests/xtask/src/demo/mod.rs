@@ -40,10 +40,7 @@ pub(crate) fn run() -> Result<()> {
     bulkhead.env("BULKHEAD_STATE_DIR", directory.path().join("state"));
     bulkhead.env("BULKHEAD_RUNTIME_DIR", directory.path().join("run"));
     bulkhead.env("BULKHEAD_LIBEXEC_DIR", &binaries);
-    bulkhead
-        .arg("run")
-        .arg("--disk")
-        .arg(&disk);
+    bulkhead.arg("run").arg("--disk").arg(&disk);
     bulkhead.args([
         "-m",
         "128MiB",
