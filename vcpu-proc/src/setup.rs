@@ -8,7 +8,6 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bulkhead_ipc::legacy_page::LegacyPage;
 use bulkhead_ipc::platform::{
@@ -32,12 +31,10 @@ use crate::memory::{self, MemoryError};
 use crate::ports::Ports;
 use crate::quirks::{self, QuirkError, VcpuQuirks};
 use crate::run_loop::VcpuLoop;
-use crate::virtio::{self, SlotFds, VirtioBus, VirtioError};
+use crate::virtio::{self, Cpus, SlotFds, VirtioBus, VirtioError};
 
 /// Offset of the queue notification register in a virtio-mmio slot.
 const QUEUE_NOTIFY: u64 = 0x50;
-/// How long a gate may spin for a device where more than one CPU is there to make progress.
-const GATE_SPIN: Duration = Duration::from_micros(50);
 
 /// The descriptors that a vCPU process was born with.
 #[derive(Debug)]
@@ -180,7 +177,11 @@ pub fn build(config: VcpuConfig, resources: Resources) -> Result<Machine, SetupE
         boot_vcpu.change_registers(|sregs, regs| loaded.entry.apply(sregs, regs))?;
     }
     let lines = Lines::connect(&vm)?;
-    let (virtio, gates) = connect_devices(&vm, &memory, config.devices, resources.devices)?;
+    let cpus = Cpus {
+        host: host_cpus(),
+        guest: config.vcpus.into(),
+    };
+    let (virtio, gates) = connect_devices(&vm, &memory, config.devices, resources.devices, cpus)?;
     let flags = vcpus
         .iter()
         .map(Vcpu::kicker)
@@ -303,6 +304,7 @@ fn connect_devices(
     memory: &GuestMemoryMmap,
     slots: Vec<bulkhead_ipc::protocol::birth::VirtioSlot>,
     fds: Vec<SlotFds>,
+    cpus: Cpus,
 ) -> Result<(Arc<VirtioBus>, GateThread), SetupError> {
     if slots.len() != fds.len() {
         return Err(SetupError::Devices {
@@ -311,7 +313,7 @@ fn connect_devices(
         });
     }
     let devices = slots.into_iter().zip(fds).collect();
-    let (bus, gates) = virtio::build(memory.clone(), devices, gate_spin())?;
+    let (bus, gates) = virtio::build(memory.clone(), devices, cpus)?;
     for wiring in bus.wiring() {
         vm.connect_interrupt(&wiring.interrupt, wiring.gsi)?;
         let base = VIRTIO_MMIO_BASE + u64::from(wiring.slot) * VIRTIO_MMIO_STRIDE;
@@ -322,13 +324,12 @@ fn connect_devices(
     Ok((bus, gates))
 }
 
-/// On a single CPU a spinning gate only keeps its device from running.
-fn gate_spin() -> Duration {
+/// CPUs that this process may use.
+fn host_cpus() -> usize {
     let this_process = nix::unistd::Pid::from_raw(0);
-    let cpus = nix::sched::sched_getaffinity(this_process).map_or(1, |set| {
+    nix::sched::sched_getaffinity(this_process).map_or(1, |set| {
         (0..nix::sched::CpuSet::count())
             .filter(|cpu| set.is_set(*cpu).unwrap_or(false))
             .count()
-    });
-    if cpus > 1 { GATE_SPIN } else { Duration::ZERO }
+    })
 }

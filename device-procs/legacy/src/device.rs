@@ -59,7 +59,7 @@ fn bear(mut newborn: Newborn) -> Result<Process, Stillbirth> {
         board,
         waiter,
         control: Control::from(channel),
-        spin: Spin::for_cpus(cpus),
+        spin: Spin::beside(1, cpus),
         linger: if cpus > 1 { LINGER } else { Duration::ZERO },
     })
 }

@@ -41,6 +41,9 @@ pub enum DeviceFault {
     },
 }
 
+/// What runs while a virtio device process looks for work: a vCPU, and the gate thread.
+const VCPU_AND_GATE: usize = 2;
+
 /// First token for descriptors of a device's own.
 pub const FIRST_TOKEN: u8 = 8;
 
@@ -192,7 +195,7 @@ fn bear<D: Device>(mut newborn: Newborn) -> Result<Server<D>, Stillbirth> {
         Ok(parts) => parts,
         Err(cause) => newborn.fail(&cause),
     };
-    let spin = Spin::for_cpus(newborn.cpus);
+    let spin = Spin::beside(VCPU_AND_GATE, newborn.cpus);
     let waiter = parts.waiter;
     waiter
         .watch(&newborn.channel, crate::serve::TOKEN_CONTROL)

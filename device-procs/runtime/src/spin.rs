@@ -34,10 +34,11 @@ impl Spin {
         }
     }
 
-    /// A budget for a machine with this many CPUs: with one, looking only keeps the peer waiting.
+    /// A budget for a machine with `cpus` CPUs, of which the peers in whose work this process waits
+    /// keep `busy`: where no CPU is left, looking only keeps a peer from running.
     #[must_use]
-    pub const fn for_cpus(cpus: usize) -> Self {
-        Self::new(if cpus > 1 { LONGEST } else { Duration::ZERO })
+    pub const fn beside(busy: usize, cpus: usize) -> Self {
+        Self::new(if cpus > busy { LONGEST } else { Duration::ZERO })
     }
 
     /// How long to look before the next sleep.

@@ -8,9 +8,8 @@ use bulkhead_ipc::platform::VIRTIO_MMIO_BASE;
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window::{Window, WindowLayout};
-use bulkhead_vcpu::virtio::{SlotFds, build};
+use bulkhead_vcpu::virtio::{Cpus, SlotFds, build};
 use libfuzzer_sys::fuzz_target;
-use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const WINDOW_BYTES: u32 = 1 << 18;
@@ -37,7 +36,7 @@ fuzz_target!(|data: &[u8]| {
         features: 1 << 9,
         config: vec![0; 60],
     };
-    let (bus, thread) = build(memory.clone(), vec![(slot, fds)], Duration::ZERO).unwrap();
+    let (bus, thread) = build(memory.clone(), vec![(slot, fds)], Cpus { host: 1, guest: 1 }).unwrap();
     let gate = std::thread::spawn(move || thread.run().unwrap());
     window.publish(u64::MAX, &[1]);
     call.ring();

@@ -9,10 +9,9 @@ use bulkhead_ipc::device_kind::{CONFIG_BYTES_MAX, VirtioKind};
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::ring::WindowPages;
 use bulkhead_ipc::window::{DeviceState, Doorbells, DriverView, Published, Window};
-use std::hint::spin_loop;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -104,9 +103,9 @@ impl GateLink {
 /// What a pass over a device left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pass {
-    /// Nothing to do until somebody rings.
-    Idle,
-    /// More to do; run again after the other devices.
+    /// Nothing to do. The doorbells are not armed: see [`Gate::arm`].
+    Quiet,
+    /// It did something, so there may be more; run again after the other devices.
     Again,
 }
 
@@ -115,45 +114,6 @@ pub(crate) enum Pass {
 pub(crate) enum Fault {
     Guest(String),
     Device(String),
-}
-
-/// Spinning before sleep: bounded, and only while it pays.
-#[derive(Debug)]
-struct Spin {
-    limit: Duration,
-    current: Duration,
-}
-
-impl Spin {
-    const STEP_MIN: Duration = Duration::from_micros(2);
-
-    fn new(limit: Duration) -> Self {
-        Self {
-            limit,
-            current: limit,
-        }
-    }
-
-    /// Waits for `ready` to become true, for as long as spinning has paid lately.
-    fn wait(&mut self, mut ready: impl FnMut() -> bool) -> bool {
-        if self.limit.is_zero() {
-            return false;
-        }
-        let start = Instant::now();
-        loop {
-            for _ in 0..32 {
-                if ready() {
-                    self.current = (self.current * 2).clamp(Self::STEP_MIN, self.limit);
-                    return true;
-                }
-                spin_loop();
-            }
-            if start.elapsed() >= self.current {
-                self.current = (self.current / 2).max(Self::STEP_MIN);
-                return false;
-            }
-        }
-    }
 }
 
 /// One device.
@@ -176,7 +136,6 @@ pub(crate) struct Gate {
     /// Queues that start once the leftovers of the last epoch have come back.
     starting: Option<Vec<Option<Queue>>>,
     dead: bool,
-    spin: Spin,
     faults: Vec<Fault>,
 }
 
@@ -186,7 +145,6 @@ impl Gate {
         window: Window,
         bells: Doorbells,
         link: std::sync::Arc<GateLink>,
-        spin_limit: Duration,
     ) -> Self {
         window.initialise(slot.generation);
         let queues: Vec<_> = (0..slot.queue_sizes.len())
@@ -206,7 +164,6 @@ impl Gate {
             running: false,
             starting: None,
             dead: false,
-            spin: Spin::new(spin_limit),
             faults: Vec::new(),
         }
     }
@@ -343,41 +300,60 @@ impl Gate {
         }
     }
 
-    /// Does what there is to do, then spins a little, then arms the doorbells.
+    /// Does what there is to do now, without asking anybody to ring.
     pub(crate) fn pass(&mut self, memory: &GuestMemoryMmap) -> Pass {
         self.take_publication();
         self.start_if_drained(memory);
         if self.dead {
             return self.dead_pass(memory);
         }
-        let mut budget = PASS_BUDGET;
         for queue in &mut self.queues {
             queue.quiet(memory, &self.window.memory);
         }
-        loop {
-            let more = self.turn(memory, &mut budget);
+        let mut budget = PASS_BUDGET;
+        while self.turn(memory, &mut budget) {
             if self.dead || budget == 0 {
                 return Pass::Again;
             }
-            if more {
-                continue;
-            }
-            let window = &self.window.memory;
-            let queues = &self.queues;
-            let busy = queues.iter().any(|q| q.in_flight() > 0);
-            let spun = busy
-                && self
-                    .spin
-                    .wait(|| queues.iter().any(|q| q.has_work(memory, window)));
-            if !spun {
-                break;
-            }
         }
-        let mut more = false;
-        for queue in &mut self.queues {
-            more |= queue.listen(memory, &self.window.memory);
+        if budget < PASS_BUDGET {
+            Pass::Again
+        } else {
+            Pass::Quiet
         }
-        if more { Pass::Again } else { Pass::Idle }
+    }
+
+    /// Asks guest and device to ring at the next request or completion. Returns whether there is
+    /// something to do already, in which case the caller must not sleep.
+    pub(crate) fn arm(&mut self, memory: &GuestMemoryMmap) -> bool {
+        let window = &self.window.memory;
+        let dead = self.dead;
+        self.queues.iter_mut().fold(false, |more, queue| {
+            let here = if dead {
+                queue.listen_guest(memory)
+            } else {
+                queue.listen(memory, window)
+            };
+            more | here
+        })
+    }
+
+    /// Whether there is something to do. Cheap, and changes nothing.
+    pub(crate) fn has_work(&self, memory: &GuestMemoryMmap) -> bool {
+        self.queues
+            .iter()
+            .any(|queue| queue.has_work(memory, &self.window.memory))
+    }
+
+    /// Whether a driver is likely to be waiting for this device's answers, so that looking for its
+    /// next request for a moment pays.
+    pub(crate) const fn is_latency_bound(&self) -> bool {
+        matches!(self.kind, VirtioKind::Blk) && self.running && !self.dead
+    }
+
+    /// Whether the device process is working on requests.
+    pub(crate) fn waits_for_device(&self) -> bool {
+        self.queues.iter().any(|queue| queue.in_flight() > 0)
     }
 
     /// One round over the queues: completions first, since they free slots and pages. Returns
@@ -427,7 +403,6 @@ impl Gate {
     fn dead_pass(&mut self, memory: &GuestMemoryMmap) -> Pass {
         let mut budget = PASS_BUDGET;
         let mut interrupt = false;
-        let mut more = false;
         let mut fault = None;
         for (queue, stream) in self.queues.iter_mut().zip(&mut self.streams) {
             let mut backing = Backing {
@@ -442,7 +417,6 @@ impl Gate {
                 continue;
             }
             interrupt |= queue.wants_interrupt(memory);
-            more |= queue.listen_guest(memory);
         }
         if interrupt {
             self.link.raise(INTERRUPT_VRING);
@@ -450,10 +424,10 @@ impl Gate {
         if let Some(fault) = fault {
             self.guest_fault(&fault);
         }
-        if more && self.running {
+        if budget == 0 && self.running {
             Pass::Again
         } else {
-            Pass::Idle
+            Pass::Quiet
         }
     }
 }

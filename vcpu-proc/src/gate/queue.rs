@@ -454,7 +454,17 @@ impl GateQueue {
     pub(crate) fn quiet(&mut self, memory: &GuestMemoryMmap, window: &SharedMemory) {
         if let Some(guest) = self.guest.as_mut() {
             // Failing to suppress a kick only costs a wake-up.
-            let _suppressed = guest.disable_notification(memory);
+            let _suppressed = if guest.event_idx_enabled() {
+                // `virtio-queue` leaves the avail event where it was armed, so that the very next
+                // request would still ring. One behind never matches.
+                let behind = guest.next_avail().wrapping_sub(1);
+                let at = guest.used_ring() + 4 + 8 * u64::from(guest.size());
+                memory
+                    .store(behind.to_le(), GuestAddress(at), Ordering::Relaxed)
+                    .is_ok()
+            } else {
+                guest.disable_notification(memory).is_ok()
+            };
         }
         self.shadow.disable_calls(window);
     }

@@ -1,15 +1,27 @@
 //! The gate thread: one epoll loop over the guest's kicks (ioeventfds), the devices' calls and the
 //! commands of vCPU and control threads.
 //!
+//! ```text
+//!   passes over all devices that rang ── anything done: again (a look at epoll now and then)
+//!     └ nothing to do: watch the rings for a moment ── arm the doorbells ── sleep in epoll
+//! ```
+//!
+//! Watching pays when the next request comes within the time that a wake-up takes (tens of
+//! microseconds), and never while a device needs the very CPU that watching would burn.
+//!
 //! Doorbells are watched edge-triggered and never read, which saves a system call for each wake-up:
 //! every ring makes an edge, and a peer that fills its eventfd only silences itself.
 
 use super::device::{Fault, Gate, Pass};
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
+use bulkhead_runtime::spin::Spin;
 use flume::{Receiver, Sender};
+use std::hint::spin_loop;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -22,6 +34,10 @@ pub(crate) const FAULTS_MAX: usize = 64;
 /// Faults of one device that are reported; a guest can cause any number.
 const FAULTS_REPORTED_MAX: u32 = 100;
 
+/// Busy rounds after which epoll is looked at without sleeping.
+const ROUNDS_BETWEEN_LOOKS: u32 = 64;
+/// Looks at the rings between two looks at the clock while watching.
+const LOOKS_PER_CLOCK: u32 = 16;
 const TOKEN_COMMAND: u64 = u64::MAX;
 
 /// What other threads ask of the gate thread.
@@ -46,6 +62,7 @@ pub(crate) enum Command {
 pub(crate) struct CommandSender {
     pub(crate) queue: Sender<Command>,
     pub(crate) bell: Arc<EventFd>,
+    pub(crate) waits: Arc<AtomicBool>,
 }
 
 impl CommandSender {
@@ -53,6 +70,7 @@ impl CommandSender {
     /// waiting for anybody itself, soon changes.
     pub(crate) fn send(&self, command: Command) {
         if self.queue.send(command).is_ok() {
+            self.waits.store(true, Ordering::Release);
             let _already_rung = self.bell.write(1);
         }
     }
@@ -75,14 +93,18 @@ pub struct GateThread {
     pub(crate) devices: Vec<Served>,
     pub(crate) commands: Receiver<Command>,
     pub(crate) command_bell: Arc<EventFd>,
+    pub(crate) commands_wait: Arc<AtomicBool>,
     pub(crate) faults: Sender<FromVcpu>,
     pub(crate) fault_bell: Arc<EventFd>,
     pub(crate) epoll: Epoll,
+    pub(crate) spin: Spin,
+    /// Whether vCPUs, this thread and a device process have a CPU each.
+    pub(crate) parallel: bool,
 }
 
 impl GateThread {
     /// Registers all doorbells; before the thread is locked.
-    pub(crate) fn watch(&self) -> io::Result<()> {
+    pub(crate) fn register(&self) -> io::Result<()> {
         let add = |fd: &EventFd, token| {
             let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
             self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)
@@ -102,41 +124,106 @@ impl GateThread {
     /// # Errors
     /// The kernel's error from `epoll_wait`.
     pub fn run(mut self) -> io::Result<()> {
-        let mut events = [EpollEvent::default(); 32];
+        let mut rounds = 0u32;
         loop {
-            let busy = self.devices.iter().any(|d| d.ready);
-            let timeout = if busy { 0 } else { -1 };
-            let n = match self.epoll.wait(timeout, &mut events) {
-                Ok(n) => n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
-                Err(e) => return Err(e),
-            };
-            for event in events.iter().take(n) {
-                let token = event.data();
-                if token == TOKEN_COMMAND {
-                    if !self.take_commands() {
-                        return Ok(());
-                    }
-                } else if let Some(device) = usize::try_from(token)
-                    .ok()
-                    .and_then(|t| self.devices.get_mut(t))
-                {
-                    device.ready = true;
-                }
+            if self.commands_wait.swap(false, Ordering::AcqRel) && !self.take_commands() {
+                return Ok(());
             }
-            for device in self.devices.iter_mut().filter(|d| d.ready) {
-                device.ready = device.gate.pass(&self.memory) == Pass::Again;
-                for fault in device.gate.take_faults() {
-                    device.faults_reported += 1;
-                    if device.faults_reported <= FAULTS_REPORTED_MAX {
-                        let report = to_message(device.slot, fault);
-                        if self.faults.try_send(report).is_ok() {
-                            let _already_rung = self.fault_bell.write(1);
-                        }
+            if self.serve() {
+                rounds += 1;
+                if rounds.is_multiple_of(ROUNDS_BETWEEN_LOOKS) {
+                    self.look(0)?;
+                }
+            } else if !self.watch() {
+                let for_device = self.waits_for_device();
+                if !self.arm() {
+                    let asleep = Instant::now();
+                    self.look(-1)?;
+                    if !for_device {
+                        self.spin.slept(asleep.elapsed());
                     }
                 }
             }
         }
+    }
+
+    /// One pass over each device that rang. Returns whether any of them did something.
+    fn serve(&mut self) -> bool {
+        let mut busy = false;
+        for device in self.devices.iter_mut().filter(|d| d.ready) {
+            busy |= device.gate.pass(&self.memory) == Pass::Again;
+            for fault in device.gate.take_faults() {
+                device.faults_reported += 1;
+                if device.faults_reported <= FAULTS_REPORTED_MAX {
+                    let report = to_message(device.slot, fault);
+                    if self.faults.try_send(report).is_ok() {
+                        let _already_rung = self.fault_bell.write(1);
+                    }
+                }
+            }
+        }
+        busy
+    }
+
+    /// The devices that rang and whose drivers are likely to be waiting.
+    fn watched(&self) -> impl Iterator<Item = &Gate> {
+        let rang = self.devices.iter().filter(|d| d.ready);
+        rang.map(|d| &d.gate).filter(|gate| gate.is_latency_bound())
+    }
+
+    /// Whether a device process is at work that a driver is likely to be waiting for.
+    fn waits_for_device(&self) -> bool {
+        self.watched().any(Gate::waits_for_device)
+    }
+
+    /// Watches the rings for as long as it has paid lately. Returns whether something came.
+    fn watch(&self) -> bool {
+        let budget = self.spin.budget();
+        if budget.is_zero() || self.watched().next().is_none() {
+            return false;
+        }
+        if !self.parallel && self.waits_for_device() {
+            return false;
+        }
+        let start = Instant::now();
+        loop {
+            for _ in 0..LOOKS_PER_CLOCK {
+                let command = self.commands_wait.load(Ordering::Relaxed);
+                if command || self.watched().any(|gate| gate.has_work(&self.memory)) {
+                    return true;
+                }
+                spin_loop();
+            }
+            if start.elapsed() >= budget {
+                return false;
+            }
+        }
+    }
+
+    /// Asks everybody to ring. Returns whether there is something to do already.
+    fn arm(&mut self) -> bool {
+        for device in self.devices.iter_mut().filter(|d| d.ready) {
+            device.ready = device.gate.arm(&self.memory);
+        }
+        self.devices.iter().any(|d| d.ready)
+    }
+
+    /// Takes note of who rang, waiting up to `timeout_ms` (-1 for ever).
+    fn look(&mut self, timeout_ms: i32) -> io::Result<()> {
+        let mut events = [EpollEvent::default(); 32];
+        let n = match self.epoll.wait(timeout_ms, &mut events) {
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+            Err(e) => return Err(e),
+        };
+        // The command bell only wakes; what it announces is in `commands_wait`.
+        for event in events.iter().take(n) {
+            let token = usize::try_from(event.data()).ok();
+            if let Some(device) = token.and_then(|t| self.devices.get_mut(t)) {
+                device.ready = true;
+            }
+        }
+        Ok(())
     }
 
     /// Carries out what was asked. False when the thread is to leave.

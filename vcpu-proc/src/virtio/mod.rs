@@ -14,12 +14,12 @@ use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
 use bulkhead_ipc::shared::{Doorbell, SharedError};
 use bulkhead_ipc::window::{Doorbells, LayoutError, Window, WindowLayout};
+use bulkhead_runtime::spin::Spin;
 use mmio::Transport;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -98,24 +98,46 @@ fn eventfd() -> io::Result<EventFd> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
-/// Sets all devices up. The gate thread is returned to be run on a thread of its own; `spin_limit`
-/// is how long it may spin for a device before it sleeps (zero on a single CPU).
+/// The CPUs that a VM may run on, which decide whether looking at a ring beats sleeping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cpus {
+    /// CPUs of the host that this process may use.
+    pub host: usize,
+    /// vCPUs of the machine.
+    pub guest: usize,
+}
+
+impl Cpus {
+    /// How the gate thread waits.
+    const fn spin(self) -> Spin {
+        Spin::beside(1, self.host)
+    }
+
+    /// Whether vCPUs, gate thread and a device process have a CPU each.
+    const fn all_run_at_once(self) -> bool {
+        self.host >= self.guest + 2
+    }
+}
+
+/// Sets all devices up. The gate thread is returned to be run on a thread of its own.
 ///
 /// # Errors
 /// [`VirtioError`] when configuration or descriptors are not usable.
 pub fn build(
     memory: GuestMemoryMmap,
     devices: Vec<(VirtioSlot, SlotFds)>,
-    spin_limit: Duration,
+    cpus: Cpus,
 ) -> Result<(Arc<VirtioBus>, GateThread), VirtioError> {
     let (command_queue, commands) = flume::bounded(COMMANDS_MAX);
     let (faults_in, faults) = flume::bounded(FAULTS_MAX);
     let command_bell = Arc::new(eventfd()?);
     let fault_bell = Arc::new(eventfd()?);
     let interrupted = Arc::new(AtomicBool::new(false));
+    let commands_wait = Arc::new(AtomicBool::new(false));
     let sender = CommandSender {
         queue: command_queue,
         bell: Arc::clone(&command_bell),
+        waits: Arc::clone(&commands_wait),
     };
     let mut slots: Vec<Option<Transport>> = Vec::new();
     slots.resize_with(platform::VIRTIO_MMIO_SLOTS, || None);
@@ -155,7 +177,7 @@ pub fn build(
             .map(|_| eventfd())
             .collect::<Result<Vec<_>, _>>()?;
         let link = Arc::new(GateLink::new(&slot, interrupt.try_clone()?));
-        let gate = Gate::new(&slot, window, bells, Arc::clone(&link), spin_limit);
+        let gate = Gate::new(&slot, window, bells, Arc::clone(&link));
         served.push(Served {
             slot: slot.slot,
             gate,
@@ -184,11 +206,14 @@ pub fn build(
         devices: served,
         commands,
         command_bell,
+        commands_wait,
         faults: faults_in,
         fault_bell: Arc::clone(&fault_bell),
         epoll: Epoll::new()?,
+        spin: cpus.spin(),
+        parallel: cpus.all_run_at_once(),
     };
-    thread.watch()?;
+    thread.register()?;
     let bus = VirtioBus {
         slots,
         wiring,

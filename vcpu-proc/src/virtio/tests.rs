@@ -5,7 +5,7 @@ use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::shared::sealed_memfd;
 use bulkhead_ipc::window::DeviceState;
 use proptest::prelude::*;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
 
@@ -72,8 +72,8 @@ impl Machine {
             features: 1 << 9,
             config: vec![0; 60],
         };
-        let spin = Duration::from_micros(20);
-        let (bus, thread) = build(memory.clone(), vec![(slot, fds)], spin).unwrap();
+        let cpus = Cpus { host: 2, guest: 1 };
+        let (bus, thread) = build(memory.clone(), vec![(slot, fds)], cpus).unwrap();
         let thread = Some(std::thread::spawn(move || thread.run()));
         Self {
             memory,
