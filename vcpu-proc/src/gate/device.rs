@@ -219,15 +219,16 @@ impl Gate {
         self.bells.kick.ring();
     }
 
-    fn start_if_drained(&mut self, memory: &GuestMemoryMmap) {
+    /// Returns whether queues were started.
+    fn start_if_drained(&mut self, memory: &GuestMemoryMmap) -> bool {
         if self.starting.is_none() {
-            return;
+            return false;
         }
         if !self.dead && self.queues.iter().any(|q| q.in_flight() > 0) {
-            return;
+            return false;
         }
         let Some(queues) = self.starting.take() else {
-            return;
+            return false;
         };
         self.running = true;
         self.tell_driver(self.features);
@@ -240,6 +241,7 @@ impl Gate {
         if let Err(fault) = started {
             self.guest_fault(&fault);
         }
+        true
     }
 
     fn guest_fault(&mut self, fault: &GuestFault) {
@@ -311,12 +313,8 @@ impl Gate {
             queue.quiet(memory, &self.window.memory);
         }
         let mut budget = PASS_BUDGET;
-        while self.turn(memory, &mut budget) {
-            if self.dead || budget == 0 {
-                return Pass::Again;
-            }
-        }
-        if budget < PASS_BUDGET {
+        while self.turn(memory, &mut budget) && !self.dead && budget > 0 {}
+        if self.dead || budget < PASS_BUDGET {
             Pass::Again
         } else {
             Pass::Quiet
@@ -395,8 +393,8 @@ impl Gate {
         if let Some(reason) = device_fault {
             self.device_fault(reason);
         }
-        self.start_if_drained(memory);
-        *budget != before
+        let started = self.start_if_drained(memory);
+        started || *budget != before
     }
 
     /// A device without a process answers with errors, so that nothing hangs.
