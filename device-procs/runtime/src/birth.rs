@@ -126,6 +126,7 @@ impl Newborn {
     /// [`Stillbirth`]; the broker has been told where that was possible. Leave with
     /// [`EXIT_STILLBORN`].
     pub fn receive(kind: ProcKind) -> Result<Self, Stillbirth> {
+        sys::share_heap();
         if kind != ProcKind::Vcpu {
             // The kernels that vCPU processes unpack should not stay in their heaps.
             sys::settle_heap(HEAP_BYTES);

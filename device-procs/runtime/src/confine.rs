@@ -96,6 +96,7 @@ impl Locks {
             thread: thread.to_owned(),
         })?;
         sys::note_thread();
+        sys::fix_heap();
         install(thread, &found.filter)
     }
 }
@@ -147,6 +148,45 @@ mod tests {
             locks.lock_thread("vcpu"),
             Err(ConfineError::NoFilter { .. })
         ));
+    }
+
+    #[test]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the test is its own child, not a part of the program"
+    )]
+    fn locked_thread_has_memory_of_any_size() {
+        const INSIDE: &str = "BULKHEAD_TEST_LOCKED_HEAP";
+        if std::env::var_os(INSIDE).is_some() {
+            allocate_behind_the_filter();
+        }
+        // The filter cannot be taken off again, so another process puts it on. With one test
+        // thread it has one thread to begin with, as a newborn has.
+        let name = "confine::tests::locked_thread_has_memory_of_any_size";
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([name, "--exact", "--nocapture", "--test-threads=1"])
+            .env(INSIDE, "1")
+            .output()
+            .unwrap();
+        assert_eq!(child.status.code(), Some(77), "{child:?}");
+    }
+
+    /// What a gate does for a guest with long descriptor chains, and a crash report with symbols.
+    fn allocate_behind_the_filter() -> ! {
+        let policy = bulkhead_policies::load(bulkhead_ipc::ident::ProcKind::Vcpu, None, false);
+        let filters = bulkhead_policies::compile(&policy.unwrap()).unwrap();
+        let locks = Locks::new(filters.locked);
+        sys::share_heap();
+        let gate = std::thread::spawn(move || {
+            locks.lock_thread("gate").unwrap();
+            let small: Vec<Vec<u8>> = (0..4096).map(|_| vec![1; 1024]).collect();
+            let large = vec![1u8; 40 << 20];
+            std::hint::black_box((&small, &large));
+            drop((small, large));
+            sys::leave(77);
+        });
+        let _never = gate.join();
+        sys::leave(78);
     }
 
     #[test]

@@ -67,18 +67,34 @@ pub(crate) fn cpus() -> usize {
 /// library accepts is twice as much.
 const HEAP_BLOCK_BYTES: i32 = 16 << 20;
 
-/// Gives the heap `bytes` of headroom and keeps it from asking the kernel for more or giving any
-/// back, so that the locked phase allocates without system calls. Untouched headroom costs nothing.
-pub(crate) fn settle_heap(bytes: i32) {
-    for (parameter, value) in [
-        (libc::M_ARENA_MAX, 1),
-        (libc::M_TOP_PAD, bytes),
-        (libc::M_TRIM_THRESHOLD, i32::MAX),
-        (libc::M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES),
-    ] {
+/// Makes all threads share the one heap that grows by `brk`. Heaps of a thread's own grow by `mprotect`,
+/// which no locked thread may call: a guest that makes a gate remember more would end the process.
+/// Call it while there is one thread.
+pub(crate) fn share_heap() {
+    set_heap(&[(libc::M_ARENA_MAX, 1)]);
+}
+
+/// Makes the heap take blocks of any size from `brk`, and give nothing back: a locked thread may
+/// neither map nor unmap memory.
+pub(crate) fn fix_heap() {
+    set_heap(&[(libc::M_MMAP_MAX, 0), (libc::M_TRIM_THRESHOLD, i32::MAX)]);
+}
+
+fn set_heap(parameters: &[(i32, i32)]) {
+    for &(parameter, value) in parameters {
         // SAFETY: plain integers; a refused parameter keeps its default.
         let _accepted = unsafe { libc::mallopt(parameter, value) };
     }
+}
+
+/// Gives the heap `bytes` of headroom and keeps it from asking the kernel for more or giving any
+/// back, so that the locked phase allocates without system calls. Untouched headroom costs nothing.
+pub(crate) fn settle_heap(bytes: i32) {
+    set_heap(&[
+        (libc::M_TOP_PAD, bytes),
+        (libc::M_TRIM_THRESHOLD, i32::MAX),
+        (libc::M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES),
+    ]);
     // Makes the heap that large; freed, the room stays with it.
     let room = Vec::<u8>::with_capacity(usize::try_from(bytes).unwrap_or(0));
     drop(std::hint::black_box(room));
