@@ -70,6 +70,15 @@ fn entropy_and_legacy_devices_work() {
 }
 
 #[test]
+fn console_flood_fills_its_ring_and_no_more() {
+    let flood = "mode=console,idle size=1048576";
+    let mut machine = Machine::test_guest(flood, &["--console-history=64KiB"]);
+    machine.expect("BH console.bulk bytes=1048576 ");
+    machine.expect("BH idle ");
+    assert_eq!(machine.ring_bytes("console.ring"), (64 << 10) + 4096);
+}
+
+#[test]
 fn nonsense_from_the_guest_harms_nothing() {
     for seed in [1, 2, 3] {
         let disk = disk(4 << 20);

@@ -124,6 +124,29 @@ impl Machine {
         self.scratch.path()
     }
 
+    /// The size of the console history `name` on disk.
+    ///
+    /// # Panics
+    /// When there is not exactly one.
+    #[must_use]
+    pub fn ring_bytes(&self, name: &str) -> u64 {
+        let mut folders = vec![self.scratch.path().to_owned()];
+        let mut found = Vec::new();
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                match entry.metadata() {
+                    Ok(metadata) if metadata.is_dir() => folders.push(entry.path()),
+                    Ok(metadata) if entry.file_name() == name => found.push(metadata.len()),
+                    _ => {}
+                }
+            }
+        }
+        let [bytes] = found[..] else {
+            panic!("{} rings are named {name}", found.len());
+        };
+        bytes
+    }
+
     /// The pid of `bulkhead` itself.
     #[must_use]
     pub fn pid(&self) -> u32 {
