@@ -191,8 +191,10 @@ mod tests {
             (FdRole::Input, 0, input),
             (FdRole::InputBell, 0, key_bell.try_clone().unwrap().into()),
         ];
+        let mut rig: Rig<Console> = Rig::new(&config, held, &UringGrant::default()).unwrap();
+        rig.start_driver(F_SIZE);
         Desk {
-            rig: Rig::new(&config, held, &UringGrant::default()).unwrap(),
+            rig,
             keys,
             key_bell,
             output: reader,
@@ -280,7 +282,6 @@ mod tests {
     #[test]
     fn reset_gives_waiting_buffers_back_and_keeps_what_is_typed() {
         let mut desk = desk();
-        desk.rig.start_driver(F_SIZE);
         desk.rig.submit(RECEIVE, None, &[], 16).unwrap();
         desk.rig.run().unwrap();
         desk.rig.reset_driver();
@@ -291,6 +292,18 @@ mod tests {
         desk.rig.submit(RECEIVE, None, &[], 16).unwrap();
         desk.rig.run().unwrap();
         assert_eq!(desk.received(), [b"x".to_vec()]);
+    }
+
+    #[test]
+    fn buffer_taken_after_the_reset_was_noticed_is_given_back_too() {
+        let mut desk = desk();
+        desk.rig.run().unwrap();
+        desk.rig.reset_driver();
+        desk.rig.run().unwrap();
+        // Put before the reset, but seen only now.
+        desk.rig.submit(RECEIVE, None, &[], 16).unwrap();
+        desk.rig.run().unwrap();
+        assert_eq!(desk.received(), [Vec::<u8>::new()]);
     }
 
     #[test]

@@ -49,6 +49,7 @@ fn process_carries_text_both_ways_resizes_and_ends() {
     let program = env!("CARGO_BIN_EXE_bulkhead-console");
     let mut process = Process::spawn(program, upbringing, grants);
     process.assert_serving();
+    gate.start_driver(1);
 
     gate.submit(1, Some(0), b"# ", 0).unwrap();
     assert_eq!(gate.await_answers(1, 1).len(), 1);

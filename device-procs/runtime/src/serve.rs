@@ -129,11 +129,25 @@ impl<D: Device> Server<D> {
                 busy = true;
             }
         }
+        if busy {
+            self.give_back_leftovers()?;
+        }
         busy |= self.device.settle(&mut self.queues)?;
         if self.queues.call_needed()? {
             self.doorbells.call.ring();
         }
         Ok(busy)
+    }
+
+    /// A request that was put before the guest's reset may be taken after the reset was noticed.
+    /// The gate starts no queue before it is back, so the device is told of the reset again. What
+    /// was put after a new start is seen together with that start.
+    fn give_back_leftovers(&mut self) -> Result<(), DeviceFault> {
+        self.notice_driver()?;
+        if self.epoch.is_multiple_of(2) {
+            self.device.on_driver(None, &mut self.queues)?;
+        }
+        Ok(())
     }
 
     fn notice_driver(&mut self) -> Result<(), DeviceFault> {
