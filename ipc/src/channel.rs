@@ -8,8 +8,7 @@
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -133,9 +132,9 @@ impl Channel {
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
             match recvmsg::<()>(self.socket.as_raw_fd(), &mut iov, Some(&mut space), flags) {
                 Ok(message) => {
-                    let fds = take_fds(&message)?;
                     let cut = MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC;
-                    break (message.bytes, fds, message.flags.intersects(cut));
+                    let (len, truncated) = (message.bytes, message.flags.intersects(cut));
+                    break (len, take_fds(&space), truncated);
                 }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Ok(None),
@@ -206,21 +205,35 @@ impl Channel {
     }
 }
 
+/// Takes ownership of every descriptor that the kernel has just put into `control`, a buffer that was
+/// zero before. `nix` shows none of them when the peer sent more than fit, and they would stay open.
 #[expect(
     unsafe_code,
     reason = "descriptors that the kernel just installed become owned"
 )]
-fn take_fds<S>(message: &nix::sys::socket::RecvMsg<'_, '_, S>) -> Result<Vec<OwnedFd>, Errno> {
+fn take_fds(control: &[u8]) -> Vec<OwnedFd> {
+    const HEADER_BYTES: usize = size_of::<libc::cmsghdr>();
     let mut fds = Vec::new();
-    for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(raw) = part {
-            for fd in raw {
+    let mut rest = control;
+    while let Some((header, _)) = rest.split_first_chunk::<HEADER_BYTES>() {
+        let [length @ .., l0, l1, l2, l3, t0, t1, t2, t3] = *header;
+        let length = usize::from_ne_bytes(length);
+        let Some(data) = rest.get(HEADER_BYTES..length) else {
+            break;
+        };
+        let is_rights = i32::from_ne_bytes([l0, l1, l2, l3]) == libc::SOL_SOCKET
+            && i32::from_ne_bytes([t0, t1, t2, t3]) == libc::SCM_RIGHTS;
+        if is_rights {
+            for &fd in data.as_chunks::<{ size_of::<RawFd>() }>().0 {
                 // SAFETY: the kernel made this descriptor for us in recvmsg; nobody else knows it.
-                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+                fds.push(unsafe { OwnedFd::from_raw_fd(RawFd::from_ne_bytes(fd)) });
             }
         }
+        rest = rest
+            .get(length.next_multiple_of(align_of::<libc::cmsghdr>())..)
+            .unwrap_or_default();
     }
-    Ok(fds)
+    fds
 }
 
 impl From<OwnedFd> for Channel {
@@ -297,6 +310,29 @@ mod tests {
             a.send(&big, &[]),
             Err(ChannelError::TooLarge { .. })
         ));
+    }
+
+    #[test]
+    fn descriptors_of_a_message_with_too_many_are_closed() {
+        let (a, b) = Channel::pair().unwrap();
+        let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
+        let many = vec![write.as_raw_fd(); FDS_MAX + 5];
+        let sent = sendmsg::<()>(
+            a.as_raw_fd(),
+            &[IoSlice::new(&[7])],
+            &[ControlMessage::ScmRights(&many)],
+            MsgFlags::empty(),
+            None,
+        );
+        assert_eq!(sent, Ok(1));
+        drop(write);
+        assert!(matches!(
+            b.try_recv::<u8>(),
+            Err(ChannelError::TooLarge { .. })
+        ));
+        // The end of the pipe: nobody holds a writing end any more.
+        assert_eq!(nix::unistd::read(&read, &mut [0; 1]), Ok(0));
+        assert!(b.try_recv::<u8>().unwrap().is_none());
     }
 
     #[test]
