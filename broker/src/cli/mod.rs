@@ -76,6 +76,9 @@ enum Command {
 /// The program.
 #[must_use]
 pub fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == "run") {
+        crate::launch::hollow::begin();
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

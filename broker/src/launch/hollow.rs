@@ -3,7 +3,7 @@
 //! Making a network namespace is the dearest part of starting a process, and one that holds nothing
 //! can be shared without harm: it has no interface that is up, and the mount namespace that goes
 //! with it holds one empty directory that nobody can write to. Made once by a thread of the broker
-//! that is thrown away, while the broker opens the machine's resources.
+//! that is thrown away, while the broker reads its command line and opens the machine's resources.
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -11,6 +11,7 @@ use nix::unistd::{chdir, pivot_root};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 /// The namespaces, as descriptors for `setns`.
@@ -26,12 +27,29 @@ pub struct Hollow {
 #[derive(Debug)]
 pub struct HollowMaker(JoinHandle<io::Result<Hollow>>);
 
+/// One that was begun before anybody asked for it.
+static BEGUN: Mutex<Option<HollowMaker>> = Mutex::new(None);
+
+/// Begins to make one for the launcher to come, if this program may. For a command line that is
+/// about to start processes: reading it takes about as long as making namespaces.
+pub fn begin() {
+    if nix::unistd::geteuid().is_root() {
+        // Without a thread now, the launcher tries again and reports what it finds.
+        *BEGUN.lock().unwrap_or_else(PoisonError::into_inner) = HollowMaker::start().ok();
+    }
+}
+
 impl HollowMaker {
-    /// Starts making one.
+    /// The one that was begun, or a new one.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn start() -> io::Result<Self> {
+    pub fn begun() -> io::Result<Self> {
+        let begun = BEGUN.lock().unwrap_or_else(PoisonError::into_inner).take();
+        begun.map_or_else(Self::start, Ok)
+    }
+
+    fn start() -> io::Result<Self> {
         std::thread::Builder::new()
             .name("hollow".into())
             .spawn(make)

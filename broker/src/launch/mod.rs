@@ -157,7 +157,7 @@ impl Launcher {
         let os = |what| move |cause| LaunchError::Os { what, cause };
         let root = nix::unistd::geteuid().is_root();
         let maker = match root {
-            true => Some(HollowMaker::start().map_err(os("starting a thread"))?),
+            true => Some(HollowMaker::begun().map_err(os("starting a thread"))?),
             false => None,
         };
         let means = Means {

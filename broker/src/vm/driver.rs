@@ -4,8 +4,8 @@
 //! pidfds, logs, its owner's commands and deadlines.
 
 use super::consoles::Rings;
-use super::devices::{self, DevicePlan};
-use super::household::{Household, Member};
+use super::devices;
+use super::household::{Household, Member, Nursery};
 use super::report::Report;
 use super::resources::{Fence, Resources};
 use super::session::{Command, Event, Finished, RunError, RunOptions};
@@ -29,6 +29,9 @@ use tokio::sync::mpsc;
 /// How long the kernel may take to give up the disks of dead processes.
 const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
 const FENCE_POLL: Duration = Duration::from_millis(1);
+/// How long after lock processes are put into their control groups: the kernel may hold up every
+/// process of the host that starts meanwhile, the guest's first steps among them.
+const GROUPS_AFTER: Duration = Duration::from_millis(10);
 
 /// Runs the machine until it is over. Runs in a current-thread runtime with I/O and time.
 ///
@@ -66,23 +69,20 @@ pub async fn run(
     let mut restarts = 0;
     loop {
         let may_restart = options.reboot && restarts < spec.limits.restarts_max;
-        let household = Household::start(
-            &mut launcher,
-            &compiled,
-            spec,
-            &devices,
-            &rings,
-            &mut resources,
-            restarts + 1,
-        )?;
         let fence = Fence::new(spec, &resources).map_err(|cause| RunError::Host {
             lacks: format!("a way to watch the disks: {cause}"),
         })?;
-        drop(resources);
-        let (notices, heard) = mpsc::channel(NOTICES_CAPACITY);
-        let mut machine = Machine {
+        let mut nursery = Nursery {
+            launcher: &mut launcher,
+            compiled: &compiled,
             spec,
             devices: &devices,
+            rings: &rings,
+        };
+        let household = Household::start(&mut nursery, resources, restarts + 1)?;
+        let (notices, heard) = mpsc::channel(NOTICES_CAPACITY);
+        let mut machine = Machine {
+            nursery,
             began: Instant::now(),
             life: Life::new(spec.lifecycle, may_restart),
             supervisor: Supervisor::new(spec.limits.shutdown_timeout),
@@ -91,9 +91,11 @@ pub async fn run(
             degraded: &mut degraded,
             tell: &mut tell,
             inputs: VecDeque::new(),
+            notices: Some(notices),
+            groups_at: None,
+            all_locked_after: Duration::ZERO,
         };
-        machine.watch(&notices)?;
-        drop(notices);
+        machine.watch_from(0)?;
         let verdict = machine.live(heard, &mut commands, until).await;
         let report = machine.report.finish();
         drop(machine);
@@ -157,8 +159,7 @@ impl Teller {
 
 /// One life of the machine.
 struct Machine<'a> {
-    spec: &'a VmSpec,
-    devices: &'a [DevicePlan],
+    nursery: Nursery<'a>,
     began: Instant,
     life: Life,
     supervisor: Supervisor,
@@ -168,18 +169,28 @@ struct Machine<'a> {
     tell: &'a mut Teller,
     /// What the life has still to be told.
     inputs: VecDeque<Input>,
+    /// For the watchers of processes that are not started yet.
+    notices: Option<mpsc::Sender<(ProcId, Notice)>>,
+    /// When processes get their control groups.
+    groups_at: Option<tokio::time::Instant>,
+    /// Time from the start until every process was locked.
+    all_locked_after: Duration,
 }
 
 impl Machine<'_> {
-    fn watch(&mut self, notices: &mpsc::Sender<(ProcId, Notice)>) -> Result<(), RunError> {
-        for member in &self.household.members {
+    /// Watches the members from number `first` on.
+    fn watch_from(&mut self, first: usize) -> Result<(), RunError> {
+        let Some(notices) = &self.notices else {
+            return Ok(());
+        };
+        let now = self.began.elapsed();
+        for member in self.household.members.iter().skip(first) {
             let id = member.launched.id;
-            self.supervisor
-                .add(id, member.on_death, member.birth_timeout);
-            watch(&member.launched, &self.spec.name, notices.clone()).map_err(|cause| {
-                RunError::Host {
-                    lacks: format!("a way to watch processes: {cause}"),
-                }
+            let until = now + member.birth_timeout;
+            self.supervisor.add(id, member.on_death, until);
+            let name = &self.nursery.spec.name;
+            watch(&member.launched, name, notices.clone()).map_err(|cause| RunError::Host {
+                lacks: format!("a way to watch processes: {cause}"),
             })?;
             self.tell.event(Event::Started {
                 id,
@@ -188,6 +199,32 @@ impl Machine<'_> {
             });
         }
         Ok(())
+    }
+
+    /// The vCPU process needs nothing more to run its guest: now the devices.
+    fn start_devices(&mut self) {
+        if self.notices.is_none() || self.life.is_stopping() {
+            return;
+        }
+        let first = self.household.members.len();
+        let started = self.household.start_devices(&mut self.nursery);
+        // Those that were started before one that could not be are watched until they are gone.
+        let done = self.watch_from(first).and(started);
+        self.notices = None;
+        if let Err(error) = done {
+            let (who, reason) = match error {
+                RunError::Start { who, reason } => (who, reason),
+                error => ("a device".to_owned(), error.to_string()),
+            };
+            self.inputs.push_back(Input::StartFailed(who, reason));
+        }
+    }
+
+    fn make_groups(&mut self) {
+        self.groups_at = None;
+        self.household.limit(&Place::find());
+        let after = self.all_locked_after;
+        self.tell.event(Event::AllLocked { after });
     }
 
     async fn live(
@@ -218,6 +255,7 @@ impl Machine<'_> {
                 () = sleep_until(tick.map(Into::into)) => {
                     self.supervise(supervision::Event::Tick);
                 }
+                () = sleep_until(self.groups_at) => self.make_groups(),
                 () = sleep_until(until.map(|(at, _)| at)), if !timed_out => {
                     timed_out = true;
                     let after = until.map(|(_, after)| after).unwrap_or_default();
@@ -258,6 +296,7 @@ impl Machine<'_> {
                     after,
                     landlock_abi,
                 });
+                self.start_devices();
                 self.supervise(supervision::Event::Locked(id));
             }
             Notice::Broke(reason) => self.supervise(supervision::Event::Broke { id, reason }),
@@ -314,9 +353,8 @@ impl Machine<'_> {
     fn act(&mut self, action: Action) {
         match action {
             Action::AllLocked => {
-                self.household.limit(&Place::find());
-                let after = self.began.elapsed();
-                self.tell.event(Event::AllLocked { after });
+                self.all_locked_after = self.began.elapsed();
+                self.groups_at = Some(tokio::time::Instant::now() + GROUPS_AFTER);
                 self.inputs.push_back(Input::AllLocked);
             }
             Action::StartFailed { id, reason } => {
@@ -383,7 +421,11 @@ impl Machine<'_> {
     }
 
     fn name_of_slot(&self, slot: u8) -> String {
-        let device = self.devices.iter().find(|device| device.slot == slot);
+        let device = self
+            .nursery
+            .devices
+            .iter()
+            .find(|device| device.slot == slot);
         device.map_or_else(|| format!("slot {slot}"), |device| device.name.clone())
     }
 }

@@ -23,6 +23,7 @@ use bulkhead_ipc::window;
 use bulkhead_policies::cache::Compiled;
 use bulkhead_policies::plan::Limits;
 use bulkhead_policies::schema::OnDeath;
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -47,9 +48,30 @@ pub(super) struct Member {
 pub(super) struct Household {
     pub(super) members: Vec<Member>,
     groups: Vec<Group>,
+    /// What the device processes will be given.
+    rest: Option<Rest>,
+}
+
+/// What every birth of a machine needs.
+pub(super) struct Nursery<'a> {
+    pub(super) launcher: &'a mut Launcher,
+    pub(super) compiled: &'a Compiled,
+    pub(super) spec: &'a VmSpec,
+    pub(super) devices: &'a [DevicePlan],
+    pub(super) rings: &'a Rings,
+}
+
+/// Resources of the processes that are not started yet.
+#[derive(Debug)]
+struct Rest {
+    wirings: Vec<DeviceWiring>,
+    disks: Vec<File>,
+    entropy: File,
+    generation: u32,
 }
 
 /// Between gate and device.
+#[derive(Debug)]
 struct DeviceWiring {
     window: OwnedFd,
     kick: Doorbell,
@@ -107,59 +129,71 @@ impl LegacyWiring {
 }
 
 /// What the births of one life have in common.
-struct Midwife<'a> {
-    launcher: &'a mut Launcher,
-    compiled: &'a Compiled,
-    spec: &'a VmSpec,
+struct Midwife<'m, 'n> {
+    nursery: &'m mut Nursery<'n>,
     generation: u32,
-    household: Household,
+    household: &'m mut Household,
     /// Size of all disks together.
     disk_bytes: u64,
 }
 
 impl Household {
-    /// Starts every process, the vCPU process first, and sends each its birth message. Does not
-    /// wait for any.
+    /// Starts the processes without which a guest can do nothing, the vCPU process first, and sends
+    /// each its birth message. Does not wait for any.
     pub(super) fn start(
-        launcher: &mut Launcher,
-        compiled: &Compiled,
-        spec: &VmSpec,
-        devices: &[DevicePlan],
-        rings: &Rings,
-        resources: &mut Resources,
+        nursery: &mut Nursery<'_>,
+        resources: Resources,
         generation: u32,
     ) -> Result<Self, RunError> {
         let host = |cause: io::Error| RunError::Host {
             lacks: format!("shared memory or descriptors: {cause}"),
         };
         let legacy = LegacyWiring::new(generation).map_err(host)?;
-        let wirings: io::Result<Vec<DeviceWiring>> = devices
-            .iter()
-            .map(|device| DeviceWiring::new(device, generation))
-            .collect();
+        let wiring = |device| DeviceWiring::new(device, generation);
+        let wirings: io::Result<Vec<_>> = nursery.devices.iter().map(wiring).collect();
         let wirings = wirings.map_err(host)?;
-        let disk_bytes = resources.disks.iter().map(|mut file| {
+        let mut household = Self {
+            members: Vec::new(),
+            groups: Vec::new(),
+            rest: None,
+        };
+        let mut midwife = Midwife {
+            nursery,
+            generation,
+            household: &mut household,
+            disk_bytes: 0,
+        };
+        midwife.vcpu(&wirings, &legacy, &resources)?;
+        midwife.legacy(&legacy)?;
+        household.rest = Some(Rest {
+            wirings,
+            disks: resources.disks,
+            entropy: resources.entropy,
+            generation,
+        });
+        Ok(household)
+    }
+
+    /// Starts the device processes, unless that was done. They come last because the guest runs
+    /// while they come up: what it asks of them waits.
+    pub(super) fn start_devices(&mut self, nursery: &mut Nursery<'_>) -> Result<(), RunError> {
+        let Some(rest) = self.rest.take() else {
+            return Ok(());
+        };
+        let disk_bytes = rest.disks.iter().map(|mut file| {
             // The length of a block device is where its end is.
             file.seek(SeekFrom::End(0)).unwrap_or(0)
         });
-        let disk_bytes = disk_bytes.fold(0, u64::saturating_add);
         let mut midwife = Midwife {
-            disk_bytes,
-            launcher,
-            compiled,
-            spec,
-            generation,
-            household: Self {
-                members: Vec::new(),
-                groups: Vec::new(),
-            },
+            disk_bytes: disk_bytes.fold(0, u64::saturating_add),
+            nursery,
+            generation: rest.generation,
+            household: self,
         };
-        midwife.vcpu(devices, &wirings, &legacy, resources)?;
-        midwife.legacy(rings, &legacy)?;
-        for (device, wiring) in devices.iter().zip(&wirings) {
-            midwife.device(device, wiring, rings, resources)?;
+        for (device, wiring) in midwife.nursery.devices.iter().zip(&rest.wirings) {
+            midwife.device(device, wiring, &rest)?;
         }
-        Ok(midwife.household)
+        Ok(())
     }
 
     /// Puts every process into a control group with the limits of its policy. Not part of the start,
@@ -196,14 +230,14 @@ impl Drop for Household {
     }
 }
 
-impl Midwife<'_> {
+impl Midwife<'_, '_> {
     fn vcpu(
         &mut self,
-        devices: &[DevicePlan],
         wirings: &[DeviceWiring],
         legacy: &LegacyWiring,
         resources: &Resources,
     ) -> Result<(), RunError> {
+        let (devices, spec) = (self.nursery.devices, self.nursery.spec);
         let mut gifts = vec![
             Gift::new(FdRole::Kvm, resources.kvm.as_fd()),
             Gift::new(FdRole::Kernel, resources.kernel.as_fd()),
@@ -221,10 +255,10 @@ impl Midwife<'_> {
         gifts.extend(legacy.gifts());
         let slots = devices.iter().map(|d| d.as_slot(self.generation));
         let config = VcpuConfig {
-            vcpus: self.spec.vcpus,
-            memory_bytes: self.spec.memory_bytes,
-            huge_pages: self.spec.huge_pages,
-            cmdline: self.spec.cmdline_in_full(),
+            vcpus: spec.vcpus,
+            memory_bytes: spec.memory_bytes,
+            huge_pages: spec.huge_pages,
+            cmdline: spec.cmdline_in_full(),
             quirks: resources.quirks,
             devices: slots.collect(),
             legacy_generation: self.generation,
@@ -239,7 +273,8 @@ impl Midwife<'_> {
         )
     }
 
-    fn legacy(&mut self, rings: &Rings, wiring: &LegacyWiring) -> Result<(), RunError> {
+    fn legacy(&mut self, wiring: &LegacyWiring) -> Result<(), RunError> {
+        let rings = self.nursery.rings;
         let gifts: Vec<Gift<'_>> = rings
             .serial
             .gifts()
@@ -248,7 +283,7 @@ impl Midwife<'_> {
             .collect();
         let head = rings.serial.head();
         let config = LegacyConfig {
-            output_capacity: self.spec.console.history_bytes,
+            output_capacity: self.nursery.spec.console.history_bytes,
             output_head: head,
             output_base: head,
             rtc_offset_s: 0,
@@ -261,18 +296,18 @@ impl Midwife<'_> {
         &mut self,
         device: &DevicePlan,
         wiring: &DeviceWiring,
-        rings: &Rings,
-        resources: &Resources,
+        rest: &Rest,
     ) -> Result<(), RunError> {
+        let rings = self.nursery.rings;
         let mut gifts = Vec::from(wiring.gifts(0));
         let mut head = 0;
         match (device.kind, &rings.console) {
             (VirtioKind::Blk, _) => {
-                let disk = resources.disks.get(usize::from(device.index));
+                let disk = rest.disks.get(usize::from(device.index));
                 gifts.extend(disk.map(|file| Gift::new(FdRole::Disk, file.as_fd())));
             }
             (VirtioKind::Rng, _) => {
-                gifts.push(Gift::new(FdRole::Entropy, resources.entropy.as_fd()));
+                gifts.push(Gift::new(FdRole::Entropy, rest.entropy.as_fd()));
             }
             (VirtioKind::Console, Some(ring)) => {
                 gifts.extend(ring.gifts());
@@ -297,7 +332,7 @@ impl Midwife<'_> {
             KindConfig::Device(device) => u64::from(device.window_bytes) + self.file_bytes(device),
         };
         let vcpus = if limits.plus_vcpus {
-            self.spec.vcpus
+            self.nursery.spec.vcpus
         } else {
             0
         };
@@ -330,7 +365,7 @@ impl Midwife<'_> {
             who: name.to_owned(),
             reason: cause.to_string(),
         };
-        let Some((policy, filters)) = self.compiled.get(kind) else {
+        let Some((policy, filters)) = self.nursery.compiled.get(kind) else {
             return Err(RunError::Configuration(format!("no policy for {kind}")));
         };
         let id = ProcId {
@@ -338,7 +373,11 @@ impl Midwife<'_> {
             index,
             generation: self.generation,
         };
-        let launched = self.launcher.launch(id, policy, gifts).map_err(fails)?;
+        let launched = self
+            .nursery
+            .launcher
+            .launch(id, policy, gifts)
+            .map_err(fails)?;
         let grants = launched.grants.clone();
         // From here on it is killed when anything goes wrong.
         let launched = Arc::new(launched);
@@ -349,13 +388,13 @@ impl Midwife<'_> {
             name: name.to_owned(),
             slot,
             on_death: policy.on_death,
-            birth_timeout: policy_timeout.min(self.spec.limits.birth_timeout),
+            birth_timeout: policy_timeout.min(self.nursery.spec.limits.birth_timeout),
             group_limits,
         });
         let birth = Birth {
             version: PROTOCOL_VERSION,
             id,
-            vm: self.spec.name.clone(),
+            vm: self.nursery.spec.name.clone(),
             token: token().map_err(|cause| RunError::Host {
                 lacks: format!("random numbers: {cause}"),
             })?,
@@ -373,6 +412,6 @@ impl Midwife<'_> {
 /// 256 bits that nobody can guess.
 fn token() -> io::Result<[u8; 32]> {
     let mut token = [0; 32];
-    std::fs::File::open("/dev/urandom")?.read_exact(&mut token)?;
+    File::open("/dev/urandom")?.read_exact(&mut token)?;
     Ok(token)
 }
