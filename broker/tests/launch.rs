@@ -95,7 +95,7 @@ fn log_of(launched: &Launched) -> String {
 fn await_locked(launched: &Launched) {
     let born = launched
         .control
-        .recv_within::<Born>(Duration::from_secs(10));
+        .recv_within::<Born>(Duration::from_secs(30));
     assert!(
         matches!(born, Ok((Born::Locked { .. }, _))),
         "{born:?}; before exec: {:?}; claims: {:?}; log: {}",

@@ -106,7 +106,7 @@ impl Rig {
     fn wait_until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
         let start = Instant::now();
         while !holds(self) {
-            assert!(start.elapsed() < Duration::from_secs(10), "never {what}");
+            assert!(start.elapsed() < Duration::from_secs(30), "never {what}");
             std::thread::sleep(Duration::from_millis(2));
         }
     }

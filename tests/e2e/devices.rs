@@ -95,7 +95,7 @@ fn dead_device_degrades_the_machine_and_hangs_nothing() {
     for kind in ["rng", "blk", "console"] {
         let disk = disk(1 << 20);
         let path = disk.path().to_str().unwrap();
-        let mut machine = Machine::test_guest("mode=idle seconds=2", &["--disk", path]);
+        let mut machine = Machine::test_guest("mode=idle seconds=5", &["--disk", path]);
         machine.expect("BH idle ");
         let victim = machine.processes().of(kind).unwrap();
         kill(
@@ -135,7 +135,7 @@ fn disk_that_dies_under_load_gives_errors_and_no_hang() {
 
 #[test]
 fn dead_legacy_process_does_not_hang_the_shutdown() {
-    let mut machine = Machine::test_guest("mode=idle seconds=2", &[]);
+    let mut machine = Machine::test_guest("mode=idle seconds=5", &[]);
     machine.expect("BH idle ");
     let victim = machine.processes().of("legacy").unwrap();
     kill(

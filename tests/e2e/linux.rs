@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Ring 0 is emulated on some hosts; a program takes tens of milliseconds to start there.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(300);
 const DISK_BYTES: u64 = 64 << 20;
 
 #[expect(
@@ -55,7 +55,7 @@ fn shell_session_uses_disk_entropy_and_both_cpus() {
     let mut machine = boot(
         "BULKHEAD_TEST_LINUX_BZIMAGE",
         disk.path(),
-        &["--timeout=400s"],
+        &["--timeout=900s"],
     );
     machine.expect_within("bh: ready", PATIENCE);
     machine.expect_within("# ", PATIENCE);
@@ -131,9 +131,9 @@ fn elf_kernel_boots_as_well() {
         &cmdline,
         "-m",
         "256MiB",
-        "--timeout=300s",
+        "--timeout=600s",
     ]);
-    let ended = machine.wait_within(Duration::from_secs(310));
+    let ended = machine.wait_within(Duration::from_secs(610));
     assert_eq!(ended.code, 0, "{ended:?}");
     assert!(ended.console.contains("bh: exit 0"), "{ended:?}");
 }

@@ -32,11 +32,11 @@ fn stock_debian_kernel_mounts_its_disk() {
         "2",
         "--disk",
         disk.path().to_str().unwrap(),
-        "--timeout=1500s",
+        "--timeout=3600s",
     ]);
-    machine.expect_within("bh: ready", Duration::from_secs(1400));
+    machine.expect_within("bh: ready", Duration::from_secs(2700));
     machine.type_keys("uname -r; head -c 512 /dev/vda | md5sum; echo =$?=; poweroff -f\n");
-    machine.expect_within("=0=", Duration::from_secs(300));
-    let ended = machine.wait_within(Duration::from_secs(300));
+    machine.expect_within("=0=", Duration::from_secs(600));
+    let ended = machine.wait_within(Duration::from_secs(600));
     assert_eq!(ended.code, 0, "{ended:?}");
 }

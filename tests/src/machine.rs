@@ -113,7 +113,7 @@ impl Machine {
     pub fn test_guest(cmdline: &str, arguments: &[&str]) -> Self {
         let guest = super::path("BULKHEAD_TEST_GUEST");
         let mut all = vec!["--kernel".into(), guest.into_os_string()];
-        all.extend(["--cmdline", cmdline, "-m", "64MiB", "--timeout=60s"].map(Into::into));
+        all.extend(["--cmdline", cmdline, "-m", "64MiB", "--timeout=120s"].map(Into::into));
         all.extend(arguments.iter().map(Into::into));
         Self::run(all)
     }
@@ -177,9 +177,9 @@ impl Machine {
         }
     }
 
-    /// As [`Machine::expect_within`] a minute.
+    /// As [`Machine::expect_within`] two minutes.
     pub fn expect(&mut self, text: &str) -> String {
-        self.expect_within(text, Duration::from_secs(60))
+        self.expect_within(text, Duration::from_secs(120))
     }
 
     /// Types at the console.
@@ -203,9 +203,9 @@ impl Machine {
     /// Waits until standard error holds `text`.
     ///
     /// # Panics
-    /// When it does not come within ten seconds.
+    /// When it does not come within a minute.
     pub fn expect_error(&self, text: &str) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !self.errors().contains(text) {
             assert!(
                 Instant::now() < deadline,
@@ -294,10 +294,10 @@ impl Machine {
         }
     }
 
-    /// As [`Machine::wait_within`] a minute.
+    /// As [`Machine::wait_within`] two minutes.
     #[must_use]
     pub fn wait(self) -> Ended {
-        self.wait_within(Duration::from_secs(60))
+        self.wait_within(Duration::from_secs(120))
     }
 }
 

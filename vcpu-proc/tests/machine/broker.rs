@@ -187,6 +187,19 @@ impl Vm {
         }
     }
 
+    /// Waits until the guest writes nothing more; how many bytes there are then.
+    pub(crate) fn settled_output(&self) -> usize {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let before = self.output().len();
+            std::thread::sleep(Duration::from_millis(30));
+            if self.output().len() == before {
+                return before;
+            }
+            assert!(Instant::now() < deadline, "it goes on writing");
+        }
+    }
+
     /// The broker dies.
     pub(crate) fn hang_up(&mut self) {
         self.channel = None;
@@ -220,13 +233,24 @@ impl Vm {
         if let Life::Thread(thread) = self.life {
             let _remains = thread.join().unwrap().unwrap();
         }
-        // What was posted before the end is still carried out.
-        std::thread::sleep(Duration::from_millis(20));
-        self.stop.store(true, Ordering::Relaxed);
+        // The legacy process carries out what was posted before it stops.
+        self.stop.store(true, Ordering::Release);
         self.legacy.join().unwrap();
         let output = self.output.lock().unwrap();
         output.clone()
     }
+}
+
+/// Repeats what must not wait until it takes less than `limit`: a busy host may be slow, but not each
+/// time. What does wait, does it each time.
+pub(crate) fn soon(limit: Duration, attempt: impl Fn()) {
+    let took = |_| {
+        let start = Instant::now();
+        attempt();
+        start.elapsed()
+    };
+    let times: Vec<_> = (0..5).map(took).take_while(|took| *took >= limit).collect();
+    assert!(times.len() < 5, "never within {limit:?}: {times:?}");
 }
 
 fn fd(bell: Doorbell) -> OwnedFd {

@@ -45,7 +45,9 @@ impl Legacy {
             return;
         }
         let (mut taken, mut calls) = (0u32, 0u32);
-        while !self.stop.load(Ordering::Relaxed) {
+        loop {
+            // Looked at first: what was posted before it was set is carried out below.
+            let last = self.stop.load(Ordering::Acquire);
             while let Some(write) = self.page.take_posted(taken) {
                 match (write.port, write.value) {
                     (0x3f8 | 0xe9, byte) => {
@@ -64,6 +66,9 @@ impl Legacy {
                 calls = number;
                 self.page.answer(number, CALL_ANSWER.into());
                 self.reply.ring();
+            }
+            if last {
+                return;
             }
             if self.page.may_sleep(taken, calls) {
                 if wait::readable(self.kick.as_fd(), Duration::from_millis(100)) {

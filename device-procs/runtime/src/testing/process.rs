@@ -74,7 +74,7 @@ pub struct Process {
 
 /// First number of the descriptors while they are put into place.
 const ASIDE: RawFd = 200;
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 #[expect(
     clippy::missing_panics_doc,
