@@ -3,6 +3,7 @@
 //! A process that breaks the protocol is reported, not accommodated. Nothing here waits for a
 //! process without a deadline, and a process that floods gets no more than its turn.
 
+use super::allowance::Allowance;
 use super::fault;
 use super::relay::Relay;
 use crate::launch::Launched;
@@ -79,7 +80,10 @@ pub fn watch(launched: &Arc<Launched>, vm: &str, notices: Notices) -> io::Result
         relay: Relay::new(launched.id, vm),
         launched: Arc::clone(launched),
         notices,
-        born: false,
+        said: Said {
+            born: false,
+            allowance: Allowance::of(launched.id.kind, Instant::now()),
+        },
     };
     tokio::spawn(watcher.run());
     Ok(())
@@ -101,7 +105,13 @@ struct Watcher {
     log: AsyncFd<Watched>,
     relay: Relay,
     notices: Notices,
+    said: Said,
+}
+
+/// What the process has said so far.
+struct Said {
     born: bool,
+    allowance: Allowance,
 }
 
 /// What a turn at the control channel found.
@@ -126,7 +136,7 @@ impl Watcher {
             tokio::select! {
                 ready = self.control.readable(), if listening => {
                     let Ok(mut ready) = ready else { listening = false; continue };
-                    let turn = Self::listen(&self.launched, &self.notices, &mut self.born).await;
+                    let turn = Self::listen(&self.launched, &self.notices, &mut self.said).await;
                     match turn {
                         Turn::Drained => ready.clear_ready(),
                         Turn::More => tokio::task::yield_now().await,
@@ -164,10 +174,10 @@ impl Watcher {
         let _sent = self.notices.send((self.launched.id, notice)).await;
     }
 
-    async fn listen(launched: &Launched, notices: &Notices, born: &mut bool) -> Turn {
+    async fn listen(launched: &Launched, notices: &Notices, said: &mut Said) -> Turn {
         for _ in 0..MESSAGES_PER_TURN {
-            let heard = match (*born, launched.id.kind) {
-                (false, _) => hear(launched, |message| first(message, born)),
+            let heard = match (said.born, launched.id.kind) {
+                (false, _) => hear(launched, |message| first(message, &mut said.born)),
                 (true, ProcKind::Vcpu) => hear(launched, Notice::Vcpu),
                 (true, _) => hear(launched, Notice::Device),
             };
@@ -177,6 +187,11 @@ impl Watcher {
                 Err(ChannelError::Closed) => return Turn::Closed,
                 Err(error) => Notice::Broke(format!("broke its protocol: {error}")),
             };
+            if !said.allowance.take(Instant::now()) {
+                let flood = "sends more messages than it can have to say".to_owned();
+                let _sent = notices.send((launched.id, Notice::Broke(flood))).await;
+                return Turn::Closed;
+            }
             let _sent = notices.send((launched.id, notice)).await;
         }
         Turn::More
@@ -185,7 +200,7 @@ impl Watcher {
     /// The process is dead: takes what it has left behind, then reaps it.
     async fn bury(mut self) {
         while matches!(
-            Self::listen(&self.launched, &self.notices, &mut self.born).await,
+            Self::listen(&self.launched, &self.notices, &mut self.said).await,
             Turn::More
         ) {}
         while matches!(read_log(&self.launched, &mut self.relay), Read::Some) {}

@@ -3,6 +3,7 @@
 //! [`state`] decides, without a clock or a descriptor; [`driver`] tells it what happens and does
 //! what it says; [`fault`] puts a death into words.
 
+mod allowance;
 pub mod driver;
 pub mod fault;
 mod relay;
