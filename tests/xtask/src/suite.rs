@@ -46,9 +46,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
     require_kvm()?;
     // What the tests themselves call: they look into disk images after the guest is done, have a
-    // debugger open cores, and assemble kernels of a few instructions.
+    // debugger open cores, assemble kernels of a few instructions, and disassemble ACPI tables.
     stages.run("packages", || {
-        packages::ensure(&["binutils", "busybox-static", "cpio", "e2fsprogs", "gdb"])
+        packages::ensure(&[
+            "acpica-tools",
+            "binutils",
+            "busybox-static",
+            "cpio",
+            "e2fsprogs",
+            "gdb",
+        ])
     })?;
     stages.run("tidy", tidy::run)?;
     stages.run("build for unit tests", build_programs)?;

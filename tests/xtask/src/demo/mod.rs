@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use table::Row;
 
 const NONCE_BYTES: usize = 64;
+/// How much of a line is shown: lines that break make a console hard to read.
+const LINE_CHARS: usize = 104;
 const DISK_BYTES: u64 = 16 << 20;
 /// The guest verifies the disk from behind the nonce's sector on, then sleeps while we look.
 const ARGUMENTS: &str = "mode=hello,nonce,rng,legacy,blk,idle seconds=2 sectors=4096";
@@ -32,8 +34,10 @@ pub(crate) fn run() -> Result<()> {
     let disk = directory.path().join("disk.img");
     let nonce = make_disk(&disk)?;
     println!(
-        "A disk of {} MiB now starts with this nonce:\n  {nonce}\n",
-        DISK_BYTES >> 20
+        "A disk of {} MiB now starts with this nonce:\n  {}\n  {}\n",
+        DISK_BYTES >> 20,
+        &nonce[..NONCE_BYTES],
+        &nonce[NONCE_BYTES..]
     );
 
     let mut bulkhead = command::command(binaries.join("bulkhead"));
@@ -61,8 +65,9 @@ pub(crate) fn run() -> Result<()> {
     for line in BufReader::new(output).lines() {
         let line = line?;
         println!(
-            "  {:>6.1} ms | {line}",
-            started.elapsed().as_secs_f64() * 1e3
+            "  {:>6.1} ms | {}",
+            started.elapsed().as_secs_f64() * 1e3,
+            shortened(&line)
         );
         if line.starts_with("BH idle ") {
             seen.rows = show_processes(pid)?;
@@ -78,6 +83,14 @@ pub(crate) fn run() -> Result<()> {
         started.elapsed().as_secs_f64()
     );
     Ok(())
+}
+
+/// A line of the console as it fits beside the time.
+fn shortened(line: &str) -> String {
+    match line.char_indices().nth(LINE_CHARS) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line.to_owned(),
+    }
 }
 
 #[derive(Default)]
