@@ -53,6 +53,7 @@ impl Control<'_> {
     /// Lets the guest run, and returns when the process is to end.
     pub fn serve(&mut self) {
         let mut life = Lifecycle::default();
+        let mut legacy_fault_told = false;
         self.group.direct(Directive::Run);
         loop {
             let again = life.is_waiting().then_some(KICK_AGAIN);
@@ -70,6 +71,11 @@ impl Control<'_> {
             }
             if faults {
                 self.pass_faults_on();
+            }
+            if let Some(fault) = self.legacy.fault().filter(|_| !legacy_fault_told) {
+                legacy_fault_told = true;
+                let reason = fault.to_owned();
+                send(self.channel, &FromVcpu::LegacyFault { reason });
             }
             let mut events = self.look_at_vcpus();
             if interrupts {

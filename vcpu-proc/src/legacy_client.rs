@@ -7,7 +7,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_ipc::legacy_page::{self, Access, Call, LegacyPage, POSTED_ENTRIES, Posted};
@@ -65,6 +65,7 @@ pub struct LegacyClient {
     wiring: LegacyWiring,
     group: Arc<Group>,
     lost: AtomicBool,
+    fault: OnceLock<&'static str>,
     turn: Mutex<Turn>,
 }
 
@@ -77,6 +78,7 @@ impl LegacyClient {
             wiring,
             group,
             lost: AtomicBool::new(false),
+            fault: OnceLock::new(),
             turn: Mutex::new(Turn::default()),
         }
     }
@@ -84,6 +86,12 @@ impl LegacyClient {
     /// Control thread: the process is gone.
     pub fn set_lost(&self) {
         self.lost.store(true, Ordering::Release);
+    }
+
+    /// Why the process was given up, if it was. The control thread is woken when it is.
+    #[must_use]
+    pub fn fault(&self) -> Option<&'static str> {
+        self.fault.get().copied()
     }
 
     /// Whether the process is gone or was given up.
@@ -167,9 +175,7 @@ impl LegacyClient {
         self.wait_until(|| {
             let left = turn.produced.wrapping_sub(self.wiring.page.consumed());
             if left > POSTED_ENTRIES {
-                // It claims to have done more than there was.
-                self.set_lost();
-                return Err(GivenUp);
+                return Err(self.give_up("claims to have carried out more writes than there were"));
             }
             Ok((left <= outstanding).then_some(()))
         })
@@ -202,10 +208,16 @@ impl LegacyClient {
                 return Ok(found);
             }
             if start.elapsed() >= PATIENCE {
-                self.set_lost();
-                return Err(GivenUp);
+                return Err(self.give_up("did not answer a register access within a second"));
             }
         }
+    }
+
+    fn give_up(&self, fault: &'static str) -> GivenUp {
+        let _first = self.fault.set(fault);
+        self.set_lost();
+        self.group.wake().ring();
+        GivenUp
     }
 
     fn turn(&self) -> MutexGuard<'_, Turn> {

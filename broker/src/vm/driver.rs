@@ -328,7 +328,19 @@ impl Machine<'_> {
             }
             FromVcpu::DeviceFault { slot, reason } => {
                 let (name, reason) = (self.name_of_slot(slot), fault::said(&reason));
-                self.tell.event(Event::DeviceFault { name, reason });
+                let mut members = self.household.members.iter();
+                let device = members.find(|m| m.slot == Some(slot));
+                let id = device.map(|m| m.launched.id);
+                self.tell.event(Event::DeviceFault {
+                    name,
+                    reason: reason.clone(),
+                });
+                self.broke(id, reason);
+            }
+            FromVcpu::LegacyFault { reason } => {
+                let legacy = self.household.of_kind(ProcKind::Legacy);
+                let id = legacy.map(|m| m.launched.id);
+                self.broke(id, fault::said(&reason));
             }
             FromVcpu::GuestFault { slot, reason } => {
                 let (name, reason) = (self.name_of_slot(slot), fault::said(&reason));
@@ -340,6 +352,13 @@ impl Machine<'_> {
                 self.tell.event(Event::Ended(outcome));
                 self.inputs.push_back(Input::Ended(outcome));
             }
+        }
+    }
+
+    /// A process that serves nobody any more must not stay and keep its resource.
+    fn broke(&mut self, id: Option<ProcId>, reason: String) {
+        if let Some(id) = id {
+            self.supervise(supervision::Event::Broke { id, reason });
         }
     }
 

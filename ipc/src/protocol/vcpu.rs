@@ -67,6 +67,12 @@ pub enum FromVcpu {
         /// What it did; one line.
         reason: String,
     },
+    /// The legacy process broke its protocol or did not answer in time; its registers read as all ones
+    /// from now on. Sent at most once.
+    LegacyFault {
+        /// What it did; one line.
+        reason: String,
+    },
     /// A piece of the crash report, in order; the text may hold escaped guest bytes.
     Report {
         /// At most [`super::TEXT_BYTES_MAX`] bytes.

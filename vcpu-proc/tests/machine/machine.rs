@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use bulkhead_ipc::protocol::vcpu::{Outcome, ToVcpu};
+use bulkhead_ipc::protocol::vcpu::{FromVcpu, Outcome, ToVcpu};
 
 use crate::broker::{Plan, Vm, soon};
 use crate::legacy::{CALL_ANSWER, Manners};
@@ -98,6 +98,9 @@ fn call_to_a_silent_legacy_process_reads_as_all_ones_after_its_deadline() {
     };
     let end = Vm::start(plan).end();
     assert_eq!(end.outcome, Outcome::DebugExit(0xff));
+    let faults = end.said.iter();
+    let faults = faults.filter(|said| matches!(said, FromVcpu::LegacyFault { .. }));
+    assert_eq!(faults.count(), 1, "it is told once: {:?}", end.said);
     let waited = start.elapsed();
     assert!(waited >= Duration::from_secs(1), "{waited:?}");
     assert!(waited < Duration::from_secs(20), "{waited:?}");
@@ -112,6 +115,7 @@ fn lying_legacy_process_is_given_up_at_once() {
         };
         let end = Vm::start(plan).end();
         assert_eq!((end.outcome, end.output.as_str()), (Outcome::PowerOff, ""));
+        assert!(matches!(end.said[..], [FromVcpu::LegacyFault { .. }, ..]));
     });
 }
 
