@@ -29,6 +29,9 @@ fn run_without_a_kernel_boots_the_built_in_guest() {
 fn every_part_of_a_machine_is_a_process_of_its_own() {
     let mut machine = Machine::test_guest("mode=idle", &[]);
     machine.expect("BH idle ");
+    for kind in ["console", "legacy", "rng", "vcpu"] {
+        let _pid = machine.process(kind);
+    }
     assert_eq!(
         machine.processes().kinds(),
         ["console", "legacy", "rng", "vcpu"]
@@ -111,7 +114,7 @@ fn guests_have_from_sixteen_megabytes_to_beyond_four_gigabytes() {
 fn lost_vcpu_process_is_its_own_outcome() {
     let mut machine = Machine::test_guest("mode=idle", &[]);
     machine.expect("BH idle ");
-    let vcpu = machine.processes().of("vcpu").unwrap();
+    let vcpu = machine.process("vcpu");
     let pid = nix::unistd::Pid::from_raw(i32::try_from(vcpu).unwrap());
     nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
     assert_eq!(machine.wait().code, 14);

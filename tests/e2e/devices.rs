@@ -97,7 +97,7 @@ fn dead_device_degrades_the_machine_and_hangs_nothing() {
         let path = disk.path().to_str().unwrap();
         let mut machine = Machine::test_guest("mode=idle seconds=5", &["--disk", path]);
         machine.expect("BH idle ");
-        let victim = machine.processes().of(kind).unwrap();
+        let victim = machine.process(kind);
         kill(
             Pid::from_raw(i32::try_from(victim).unwrap()),
             Signal::SIGKILL,
@@ -120,7 +120,7 @@ fn disk_that_dies_under_load_gives_errors_and_no_hang() {
     let mut machine = Machine::test_guest(load, &["--disk", path]);
     machine.expect("BH bench-blk.begin");
     std::thread::sleep(std::time::Duration::from_millis(200));
-    let victim = machine.processes().of("blk").unwrap();
+    let victim = machine.process("blk");
     kill(
         Pid::from_raw(i32::try_from(victim).unwrap()),
         Signal::SIGKILL,
@@ -137,7 +137,7 @@ fn disk_that_dies_under_load_gives_errors_and_no_hang() {
 fn dead_legacy_process_does_not_hang_the_shutdown() {
     let mut machine = Machine::test_guest("mode=idle seconds=5", &[]);
     machine.expect("BH idle ");
-    let victim = machine.processes().of("legacy").unwrap();
+    let victim = machine.process("legacy");
     kill(
         Pid::from_raw(i32::try_from(victim).unwrap()),
         Signal::SIGKILL,

@@ -74,7 +74,7 @@ fn try_everything(kind: &str, thread: Option<&str>) {
         let disk_path = disk.path().to_str().unwrap();
         let mut machine = Machine::test_guest("mode=idle", &["--disk", disk_path]);
         machine.expect("BH idle ");
-        let pid = machine.processes().of(kind).expect("the process is there");
+        let pid = machine.process(kind);
         let mut intruder = Intruder::enter(pid, thread);
         let path = intruder.place(b"/etc/passwd\0\0\0\0\0");
         let fate = intruder.call(attempt.number, (attempt.arguments)(path));

@@ -50,23 +50,12 @@ impl Intruder {
             .map(Pid::from_raw)
             .unwrap_or_else(|| panic!("process {pid} has no thread {name:?}"));
         ptrace::seize(thread, ptrace::Options::empty()).expect("a tracer with CAP_SYS_PTRACE");
-        ptrace::interrupt(thread).expect("a seized thread");
-        waitpid(thread, Some(WaitPidFlag::__WALL)).expect("it stops");
-        let saved = ptrace::getregs(thread).expect("a stopped thread");
         let memory = File::options()
             .read(true)
             .write(true)
             .open(format!("/proc/{pid}/mem"))
             .expect("memory of a traced process");
-        let mut instruction = [0; 2];
-        memory
-            .read_exact_at(&mut instruction, saved.rip - 2)
-            .expect("its text");
-        assert_eq!(
-            instruction,
-            [0x0f, 0x05],
-            "the thread is stopped behind a syscall"
-        );
+        let saved = stop_behind_syscall(thread, &memory);
         Self {
             thread,
             memory,
@@ -123,6 +112,26 @@ impl Intruder {
             }
         }
     }
+}
+
+/// Stops the thread where it is in a system call; one that looks for work in its rings is let go on
+/// until it sleeps.
+fn stop_behind_syscall(thread: Pid, memory: &File) -> libc::user_regs_struct {
+    for _ in 0..1000 {
+        ptrace::interrupt(thread).expect("a seized thread");
+        waitpid(thread, Some(WaitPidFlag::__WALL)).expect("it stops");
+        let registers = ptrace::getregs(thread).expect("a stopped thread");
+        let mut instruction = [0; 2];
+        memory
+            .read_exact_at(&mut instruction, registers.rip - 2)
+            .expect("its text");
+        if instruction == [0x0f, 0x05] {
+            return registers;
+        }
+        ptrace::cont(thread, None).expect("a stopped thread");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    panic!("thread {thread} is never behind a syscall");
 }
 
 impl Drop for Intruder {

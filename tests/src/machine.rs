@@ -244,6 +244,27 @@ impl Machine {
         Processes(found)
     }
 
+    /// The pid of the one process of `kind`, once it is locked: a guest may already run while its
+    /// devices come up.
+    ///
+    /// # Panics
+    /// When it is not there and locked within a minute.
+    #[must_use]
+    pub fn process(&self, kind: &str) -> u32 {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            match self.processes().of(kind) {
+                Some(pid) if is_locked(pid) => return pid,
+                found => assert!(
+                    Instant::now() < deadline,
+                    "no locked process of kind {kind}: {found:?}\n{}",
+                    self.errors()
+                ),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Sends a signal to `bulkhead`.
     ///
     /// # Panics
@@ -336,6 +357,22 @@ fn bulkhead(scratch: &Path) -> Command {
 
 fn pid(pid: u32) -> Pid {
     Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX))
+}
+
+/// Whether each thread has the filters of both phases.
+fn is_locked(pid: u32) -> bool {
+    let mut threads = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .peekable();
+    threads.peek().is_some()
+        && threads.all(|thread| {
+            fs::read_to_string(thread.path().join("status")).is_ok_and(|status| {
+                let line = |l: &str| l.strip_prefix("Seccomp_filters:")?.trim().parse().ok();
+                status.lines().find_map(line) >= Some(2)
+            })
+        })
 }
 
 fn is_alive(pid: u32) -> bool {
