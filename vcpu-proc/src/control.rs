@@ -50,11 +50,10 @@ pub struct Control<'a> {
 }
 
 impl Control<'_> {
-    /// Lets the guest run, and returns when the process is to end.
+    /// Serves while the guest runs, and returns when the process is to end.
     pub fn serve(&mut self) {
         let mut life = Lifecycle::default();
         let mut legacy_fault_told = false;
-        self.group.direct(Directive::Run);
         loop {
             let again = life.is_waiting().then_some(KICK_AGAIN);
             let [broker, interrupts, wake, faults] = wait::any_readable(

@@ -5,17 +5,21 @@
 //! so that nothing of ending a thread needs to be permitted.
 
 use std::hash::RandomState;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicIsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bulkhead_ipc::channel::Channel;
+use bulkhead_ipc::platform::VCPUS_MAX;
 use bulkhead_ipc::protocol::birth::VcpuConfig;
 use vm_memory::GuestMemoryMmap;
 
 use crate::control::Control;
 use crate::crash::CrashScene;
+use crate::gate::GateThread;
+use crate::group::{Directive, Group};
 use crate::irq::Lines;
 use crate::kvm::Vm;
-use crate::setup::{self, Machine, Resources, SetupError};
+use crate::setup::{self, Groundwork, Machine, Resources, SetupError};
 use crate::shed;
 
 /// Stack of a vCPU or gate thread in bytes.
@@ -60,7 +64,7 @@ pub enum StartError {
 /// unmapping are not permitted any more, and the kernel does both.
 #[derive(Debug)]
 pub struct Remains {
-    _vm: Vm,
+    _vm: Arc<Vm>,
     _memory: GuestMemoryMmap,
     _lines: Lines,
     _scene: CrashScene,
@@ -76,6 +80,29 @@ pub fn run<W: Walls>(
     channel: &Channel,
     walls: &Arc<W>,
 ) -> Result<Remains, StartError> {
+    // The gate thread has time until there are gates: it does what takes the kernel long, and locks
+    // itself. Nobody but the receivers below hears of it, and they are dropped when this fails.
+    let starter = Arc::new(Starter::default());
+    let (told, locked) = flume::bounded(usize::from(VCPUS_MAX) + 1);
+    let (give_gates, gates_given) = flume::bounded::<GateThread>(1);
+    let aside = |groundwork: Groundwork| {
+        let (laid, result) = flume::bounded(1);
+        let first = move || {
+            let _awaited = laid.send(groundwork.lay());
+        };
+        let serve = move || {
+            let served = gates_given.recv().map(GateThread::run);
+            if let Ok(Err(error)) = served {
+                tracing::error!(%error, "the gates have stopped");
+            }
+        };
+        spawn("gate", walls, &told, &starter, first, serve)
+            .map(|()| result)
+            .map_err(|source| SetupError::Os {
+                what: "gate thread",
+                source,
+            })
+    };
     let Machine {
         vm,
         memory,
@@ -89,10 +116,11 @@ pub fn run<W: Walls>(
         loaded,
         kernel,
         core,
-    } = setup::build(config, resources)?;
+    } = setup::build(config, resources, aside)?;
+    let _gate_thread_waits = give_gates.send(gates);
     let scene = CrashScene::new(memory.clone(), loaded, kernel, core);
     let threads = loops.len() + 1;
-    let (locked, all_locked) = flume::bounded(threads);
+    starter.expect(loops.len() + 2, &group);
     for mut vcpu in loops {
         let kind = if vcpu.quirks.is_some() {
             "vcpu-quirks"
@@ -106,22 +134,22 @@ pub fn run<W: Walls>(
             group.leave(vcpu.scene());
             vcpu
         };
-        spawn(kind, walls, &locked, move || join.join(index), run)?;
-    }
-    let serve = move || {
-        if let Err(error) = gates.run() {
-            tracing::error!(%error, "the gates have stopped");
-        }
-    };
-    spawn("gate", walls, &locked, || {}, serve)?;
-    for _ in 0..threads {
-        let told = all_locked.recv().unwrap_or(Err(String::new()));
-        told.map_err(StartError::Walls)?;
+        spawn(kind, walls, &told, &starter, move || join.join(index), run).map_err(|source| {
+            StartError::Spawn {
+                thread: kind,
+                source,
+            }
+        })?;
     }
     shed::start_up_code();
     // Hash tables of this thread take their seeds from here; the kernel is not asked after lock.
     let _seeded = RandomState::new();
     walls.lock_thread("main").map_err(StartError::Walls)?;
+    starter.one_is_locked();
+    for _ in 0..threads {
+        let told = locked.recv().unwrap_or(Err(String::new()));
+        told.map_err(StartError::Walls)?;
+    }
     walls.announce().map_err(StartError::Walls)?;
     let mut control = Control {
         channel,
@@ -141,18 +169,46 @@ pub fn run<W: Walls>(
     })
 }
 
-type Locked = flume::Sender<Result<(), String>>;
+/// Lets the guest run when every thread is locked. The last one to lock itself does it, so that
+/// nobody has to be woken for it.
+#[derive(Debug, Default)]
+struct Starter {
+    /// Threads that have locked themselves, less those that there are.
+    locked: AtomicIsize,
+    group: OnceLock<Arc<Group>>,
+}
+
+impl Starter {
+    /// There are `threads` in all, of which the vCPUs are not started yet.
+    fn expect(&self, threads: usize, group: &Arc<Group>) {
+        let _first = self.group.set(Arc::clone(group));
+        let threads = isize::try_from(threads).unwrap_or(isize::MAX);
+        // The calling thread is one of them, so the count stays below zero here.
+        self.locked.fetch_sub(threads, Ordering::AcqRel);
+    }
+
+    fn one_is_locked(&self) {
+        if self.locked.fetch_add(1, Ordering::AcqRel) == -1
+            && let Some(group) = self.group.get()
+        {
+            group.direct(Directive::Run);
+        }
+    }
+}
+
+type Told = flume::Sender<Result<(), String>>;
 
 /// Makes a thread that does `first`, locks itself, and does the rest of its `life`.
 fn spawn<W: Walls, T>(
     thread: &'static str,
     walls: &Arc<W>,
-    locked: &Locked,
+    told: &Told,
+    starter: &Arc<Starter>,
     first: impl FnOnce() + Send + 'static,
     life: impl FnOnce() -> T + Send + 'static,
-) -> Result<(), StartError> {
+) -> std::io::Result<()> {
     let walls = Arc::clone(walls);
-    let locked = locked.clone();
+    let (told, starter) = (told.clone(), Arc::clone(starter));
     std::thread::Builder::new()
         .name(thread.to_owned())
         .stack_size(STACK_BYTES)
@@ -160,7 +216,10 @@ fn spawn<W: Walls, T>(
             first();
             let done = walls.lock_thread(thread);
             let may_live = done.is_ok();
-            let _told = locked.send(done);
+            if may_live {
+                starter.one_is_locked();
+            }
+            let _heard = told.send(done);
             // Kept, since a locked thread can close and unmap nothing.
             let _remains = may_live.then(life);
             loop {
@@ -168,5 +227,4 @@ fn spawn<W: Walls, T>(
             }
         })
         .map(drop)
-        .map_err(|source| StartError::Spawn { thread, source })
 }
