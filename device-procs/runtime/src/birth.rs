@@ -132,6 +132,7 @@ impl Newborn {
             sys::settle_heap(HEAP_BYTES);
         }
         sys::harden().map_err(Stillbirth::Harden)?;
+        sys::prefer_short_slices();
         let adopt = |fd| sys::adopt(fd).map_err(|errno| Stillbirth::Descriptor { fd, errno });
         let channel = Channel::from(adopt(CONTROL_FD)?);
         let page = adopt(PAGE_FD)?;
