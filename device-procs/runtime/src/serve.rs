@@ -21,6 +21,9 @@ use std::time::{Duration, Instant};
 pub(crate) const TOKEN_KICK: u8 = 0;
 pub(crate) const TOKEN_CONTROL: u8 = 1;
 
+/// Requests of one queue in one pass, so that a ring that is filled as fast as it is emptied does
+/// not keep the process from answering, or from hearing of a reset.
+const REQUESTS_PER_PASS: u32 = 256;
 /// Busy passes after which the other descriptors are looked at without sleeping.
 const PASSES_BETWEEN_LOOKS: u32 = 1024;
 /// Looks at the rings between two looks at the clock while spinning.
@@ -121,11 +124,14 @@ impl<D: Device> Server<D> {
         self.notice_driver()?;
         let mut busy = false;
         for index in 0..self.queues.len() {
-            while !self.draining
+            let mut budget = REQUESTS_PER_PASS;
+            while budget > 0
+                && !self.draining
                 && !self.device.is_full()
                 && let Some(chain) = self.queues.pop(index)?
             {
                 self.device.on_request(index, chain, &mut self.queues)?;
+                budget -= 1;
                 busy = true;
             }
         }

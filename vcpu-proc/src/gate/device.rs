@@ -93,6 +93,11 @@ impl GateLink {
         self.changed.notify_all();
     }
 
+    /// Tells the driver to look at configuration and status.
+    pub(crate) fn raise_config(&self) {
+        self.raise(INTERRUPT_CONFIG);
+    }
+
     fn raise(&self, bits: u32) {
         self.interrupt_status.fetch_or(bits, Ordering::AcqRel);
         // An irqfd that cannot count further has an interrupt pending already.

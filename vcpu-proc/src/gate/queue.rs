@@ -10,7 +10,7 @@ use bulkhead_ipc::device_kind::{Framing, HEAD_SLOT_BYTES, POSITION_BYTES, TAIL_O
 use bulkhead_ipc::ring::{RequestLayout, RingFault, ShadowDriver, Span, WindowPages};
 use bulkhead_ipc::shared::SharedMemory;
 use bulkhead_ipc::window::{DATA_PAGE_BYTES, Window};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -251,7 +251,16 @@ impl GateQueue {
             read_len
         };
         if need > 0 && entry.pages.is_none() {
-            if self.pages_held + need.div_ceil(DATA_PAGE_BYTES) > self.pages_limit {
+            let pages = need.div_ceil(DATA_PAGE_BYTES);
+            if pages > self.pages_limit {
+                // It would wait for ever: reading and writing parts each begin on a page.
+                return Err(GuestFault::TooLarge {
+                    head: entry.head,
+                    bytes: need,
+                    limit: self.pages_limit * DATA_PAGE_BYTES,
+                });
+            }
+            if self.pages_held + pages > self.pages_limit {
                 return Ok(false);
             }
             let Some(pages) = backing.pages.take(need) else {
@@ -442,6 +451,9 @@ impl GateQueue {
             return false;
         };
         if !guest.event_idx_enabled() {
+            // The used index must be visible before the flag is read: a driver that clears the flag
+            // looks at the index afterwards.
+            fence(Ordering::SeqCst);
             let flags = memory
                 .load::<u16>(GuestAddress(guest.avail_ring()), Ordering::Acquire)
                 .map(u16::from_le);
@@ -488,6 +500,7 @@ impl GateQueue {
     pub(crate) fn has_work(&self, memory: &GuestMemoryMmap, window: &SharedMemory) -> bool {
         self.shadow.has_completions(window)
             || (self.waiting.is_none()
+                && self.shadow.next_slot().is_some()
                 && self.guest.as_ref().is_some_and(|guest| {
                     guest
                         .avail_idx(memory, Ordering::Relaxed)

@@ -290,6 +290,7 @@ impl Transport {
         }
         if registers.broken {
             self.link.needs_reset.store(1, Ordering::Release);
+            self.link.raise_config();
             return;
         }
         self.commands.send(Command::Activate {

@@ -414,6 +414,23 @@ fn request_larger_than_a_quarter_of_the_window_is_refused() {
 }
 
 #[test]
+fn request_that_could_never_fit_is_refused_and_does_not_wait_for_ever() {
+    let mut m = Machine::new();
+    m.publish();
+    m.start();
+    // Both parts begin on a page, so together they may need one page more than there is.
+    let limit = u32::try_from(m.window.layout.request_bytes_max()).unwrap();
+    m.describe(0, 0x4000, 16 + 1, NEXT, 1);
+    m.describe(1, 0x10000, limit - 64, WRITE, 0);
+    m.offer(0);
+    m.wait("a fault or a request", |m| {
+        let fault = m.bus.take_faults().pop().is_some();
+        let request = m.device.pop_descriptor_chain(&m.device_memory).is_some();
+        (fault || request).then_some(())
+    });
+}
+
+#[test]
 fn full_window_delays_requests_and_loses_none() {
     let mut m = Machine::new();
     m.publish();
