@@ -11,6 +11,7 @@ pub mod doctor;
 pub mod escape;
 pub mod image;
 pub mod launch;
+mod shed;
 pub mod supervisor;
 pub mod vm;
 pub mod vmfile;
