@@ -54,6 +54,23 @@ pub(crate) fn pss_kib(pid: u32, guest_bytes: u64) -> Result<(u64, u64)> {
     Ok((own, guest))
 }
 
+/// Memory of `pid` in KiB that no file backs, guest memory included, shared parts divided: what it
+/// takes away from MemAvailable.
+pub(crate) fn unbacked_kib(pid: u32) -> Result<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))
+        .with_context(|| format!("process {pid}"))?;
+    let mut sum = 0;
+    for line in rollup.lines() {
+        let kib = line
+            .strip_prefix("Pss_Anon:")
+            .or_else(|| line.strip_prefix("Pss_Shmem:"));
+        if let Some(kib) = kib {
+            sum += kib.trim().trim_end_matches(" kB").parse::<u64>()?;
+        }
+    }
+    Ok(sum)
+}
+
 /// The size of the mapping that a heading line of smaps names.
 fn mapping_bytes(line: &str) -> Option<u64> {
     let (start, rest) = line.split_once('-')?;

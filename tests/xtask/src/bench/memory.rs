@@ -68,7 +68,8 @@ fn user_kib(running: &Running) -> Result<(f64, f64)> {
     Ok((*root as f64, rest.iter().sum::<u64>() as f64))
 }
 
-/// Drop of MemAvailable over a crowd of VMs, less their user memory, for each.
+/// Drop of MemAvailable over a crowd of VMs, less the memory of their processes that is not the page
+/// cache's, for each.
 #[expect(clippy::cast_precision_loss, reason = "KiB of a few processes")]
 fn kernel_per_vm(bench: &Bench) -> Result<Figure> {
     let mut values = Vec::new();
@@ -87,8 +88,7 @@ fn kernel_per_vm(bench: &Bench) -> Result<Figure> {
         let mut user = 0;
         for running in &crowd {
             for pid in process::tree(running.pid()) {
-                let (own, guest) = process::pss_kib(pid, MEMORY_MIB << 20)?;
-                user += own + guest;
+                user += process::unbacked_kib(pid)?;
             }
         }
         values.push((before as f64 - after as f64 - user as f64) / CROWD as f64);
