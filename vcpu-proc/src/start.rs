@@ -182,17 +182,26 @@ impl Starter {
     /// There are `threads` in all, of which the vCPUs are not started yet.
     fn expect(&self, threads: usize, group: &Arc<Group>) {
         let _first = self.group.set(Arc::clone(group));
+        self.count_on(threads);
+    }
+
+    fn one_is_locked(&self) {
+        if self.count_one()
+            && let Some(group) = self.group.get()
+        {
+            group.direct(Directive::Run);
+        }
+    }
+
+    fn count_on(&self, threads: usize) {
         let threads = isize::try_from(threads).unwrap_or(isize::MAX);
         // The calling thread is one of them, so the count stays below zero here.
         self.locked.fetch_sub(threads, Ordering::AcqRel);
     }
 
-    fn one_is_locked(&self) {
-        if self.locked.fetch_add(1, Ordering::AcqRel) == -1
-            && let Some(group) = self.group.get()
-        {
-            group.direct(Directive::Run);
-        }
+    /// Returns whether this was the last of all threads.
+    fn count_one(&self) -> bool {
+        self.locked.fetch_add(1, Ordering::AcqRel) == -1
     }
 }
 
@@ -227,4 +236,27 @@ fn spawn<W: Walls, T>(
             }
         })
         .map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_runs_when_the_last_thread_is_locked_and_not_before() {
+        // The gate thread may lock itself before the number of threads is known, or after.
+        for early in [true, false] {
+            let starter = Starter::default();
+            if early {
+                assert!(!starter.count_one());
+            }
+            starter.count_on(34);
+            let left = if early { 33 } else { 34 };
+            for n in 1..left {
+                assert!(!starter.count_one(), "{n} of {left}");
+            }
+            assert!(starter.count_one());
+            assert!(!starter.count_one(), "only once");
+        }
+    }
 }

@@ -44,7 +44,6 @@ fn thirty_one_more_processors_start() {
             .count()
     };
     assert_eq!((count("vcpu"), count("gate"), count("main")), (32, 1, 1));
-    assert_eq!(locked.last(), Some(&"main"), "it locks itself last");
 }
 
 #[test]
