@@ -11,7 +11,6 @@ pub mod doctor;
 pub mod escape;
 pub mod image;
 pub mod launch;
-mod shed;
 pub mod supervisor;
 pub mod vm;
 pub mod vmfile;

@@ -21,4 +21,5 @@ pub mod platform;
 pub mod protocol;
 pub mod ring;
 pub mod shared;
+pub mod shed;
 pub mod window;

@@ -24,7 +24,6 @@ pub mod quirks;
 pub mod report;
 pub mod run_loop;
 pub mod setup;
-pub mod shed;
 pub mod start;
 pub mod virtio;
 pub mod wait;

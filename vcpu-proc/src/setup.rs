@@ -212,7 +212,7 @@ pub fn build(
     }
     let lines = Lines::connect(&vm)?;
     let cpus = Cpus {
-        host: host_cpus(),
+        host: bulkhead_runtime::cpus(),
         guest: config.vcpus.into(),
     };
     let (virtio, gates) = connect_devices(&vm, &memory, config.devices, resources.devices, cpus)?;
@@ -356,14 +356,4 @@ fn connect_devices(
         }
     }
     Ok((bus, gates))
-}
-
-/// CPUs that this process may use.
-fn host_cpus() -> usize {
-    let this_process = nix::unistd::Pid::from_raw(0);
-    nix::sched::sched_getaffinity(this_process).map_or(1, |set| {
-        (0..nix::sched::CpuSet::count())
-            .filter(|cpu| set.is_set(*cpu).unwrap_or(false))
-            .count()
-    })
 }

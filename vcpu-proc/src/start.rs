@@ -11,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::platform::VCPUS_MAX;
 use bulkhead_ipc::protocol::birth::VcpuConfig;
+use bulkhead_ipc::shed;
 use vm_memory::GuestMemoryMmap;
 
 use crate::control::Control;
@@ -20,7 +21,6 @@ use crate::group::{Directive, Group};
 use crate::irq::Lines;
 use crate::kvm::Vm;
 use crate::setup::{self, Groundwork, Machine, Resources, SetupError};
-use crate::shed;
 
 /// Stack of a vCPU or gate thread in bytes.
 const STACK_BYTES: usize = 128 * 1024;

@@ -188,7 +188,7 @@ impl Newborn {
             ..
         } = self;
         let taken = grants.finish().map_err(Stillbirth::from);
-        sys::forget_start_up();
+        bulkhead_ipc::shed::start_up_code();
         let locked = taken.and_then(|()| Ok(locks.lock_thread("main")?));
         locked.inspect_err(|cause| tell(&channel, cause))?;
         announce(&channel, page, landlock_abi)?;

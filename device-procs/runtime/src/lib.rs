@@ -28,4 +28,4 @@ pub use birth::{Newborn, Stillbirth};
 pub use device::{Device, DeviceFault, Setup, run};
 pub use grants::Grants;
 pub use queues::{Chain, Queues, Span};
-pub use sys::leave;
+pub use sys::{cpus, leave};

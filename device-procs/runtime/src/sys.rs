@@ -86,7 +86,8 @@ pub(crate) fn prefer_short_slices() {
 }
 
 /// CPUs that the process may run on.
-pub(crate) fn cpus() -> usize {
+#[must_use]
+pub fn cpus() -> usize {
     let set = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0));
     set.map_or(1, |set| {
         (0..nix::sched::CpuSet::count())
@@ -222,44 +223,6 @@ pub(crate) fn write_at(
     // SAFETY: the guard's range is mapped and readable for the length given.
     let n = unsafe { libc::pwrite(file.as_raw_fd(), guard.as_ptr().cast(), from.len(), offset) };
     Errno::result(n).map(|n| u32::try_from(n).unwrap_or(0))
-}
-
-/// Unmaps the program's own pages that it has used so far: most of them served its start-up and are not
-/// needed again. What is needed comes back from the page cache. Only pages that were never written
-/// are touched, so nothing can be lost.
-pub(crate) fn forget_start_up() {
-    // SAFETY: the callback matches the signature and uses its arguments only during the call.
-    unsafe { libc::dl_iterate_phdr(Some(forget_segments), std::ptr::null_mut()) };
-}
-
-extern "C" fn forget_segments(
-    info: *mut libc::dl_phdr_info,
-    _size: usize,
-    _data: *mut c_void,
-) -> i32 {
-    // SAFETY: the loader passes a valid record for the duration of the call.
-    let info = unsafe { &*info };
-    // SAFETY: the record's program headers are an array of the length it gives.
-    let headers = unsafe { std::slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
-    for header in headers {
-        let writable = header.p_flags & libc::PF_W != 0;
-        if header.p_type != libc::PT_LOAD || writable {
-            continue;
-        }
-        let start = (info.dlpi_addr + header.p_vaddr).next_multiple_of(4096);
-        let end = (info.dlpi_addr + header.p_vaddr + header.p_memsz) / 4096 * 4096;
-        let (Ok(address), Ok(len)) = (
-            usize::try_from(start),
-            usize::try_from(end.saturating_sub(start)),
-        ) else {
-            continue;
-        };
-        let pages: *mut c_void = std::ptr::with_exposed_provenance_mut(address);
-        // SAFETY: the pages belong to a read-only private mapping of the program's file, so
-        // dropping them only makes the next access fault them in again, unchanged.
-        let _advice = unsafe { libc::madvise(pages, len, libc::MADV_DONTNEED) };
-    }
-    0
 }
 
 /// Ends the process at once, with no destructor and no exit handler: those would unmap and close,

@@ -21,7 +21,6 @@ mod error;
 #[cfg(test)]
 mod fixtures;
 mod guest;
-mod heap;
 pub mod layout;
 mod linux;
 mod lz4_legacy;
@@ -108,7 +107,7 @@ pub struct LoadedKernel {
 /// `memory` is zero wherever the guest has not been given anything; no vCPU runs yet.
 pub fn load(memory: &GuestMemoryMmap, params: &BootParams<'_>) -> Result<LoadedKernel, BootError> {
     let result = prepare(memory, params);
-    heap::release();
+    bulkhead_ipc::shed::free_heap();
     result
 }
 

@@ -2,8 +2,12 @@
 //! program that hold them would count as this process's memory for ever.
 //!
 //! Only mappings of the program file that can never have been written are given back; whatever is
-//! needed again comes from the page cache, a few pages at a time. Called once, before lock.
-#![allow(unsafe_code, reason = "the program's own mappings are advised")]
+//! needed again comes from the page cache, a few pages at a time. Called once by every kind of
+//! process: by sandboxed ones before lock, by the broker when a machine's processes are all locked.
+#![allow(
+    unsafe_code,
+    reason = "the program's own mappings are advised, and malloc_trim is a C function"
+)]
 
 use libc::{PF_W, PT_LOAD, c_int, c_void, dl_phdr_info, size_t};
 
@@ -14,6 +18,13 @@ const PAGE_BYTES: usize = 4096;
 pub fn start_up_code() {
     // SAFETY: the callback has the signature of `dl_iterate_phdr` and keeps nothing.
     unsafe { libc::dl_iterate_phdr(Some(shed), std::ptr::null_mut()) };
+}
+
+/// Returns all free pages of the heap to the host: the C library keeps them for later, but nothing of
+/// the size of a kernel or a policy is ever needed again.
+pub fn free_heap() {
+    // SAFETY: malloc_trim takes a number and touches only free memory of the allocator.
+    unsafe { libc::malloc_trim(0) };
 }
 
 unsafe extern "C" fn shed(info: *mut dl_phdr_info, _size: size_t, _data: *mut c_void) -> c_int {
