@@ -5,34 +5,13 @@
     reason = "an integration test is a test module"
 )]
 
-use bulkhead_tests::Machine;
+use bulkhead_tests::{Machine, tool};
 use std::path::Path;
 use std::time::Duration;
 
 /// Ring 0 is emulated on some hosts; a program takes tens of milliseconds to start there.
 const PATIENCE: Duration = Duration::from_secs(300);
 const DISK_BYTES: u64 = 64 << 20;
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "tests use the host's file system tools"
-)]
-fn tool(program: &str, arguments: &[&str]) -> String {
-    let path = format!(
-        "{}:/usr/sbin:/sbin",
-        std::env::var("PATH").unwrap_or_default()
-    );
-    let output = std::process::Command::new(program)
-        .args(arguments)
-        .env("PATH", path)
-        .output()
-        .unwrap_or_else(|e| panic!("{program}: {e}"));
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {output:?}"
-    );
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
 
 fn boot(kernel: &str, disk: &Path, arguments: &[&str]) -> Machine {
     let kernel = bulkhead_tests::path(kernel);

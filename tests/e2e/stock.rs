@@ -15,7 +15,13 @@ fn stock_debian_kernel_mounts_its_disk() {
         return;
     }
     let disk = tempfile::NamedTempFile::new().unwrap();
+    let path = disk.path().to_str().unwrap();
     disk.as_file().set_len(64 << 20).unwrap();
+    let files = tempfile::tempdir().unwrap();
+    std::fs::write(files.path().join("greeting"), "written by the host\n").unwrap();
+    let from = files.path().to_str().unwrap();
+    bulkhead_tests::tool("mkfs.ext4", &["-q", "-F", "-d", from, path]);
+
     let kernel = bulkhead_tests::path("BULKHEAD_TEST_STOCK_KERNEL");
     let initrd = bulkhead_tests::path("BULKHEAD_TEST_STOCK_INITRD");
     let cmdline = std::env::var("BULKHEAD_TEST_STOCK_CMDLINE").unwrap_or_default();
@@ -25,7 +31,7 @@ fn stock_debian_kernel_mounts_its_disk() {
         "--initrd",
         initrd.to_str().unwrap(),
         "--cmdline",
-        &cmdline,
+        &format!("{cmdline} bh.mount=/dev/vda"),
         "-m",
         "1GiB",
         // One: on two busy CPUs of a host that emulates ring 0, timer interrupts at 250 Hz take longer
@@ -33,12 +39,19 @@ fn stock_debian_kernel_mounts_its_disk() {
         "-c",
         "1",
         "--disk",
-        disk.path().to_str().unwrap(),
+        path,
         "--timeout=3600s",
     ]);
-    machine.expect_within("bh: ready", Duration::from_secs(2700));
-    machine.type_keys("uname -r; head -c 512 /dev/vda | md5sum; echo =$?=; poweroff -f\n");
-    machine.expect_within("=0=", Duration::from_secs(600));
+    machine.expect_within("bh: mounted /dev/vda", Duration::from_secs(2700));
+    machine.expect_within("bh: ready", Duration::from_secs(300));
+    machine.type_keys("cat /mnt/greeting; uname -r >/mnt/release; umount /mnt; echo =$?=\n");
+    let said = machine.expect_within("=0=", Duration::from_secs(600));
+    assert!(said.contains("written by the host"), "{said}");
+    machine.type_keys("poweroff -f\n");
     let ended = machine.wait_within(Duration::from_secs(600));
     assert_eq!(ended.code, 0, "{ended:?}");
+
+    bulkhead_tests::tool("e2fsck", &["-f", "-n", path]);
+    let release = bulkhead_tests::tool("debugfs", &["-R", "cat /release", path]);
+    assert!(release.contains("cloud-amd64"), "{release}");
 }

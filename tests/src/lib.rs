@@ -42,3 +42,28 @@ pub fn slow() -> bool {
 pub fn linux_cmdline() -> String {
     std::env::var("BULKHEAD_TEST_LINUX_CMDLINE").unwrap_or_default()
 }
+
+/// Runs a tool of the host and returns what it printed.
+///
+/// # Panics
+/// When it cannot be run or fails.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "tests use the host's file system tools"
+)]
+pub fn tool(program: &str, arguments: &[&str]) -> String {
+    let path = format!(
+        "{}:/usr/sbin:/sbin",
+        std::env::var("PATH").unwrap_or_default()
+    );
+    let output = std::process::Command::new(program)
+        .args(arguments)
+        .env("PATH", path)
+        .output()
+        .unwrap_or_else(|e| panic!("{program}: {e}"));
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {output:?}"
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}

@@ -17,10 +17,11 @@ const META_PACKAGE: &str = "linux-image-cloud-amd64";
 const MODULES: [&str; 6] = [
     "virtio_mmio",
     "virtio_blk",
+    // ext4 asks for this one by itself, and nothing in an initramfs could load it for it.
+    "crc32c_generic",
+    "ext4",
     "virtio-rng",
     "virtio_console",
-    "button",
-    "evdev",
 ];
 
 /// Fetches the kernel when it is missing; the folder holds `vmlinuz` and `initrd.cpio`.
