@@ -1,13 +1,6 @@
-//! `bulkhead-console`: one virtio console with one port (virtio 1.2, section 5.3).
-//!
-//! It holds the console's output file, its input ring and its window. It must never interpret what
-//! passes through: escape sequences are the terminal's business, and readers' to filter.
+//! `bulkhead-console`, as a program of its own.
 #![forbid(unsafe_code)]
 
-mod backend;
-mod device;
-mod request;
-
 fn main() -> std::process::ExitCode {
-    bulkhead_runtime::run::<device::Console>()
+    bulkhead_console::run()
 }

@@ -1,16 +1,6 @@
-//! `bulkhead-legacy`: the devices of a PC that guests expect at fixed ports: the first serial port,
-//! the CMOS clock, the keyboard controller, the debug console.
-//!
-//! It holds the console's output file, its input ring, and the page that it shares with the vCPUs.
+//! `bulkhead-legacy`, as a program of its own.
 #![forbid(unsafe_code)]
 
-mod board;
-mod calendar;
-mod device;
-mod keyboard;
-mod rtc;
-mod uart;
-
 fn main() -> std::process::ExitCode {
-    device::run()
+    bulkhead_legacy::run()
 }

@@ -25,6 +25,10 @@ const GUESTS_AT_ONCE: &str = "2";
 /// The name under which `bulkhead run` without a kernel finds its guest, beside the processes.
 const BUILT_IN_GUEST: &str = "bulkhead-guest.elf";
 
+/// The program of all device processes, and the kinds under whose names it is installed.
+const DEVICE_PROGRAM: &str = "bulkhead-devices";
+const DEVICE_KINDS: [&str; 4] = ["blk", "console", "legacy", "rng"];
+
 /// `cargo xtask test …`
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -165,8 +169,26 @@ pub(crate) fn release_binaries() -> Result<PathBuf> {
     command::run(&mut build)?;
     // `.cargo/config.toml` names the target, which adds a folder.
     let folder = workspace::target_directory()?.join("x86_64-unknown-linux-gnu/release");
+    link_device_programs(&folder)?;
     install_built_in_guest(&Image::TestGuest.path()?, &folder)?;
     Ok(folder)
+}
+
+/// Puts the multi-call program in the place of each kind's own, as an installation does. Cargo puts
+/// its own back with the next build, so this is done after each.
+fn link_device_programs(folder: &Path) -> Result<()> {
+    let program = folder.join(DEVICE_PROGRAM);
+    for kind in DEVICE_KINDS {
+        let place = folder.join(format!("bulkhead-{kind}"));
+        let new = folder.join(format!(".bulkhead-{kind}.{}", std::process::id()));
+        fs::hard_link(&program, &new).with_context(|| format!("cannot link {}", new.display()))?;
+        fs::rename(&new, &place).with_context(|| format!("cannot write {}", place.display()))?;
+        // Two names of one file are left alone by `rename`, both of them.
+        if new.exists() {
+            fs::remove_file(&new)?;
+        }
+    }
+    Ok(())
 }
 
 /// By `rename`: a machine that is reading the old one keeps it.
