@@ -3,6 +3,7 @@
 use super::Print;
 use super::figure::Figure;
 use super::guest::{Bench, MEMORY_MIB, Running, Vmm};
+use super::kernel_memory;
 use crate::process;
 use anyhow::{Context, Result};
 use std::fs::File;
@@ -11,11 +12,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 /// Time for start-up to be over after the guest has gone idle.
-const SETTLE: Duration = Duration::from_millis(700);
+pub(super) const SETTLE: Duration = Duration::from_millis(700);
 /// How long an idle guest's CPU time is watched.
 const IDLE: Duration = Duration::from_secs(3);
-/// VMs alive at once for the kernel's share.
-const CROWD: u64 = 20;
 
 pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
     let disk = disk(bench, 0)?;
@@ -36,7 +35,7 @@ pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
         without_broker,
         Vec::new(),
     ))?;
-    print(kernel_per_vm(bench)?)?;
+    kernel_memory::run(bench, print)?;
     let (ours, peer) = bench.alternate(|vmm| {
         let running = idle(bench, vmm, &disk)?;
         Ok(idle_percent(&running))
@@ -44,7 +43,8 @@ pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
     print(Figure::new("idle.cpu", "%", ours, peer))
 }
 
-fn disk(bench: &Bench, number: u64) -> Result<PathBuf> {
+/// A sparse disk on tmpfs.
+pub(super) fn disk(bench: &Bench, number: u64) -> Result<PathBuf> {
     let path = bench.directory().join(format!("idle{number}.img"));
     File::create(&path)?.set_len(16 << 20)?;
     Ok(path)
@@ -66,39 +66,6 @@ fn user_kib(running: &Running) -> Result<(f64, f64)> {
     }
     let (root, rest) = values.split_first().context("the VMM is gone")?;
     Ok((*root as f64, rest.iter().sum::<u64>() as f64))
-}
-
-/// Drop of MemAvailable over a crowd of VMs, less the memory of their processes that is not the page
-/// cache's, for each.
-#[expect(clippy::cast_precision_loss, reason = "KiB of a few processes")]
-fn kernel_per_vm(bench: &Bench) -> Result<Figure> {
-    let mut values = Vec::new();
-    for _ in 0..bench.runs {
-        let disks: Vec<PathBuf> = (0..CROWD).map(|n| disk(bench, n)).collect::<Result<_>>()?;
-        sleep(SETTLE);
-        let before = process::available_kib()?;
-        let mut crowd = Vec::new();
-        for disk in &disks {
-            let mut running = bench.start(Vmm::Bulkhead, "mode=idle", Some(disk))?;
-            running.record("idle")?;
-            crowd.push(running);
-        }
-        sleep(SETTLE);
-        let after = process::available_kib()?;
-        let mut user = 0;
-        for running in &crowd {
-            for pid in process::tree(running.pid()) {
-                user += process::unbacked_kib(pid)?;
-            }
-        }
-        values.push((before as f64 - after as f64 - user as f64) / CROWD as f64);
-    }
-    Ok(Figure::new(
-        "memory.kernel_per_vm",
-        "KiB",
-        values,
-        Vec::new(),
-    ))
 }
 
 /// CPU time of all processes in percent of one core.

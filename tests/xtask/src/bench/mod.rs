@@ -10,6 +10,7 @@ mod blk;
 mod boot;
 mod figure;
 mod guest;
+mod kernel_memory;
 mod memory;
 mod mmio;
 
