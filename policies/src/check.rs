@@ -13,8 +13,6 @@ use std::ops::Range;
 pub const DEVICE_REQUESTS_MAX: usize = 25;
 /// Most permitted requests of one thread of `vcpu` in its locked phase.
 pub const THREAD_REQUESTS_MAX: usize = 20;
-/// Most permitted requests of a vCPU thread that completes an incomplete KVM.
-pub const QUIRKS_THREAD_REQUESTS_MAX: usize = 26;
 /// Most permitted requests of `vcpu` over all its threads in the locked phase.
 pub const VCPU_REQUESTS_MAX: usize = 35;
 
@@ -155,7 +153,6 @@ pub(crate) fn counts(file: &str, policy: &Policy) -> Checked<()> {
         for (thread, count) in policy.summary().per_thread {
             let most = match thread.as_str() {
                 "main" => VCPU_REQUESTS_MAX,
-                "vcpu-quirks" => QUIRKS_THREAD_REQUESTS_MAX,
                 _ => THREAD_REQUESTS_MAX,
             };
             if count > most {

@@ -35,3 +35,27 @@ fn faults_in_calls_and_descriptors_name_their_line() {
     let line = text.lines().nth(error.line.unwrap() - 1).unwrap();
     assert_eq!(line, "name = \"socket\"");
 }
+
+#[test]
+fn vcpu_thread_may_make_twenty_requests_also_where_kvm_is_incomplete() {
+    let built_in = include_str!("../vcpu.toml");
+    let with = |names: &[&str]| {
+        let mut text = built_in.to_owned();
+        for name in names {
+            text +=
+                &format!("\n[[locked.vcpu-quirks.call]]\nname = \"{name}\"\nwhy = \"a test\"\n");
+        }
+        check::policy("vcpu.toml", &text, ProcKind::Vcpu)
+    };
+    let count = |policy: &bulkhead_policies::Policy| {
+        let threads = policy.summary().per_thread;
+        let quirks = threads.into_iter().find(|(name, _)| name == "vcpu-quirks");
+        quirks.unwrap().1
+    };
+    let spare = ["getuid", "getgid", "getppid", "geteuid", "getegid"];
+    let now = count(&with(&[]).unwrap());
+    let (fits, one_more) = (20 - now, 21 - now);
+    assert_eq!(count(&with(&spare[..fits]).unwrap()), 20);
+    let error = with(&spare[..one_more]).unwrap_err();
+    assert_eq!(error.key, "locked.vcpu-quirks");
+}

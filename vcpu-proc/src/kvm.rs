@@ -403,6 +403,34 @@ pub struct ImmediateExit {
 
 const RUN_PAGE_BYTES: usize = 4096;
 
+/// Who wants KVM_RUN to return at once, as bits of `immediate_exit`, of which KVM only asks whether it
+/// is zero: another thread, or [`exchange`].
+const EXIT_KICKED: u8 = 1;
+const EXIT_EXCHANGE: u8 = 2;
+
+/// Has KVM take the registers that are marked dirty in the `kvm_run` page, and leave there those that
+/// are marked valid, without letting the guest run: a KVM_RUN that returns at once.
+///
+/// An access of the guest that its last exit asked for is completed by that, so the exit must
+/// have been handled. Where such an access has a further part, that part is lost: the vCPU can be
+/// looked at, but not run any more.
+///
+/// # Errors
+/// KVM's errno; EINVAL for registers that it does not accept.
+pub fn exchange(vcpu: &mut VcpuFd) -> Result<(), kvm_ioctls::Error> {
+    let flag = NonNull::from(&mut vcpu.get_kvm_run().immediate_exit);
+    // SAFETY: the byte is in the vCPU's mapping, which outlives this call, and every access of this
+    // process to it is atomic.
+    let flag = unsafe { AtomicU8::from_ptr(flag.as_ptr()) };
+    flag.fetch_or(EXIT_EXCHANGE, Ordering::SeqCst);
+    let outcome = vcpu.run().map(drop);
+    flag.fetch_and(!EXIT_EXCHANGE, Ordering::SeqCst);
+    match outcome {
+        Err(errno) if !matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => Err(errno),
+        _ => Ok(()),
+    }
+}
+
 // SAFETY: the page is only accessed through an atomic.
 unsafe impl Send for ImmediateExit {}
 // SAFETY: as above.
@@ -434,7 +462,11 @@ impl ImmediateExit {
         let flag = unsafe { self.page.add(offset) };
         // SAFETY: it is one byte, aligned, and every access of this process to it is atomic.
         let flag = unsafe { AtomicU8::from_ptr(flag.as_ptr()) };
-        flag.store(on.into(), Ordering::SeqCst);
+        if on {
+            flag.fetch_or(EXIT_KICKED, Ordering::SeqCst);
+        } else {
+            flag.fetch_and(!EXIT_KICKED, Ordering::SeqCst);
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use nix::unistd::{ForkResult, fork};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 /// Capabilities of KVM that machines cannot do without, with their numbers (linux/kvm.h).
-pub const CAPABILITIES: [(&str, i32); 9] = [
+pub const CAPABILITIES: [(&str, i32); 10] = [
     ("KVM_CAP_IRQCHIP", 0),
     ("KVM_CAP_USER_MEMORY", 3),
     ("KVM_CAP_SET_TSS_ADDR", 4),
@@ -22,6 +22,7 @@ pub const CAPABILITIES: [(&str, i32); 9] = [
     ("KVM_CAP_IRQFD", 32),
     ("KVM_CAP_PIT2", 33),
     ("KVM_CAP_IOEVENTFD", 36),
+    ("KVM_CAP_SYNC_REGS", 74),
     ("KVM_CAP_IMMEDIATE_EXIT", 136),
 ];
 const KVM_CAP_MAX_VCPUS: i32 = 66;

@@ -522,9 +522,9 @@ impl<'a, V: VcpuOps, M: GuestMemoryBackend> Machine<'a, V, M> {
             self.ops.set_xsave(image)?;
         }
         if self.sregs_changed {
-            self.ops.set_sregs(&self.sregs)?;
+            self.ops.set_sregs(&self.sregs);
         }
-        self.ops.set_regs(&self.regs)?;
+        self.ops.set_regs(&self.regs);
         match next {
             Next::Advance if self.regs.rflags & TRAP != 0 => self.inject(Exception::DEBUG),
             Next::Advance => Ok(()),
@@ -541,7 +541,7 @@ impl<'a, V: VcpuOps, M: GuestMemoryBackend> Machine<'a, V, M> {
             // The registers as they were: a faulting instruction changes nothing but CR2.
             let mut sregs = self.ops.sregs()?;
             sregs.cr2 = address;
-            self.ops.set_sregs(&sregs)?;
+            self.ops.set_sregs(&sregs);
         }
         if exception == Exception::DEBUG {
             const SINGLE_STEP: u64 = 1 << 14;
@@ -554,7 +554,7 @@ impl<'a, V: VcpuOps, M: GuestMemoryBackend> Machine<'a, V, M> {
             // The frame of a fault has RF set; KVM sees to that only where the fault is its own.
             let mut regs = self.ops.regs()?;
             regs.rflags |= RESUME;
-            self.ops.set_regs(&regs)?;
+            self.ops.set_regs(&regs);
         }
         let mut events = self.ops.events()?;
         // Only what is said here: flags of the reply would write back NMI and SMM state that
@@ -565,6 +565,7 @@ impl<'a, V: VcpuOps, M: GuestMemoryBackend> Machine<'a, V, M> {
         events.exception.nr = exception.vector;
         events.exception.has_error_code = u8::from(exception.error_code.is_some());
         events.exception.error_code = exception.error_code.unwrap_or(0);
-        self.ops.set_events(&events)
+        self.ops.set_events(&events);
+        Ok(())
     }
 }

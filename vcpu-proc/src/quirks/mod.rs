@@ -16,9 +16,9 @@
 //! 4. KVM_EXIT_INTERNAL_ERROR → [`VcpuQuirks::on_internal_error`]; KVM_EXIT_DEBUG →
 //!    [`VcpuQuirks::on_debug`]; KVM_EXIT_X86_WRMSR → [`VcpuQuirks::on_wrmsr`].
 //!
-//! Beyond what every vCPU thread needs this takes the ioctls KVM_GET/SET_{REGS, SREGS, MSRS, XSAVE, XCRS,
-//! VCPU_EVENTS, DEBUGREGS} and KVM_SET_GUEST_DEBUG after lock, and KVM_ENABLE_CAP and
-//! KVM_X86_SET_MSR_FILTER before it.
+//! Beyond what every vCPU thread needs this takes the ioctls KVM_GET/SET_{MSRS, XSAVE, XCRS, DEBUGREGS} and
+//! KVM_SET_GUEST_DEBUG after lock, and KVM_ENABLE_CAP and KVM_X86_SET_MSR_FILTER before it. Registers and
+//! pending events travel in the `kvm_run` page ([`ops`]).
 //!
 //! # What is completed
 //! - [`complete`]: instructions that KVM cannot emulate (KVM_EXIT_INTERNAL_ERROR, sub-error 1), one
@@ -201,8 +201,9 @@ impl VcpuQuirks {
     pub fn new<V: VcpuOps>(vcpu: &mut V) -> Result<Self, QuirkError> {
         let mut quirks = Self::default();
         if vcpu.msr(MSR_LSTAR)?.is_some_and(|entry| entry != 0) {
-            quirks.watch.start(vcpu);
+            quirks.watch.start();
         }
+        vcpu.expect(quirks.watch.is_on());
         Ok(quirks)
     }
 
@@ -212,8 +213,8 @@ impl VcpuQuirks {
         self.counters
     }
 
-    /// Follows changes of the guest's page-fault handler. Called after each return from KVM_RUN;
-    /// costs one branch until the guest has written LSTAR, then a read of guest memory, and an
+    /// Ends the handling of an exit, and follows changes of the guest's page-fault handler. Called
+    /// after each return from KVM_RUN; costs one branch until the guest has written LSTAR, then a read of guest memory, and an
     /// ioctl only when the handler moves.
     ///
     /// # Errors
@@ -226,6 +227,7 @@ impl VcpuQuirks {
         if self.watch.is_on() && self.watch.follow(vcpu, mem, &mut self.debug)? {
             self.counters.breakpoint_moves += 1;
         }
+        vcpu.expect(self.watch.is_on());
         Ok(())
     }
 
@@ -242,7 +244,7 @@ impl VcpuQuirks {
     ) -> Result<bool, QuirkError> {
         let done = vcpu.set_msr(index, data)?;
         if done && index == MSR_LSTAR && data != 0 {
-            self.watch.start(vcpu);
+            self.watch.start();
         }
         Ok(done)
     }

@@ -1,14 +1,20 @@
-//! The ioctls that the quirks layer makes, behind a trait so that tests can record and answer them.
+//! What the quirks layer asks of KVM, behind a trait so that tests can record and answer it.
 //!
-//! Each method is one ioctl of the vCPU, except the two that read the shared `kvm_run` page. Nothing
-//! else in this layer talks to KVM, so a recording of these calls is a recording of all it does.
+//! General and system registers and pending events travel in the `kvm_run` page (KVM_CAP_SYNC_REGS): KVM
+//! takes changed ones with the next KVM_RUN and leaves those that were asked for with each exit, so
+//! they need no ioctl of their own. `kvm_valid_regs` says which of them the page holds; where one
+//! is missing, [`exchange`] fetches all. Everything else is one ioctl each. Nothing else in this layer
+//! talks to KVM, so a recording of these calls is a recording of all it does.
 #![allow(unsafe_code, reason = "fields of the kvm_run union, and KVM_SET_XSAVE")]
 
 use kvm_bindings::{
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, Msrs, kvm_debugregs, kvm_guest_debug,
-    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_SYNC_X86_VALID_FIELDS, Msrs,
+    kvm_debugregs, kvm_guest_debug, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sync_regs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
+
+use crate::kvm::exchange;
 
 /// The error of a failed ioctl.
 pub type Errno = kvm_ioctls::Error;
@@ -26,18 +32,27 @@ pub struct InternalError {
     pub instruction_len: u8,
 }
 
-/// The vCPU as the quirks layer sees it. Every method that returns a result is one ioctl, and its
+/// The vCPU as the quirks layer sees it. Every method that returns a result may be an ioctl, and its
 /// error is the ioctl's.
 #[allow(clippy::missing_errors_doc, reason = "said once, above")]
 pub trait VcpuOps {
-    /// KVM_GET_REGS.
+    /// The general registers.
     fn regs(&mut self) -> OpResult<kvm_regs>;
-    /// KVM_SET_REGS. KVM forgets a pending exception with it.
-    fn set_regs(&mut self, regs: &kvm_regs) -> OpResult<()>;
-    /// KVM_GET_SREGS.
+    /// Changes the general registers. KVM forgets a pending exception with it.
+    fn set_regs(&mut self, regs: &kvm_regs);
+    /// The system registers.
     fn sregs(&mut self) -> OpResult<kvm_sregs>;
-    /// KVM_SET_SREGS.
-    fn set_sregs(&mut self, sregs: &kvm_sregs) -> OpResult<()>;
+    /// Changes the system registers.
+    fn set_sregs(&mut self, sregs: &kvm_sregs);
+    /// Pending exceptions and interrupts.
+    fn events(&mut self) -> OpResult<kvm_vcpu_events>;
+    /// Changes pending exceptions and interrupts, after changed registers.
+    fn set_events(&mut self, events: &kvm_vcpu_events);
+    /// Has KVM take what was changed now instead of with the next KVM_RUN.
+    fn apply(&mut self) -> OpResult<()>;
+    /// The last exit is done with: what the page holds is forgotten, and the next exit leaves the
+    /// system registers there if `sregs`. Changes that were made are kept. No ioctl.
+    fn expect(&mut self, sregs: bool);
     /// KVM_GET_XSAVE: the 4 KiB image, which holds everything up to AVX-512.
     fn xsave(&mut self) -> OpResult<Box<kvm_xsave>>;
     /// KVM_SET_XSAVE.
@@ -50,39 +65,55 @@ pub trait VcpuOps {
     fn msr(&mut self, index: u32) -> OpResult<Option<u64>>;
     /// KVM_SET_MSRS of one register; false where KVM refuses the value.
     fn set_msr(&mut self, index: u32, value: u64) -> OpResult<bool>;
-    /// KVM_GET_VCPU_EVENTS.
-    fn events(&mut self) -> OpResult<kvm_vcpu_events>;
-    /// KVM_SET_VCPU_EVENTS.
-    fn set_events(&mut self, events: &kvm_vcpu_events) -> OpResult<()>;
     /// KVM_GET_DEBUGREGS.
     fn debug_regs(&mut self) -> OpResult<kvm_debugregs>;
     /// KVM_SET_DEBUGREGS.
     fn set_debug_regs(&mut self, regs: &kvm_debugregs) -> OpResult<()>;
     /// KVM_SET_GUEST_DEBUG.
     fn set_guest_debug(&mut self, debug: &kvm_guest_debug) -> OpResult<()>;
-    /// Asks KVM to leave the system registers in `kvm_run` at each exit from now on; no ioctl.
-    fn sync_sregs(&mut self);
-    /// The system registers that the last exit left in `kvm_run`; no ioctl.
-    fn synced_sregs(&mut self) -> kvm_sregs;
     /// The details of the last exit, which was KVM_EXIT_INTERNAL_ERROR; no ioctl.
     fn internal_error(&mut self) -> InternalError;
 }
 
 impl VcpuOps for VcpuFd {
     fn regs(&mut self) -> OpResult<kvm_regs> {
-        self.get_regs()
+        Ok(held(self, SyncReg::Register)?.regs)
     }
 
-    fn set_regs(&mut self, regs: &kvm_regs) -> OpResult<()> {
-        Self::set_regs(self, regs)
+    fn set_regs(&mut self, regs: &kvm_regs) {
+        self.sync_regs_mut().regs = *regs;
+        change(self, SyncReg::Register);
     }
 
     fn sregs(&mut self) -> OpResult<kvm_sregs> {
-        self.get_sregs()
+        Ok(held(self, SyncReg::SystemRegister)?.sregs)
     }
 
-    fn set_sregs(&mut self, sregs: &kvm_sregs) -> OpResult<()> {
-        Self::set_sregs(self, sregs)
+    fn set_sregs(&mut self, sregs: &kvm_sregs) {
+        self.sync_regs_mut().sregs = *sregs;
+        change(self, SyncReg::SystemRegister);
+    }
+
+    fn events(&mut self) -> OpResult<kvm_vcpu_events> {
+        Ok(held(self, SyncReg::VcpuEvents)?.events)
+    }
+
+    fn set_events(&mut self, events: &kvm_vcpu_events) {
+        self.sync_regs_mut().events = *events;
+        change(self, SyncReg::VcpuEvents);
+    }
+
+    fn apply(&mut self) -> OpResult<()> {
+        exchange(self)
+    }
+
+    fn expect(&mut self, sregs: bool) {
+        let run = self.get_kvm_run();
+        run.kvm_valid_regs = if sregs {
+            SyncReg::SystemRegister as u64
+        } else {
+            0
+        };
     }
 
     fn xsave(&mut self) -> OpResult<Box<kvm_xsave>> {
@@ -111,14 +142,6 @@ impl VcpuOps for VcpuFd {
         Ok(self.set_msrs(&one_msr(index, value)?)? == 1)
     }
 
-    fn events(&mut self) -> OpResult<kvm_vcpu_events> {
-        self.get_vcpu_events()
-    }
-
-    fn set_events(&mut self, events: &kvm_vcpu_events) -> OpResult<()> {
-        self.set_vcpu_events(events)
-    }
-
     fn debug_regs(&mut self) -> OpResult<kvm_debugregs> {
         self.get_debug_regs()
     }
@@ -128,15 +151,11 @@ impl VcpuOps for VcpuFd {
     }
 
     fn set_guest_debug(&mut self, debug: &kvm_guest_debug) -> OpResult<()> {
+        // A single step starts where KVM thinks that the guest is.
+        if self.get_kvm_run().kvm_dirty_regs != 0 {
+            exchange(self)?;
+        }
         Self::set_guest_debug(self, debug)
-    }
-
-    fn sync_sregs(&mut self) {
-        self.set_sync_valid_reg(SyncReg::SystemRegister);
-    }
-
-    fn synced_sregs(&mut self) -> kvm_sregs {
-        self.sync_regs().sregs
     }
 
     fn internal_error(&mut self) -> InternalError {
@@ -157,6 +176,23 @@ impl VcpuOps for VcpuFd {
         }
         error
     }
+}
+
+/// The registers in the page, `wanted` among them.
+fn held(vcpu: &mut VcpuFd, wanted: SyncReg) -> OpResult<kvm_sync_regs> {
+    if vcpu.get_kvm_run().kvm_valid_regs & wanted as u64 == 0 {
+        // What follows mostly needs the others too.
+        vcpu.get_kvm_run().kvm_valid_regs = u64::from(KVM_SYNC_X86_VALID_FIELDS);
+        exchange(vcpu)?;
+    }
+    Ok(vcpu.sync_regs())
+}
+
+/// Marks a register block that was written to the page.
+fn change(vcpu: &mut VcpuFd, changed: SyncReg) {
+    let run = vcpu.get_kvm_run();
+    run.kvm_dirty_regs |= changed as u64;
+    run.kvm_valid_regs |= changed as u64;
 }
 
 /// KVM_GET_MSRS of one register; `None` where KVM does not know it.

@@ -24,8 +24,7 @@ pub(crate) enum Call {
     GetDebugRegs,
     SetDebugRegs,
     SetGuestDebug,
-    SyncSregs,
-    SyncedSregs,
+    Apply,
     InternalError,
 }
 
@@ -42,6 +41,7 @@ pub(crate) struct Recorder {
     pub(crate) debug_regs: kvm_debugregs,
     pub(crate) guest_debug: kvm_guest_debug,
     pub(crate) error: InternalError,
+    pub(crate) expects_sregs: bool,
 }
 
 impl VcpuOps for Recorder {
@@ -50,10 +50,9 @@ impl VcpuOps for Recorder {
         Ok(self.regs)
     }
 
-    fn set_regs(&mut self, regs: &kvm_regs) -> OpResult<()> {
+    fn set_regs(&mut self, regs: &kvm_regs) {
         self.calls.push(Call::SetRegs);
         self.regs = *regs;
-        Ok(())
     }
 
     fn sregs(&mut self) -> OpResult<kvm_sregs> {
@@ -61,10 +60,9 @@ impl VcpuOps for Recorder {
         Ok(self.sregs)
     }
 
-    fn set_sregs(&mut self, sregs: &kvm_sregs) -> OpResult<()> {
+    fn set_sregs(&mut self, sregs: &kvm_sregs) {
         self.calls.push(Call::SetSregs);
         self.sregs = *sregs;
-        Ok(())
     }
 
     fn xsave(&mut self) -> OpResult<Box<kvm_xsave>> {
@@ -113,10 +111,9 @@ impl VcpuOps for Recorder {
         Ok(self.events)
     }
 
-    fn set_events(&mut self, events: &kvm_vcpu_events) -> OpResult<()> {
+    fn set_events(&mut self, events: &kvm_vcpu_events) {
         self.calls.push(Call::SetEvents);
         self.events = *events;
-        Ok(())
     }
 
     fn debug_regs(&mut self) -> OpResult<kvm_debugregs> {
@@ -136,13 +133,13 @@ impl VcpuOps for Recorder {
         Ok(())
     }
 
-    fn sync_sregs(&mut self) {
-        self.calls.push(Call::SyncSregs);
+    fn apply(&mut self) -> OpResult<()> {
+        self.calls.push(Call::Apply);
+        Ok(())
     }
 
-    fn synced_sregs(&mut self) -> kvm_sregs {
-        self.calls.push(Call::SyncedSregs);
-        self.sregs
+    fn expect(&mut self, sregs: bool) {
+        self.expects_sregs = sregs;
     }
 
     fn internal_error(&mut self) -> InternalError {

@@ -35,8 +35,6 @@ const TRANSLATION_EXITS_MAX: u8 = 64;
 #[derive(Debug, Default)]
 pub(super) struct SyscallWatch {
     on: bool,
-    /// `kvm_run` holds the registers of the last exit; false until the first exit after `start`.
-    synced: bool,
     idt_base: u64,
     gate_gpa: Option<u64>,
     exits: u8,
@@ -47,11 +45,8 @@ impl SyscallWatch {
         self.on
     }
 
-    pub(super) fn start<V: VcpuOps>(&mut self, vcpu: &mut V) {
-        if !self.on {
-            vcpu.sync_sregs();
-            self.on = true;
-        }
+    pub(super) fn start(&mut self) {
+        self.on = true;
     }
 
     /// Reads the gate and moves the breakpoint if the handler has moved; true if it did.
@@ -64,12 +59,7 @@ impl SyscallWatch {
         if debug.is_stepping() {
             return Ok(false);
         }
-        let sregs = if self.synced {
-            vcpu.synced_sregs()
-        } else {
-            vcpu.sregs()?
-        };
-        self.synced = true;
+        let sregs = vcpu.sregs()?;
         let handler = self.handler(&sregs, mem);
         if handler == debug.handler() {
             return Ok(false);
@@ -164,7 +154,7 @@ pub(super) fn on_debug<V: VcpuOps, M: GuestMemoryBackend>(
         return Ok(Handled::Syscall);
     }
     // The first instruction of a handler is mostly one that this layer can carry out by itself,
-    // which saves two ioctls and an entry into the guest.
+    // which saves ioctls and an entry into the guest.
     let (bytes, len) = machine.fetch();
     if machine.decode(bytes.get(..len).unwrap_or_default())
         && let Some(next) = complete::entry_instruction(&mut machine)
@@ -227,8 +217,9 @@ fn enter<V: VcpuOps, M: GuestMemoryBackend>(
         db: 1,
         ..flat
     };
-    machine.ops.set_sregs(&machine.sregs)?;
-    machine.ops.set_regs(&machine.regs)
+    machine.ops.set_sregs(&machine.sregs);
+    machine.ops.set_regs(&machine.regs);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -155,7 +155,7 @@ fn the_breakpoint_follows_the_gate_and_an_exit_without_change_makes_no_ioctl() {
     let (mut vcpu, mem, mut quirks) = armed();
     vcpu.calls.clear();
     quirks.after_exit(&mut vcpu, &mem).expect("recorder");
-    assert_eq!(vcpu.calls, [Call::SyncedSregs]);
+    assert_eq!(vcpu.calls, [Call::GetSregs]);
     set_gate(&mem, HANDLER + 0x100);
     quirks.after_exit(&mut vcpu, &mem).expect("recorder");
     assert_eq!(vcpu.guest_debug.arch.debugreg[3], HANDLER + 0x100);

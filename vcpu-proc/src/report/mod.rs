@@ -40,17 +40,17 @@ pub struct VcpuState {
     pub kernel_gs_base: u64,
 }
 
-/// Takes the snapshot of a vCPU that is not running.
+/// Takes the snapshot of a vCPU that is not running and will not run again.
 ///
 /// # Errors
 /// If KVM refuses its registers.
-pub fn collect(vcpu: &VcpuFd, index: u8) -> Result<VcpuState, kvm_ioctls::Error> {
-    use crate::quirks::ops::read_msr;
+pub fn collect(vcpu: &mut VcpuFd, index: u8) -> Result<VcpuState, kvm_ioctls::Error> {
+    use crate::quirks::ops::{VcpuOps as _, read_msr};
     const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
     Ok(VcpuState {
         index,
-        regs: vcpu.get_regs()?,
-        sregs: vcpu.get_sregs()?,
+        regs: vcpu.regs()?,
+        sregs: vcpu.sregs()?,
         kernel_gs_base: read_msr(vcpu, MSR_KERNEL_GS_BASE)?.unwrap_or(0),
     })
 }

@@ -13,6 +13,8 @@ mod agreement;
 #[cfg(test)]
 mod code;
 #[cfg(test)]
+mod exchange;
+#[cfg(test)]
 mod harness;
 #[cfg(test)]
 mod kernel;

@@ -107,7 +107,8 @@ fn invpcid<V: VcpuOps, M: GuestMemoryBackend>(machine: &mut Machine<'_, V, M>) -
     }
     let mut toggled = machine.sregs;
     toggled.cr4 ^= CR4_PGE;
-    machine.ops.set_sregs(&toggled)?;
+    machine.ops.set_sregs(&toggled);
+    machine.ops.apply()?;
     machine.sregs_changed = true;
     Ok(())
 }
