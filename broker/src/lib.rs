@@ -5,6 +5,7 @@
 //! maps guest memory, never keeps a KVM descriptor after handing it over, and parses nothing that
 //! a guest wrote.
 
+pub mod authority;
 pub mod cli;
 pub mod console;
 pub mod doctor;

@@ -12,6 +12,9 @@ const OFFSET_DENIED: usize = 8;
 const OFFSET_NUMBER: usize = 12;
 const OFFSET_THREAD: usize = 16;
 const OFFSET_ARGS: usize = 24;
+const OFFSET_NAME: usize = 72;
+/// Longest name of a thread in a policy, in bytes.
+pub const THREAD_NAME_BYTES: usize = 16;
 
 /// How far a process has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,8 +34,22 @@ pub struct Denial {
     pub number: u32,
     /// Thread id inside the process's pid namespace.
     pub thread: u32,
+    /// Name of the thread's locked filter, padded with zeros; empty in the start-up phase.
+    pub thread_name: [u8; THREAD_NAME_BYTES],
     /// Its six arguments.
     pub args: [u64; 6],
+}
+
+impl Denial {
+    /// The thread's name in the policy; `None` in the start-up phase, or when it is no text.
+    #[must_use]
+    pub fn thread_name(&self) -> Option<&str> {
+        let end = self.thread_name.iter().position(|&b| b == 0);
+        let name = self.thread_name.get(..end.unwrap_or(THREAD_NAME_BYTES))?;
+        std::str::from_utf8(name)
+            .ok()
+            .filter(|name| !name.is_empty())
+    }
 }
 
 /// The mapped page.
@@ -74,6 +91,7 @@ impl ControlPage {
     pub fn set_denial(&self, denial: Denial) {
         self.memory.write(OFFSET_NUMBER, denial.number);
         self.memory.write(OFFSET_THREAD, denial.thread);
+        self.memory.write(OFFSET_NAME, denial.thread_name);
         self.memory.write(OFFSET_ARGS, denial.args);
         self.memory.store(OFFSET_DENIED, 1u32, Ordering::Release);
     }
@@ -84,6 +102,7 @@ impl ControlPage {
         (self.memory.load::<u32>(OFFSET_DENIED, Ordering::Acquire) == 1).then(|| Denial {
             number: self.memory.read(OFFSET_NUMBER),
             thread: self.memory.read(OFFSET_THREAD),
+            thread_name: self.memory.read(OFFSET_NAME),
             args: self.memory.read(OFFSET_ARGS),
         })
     }
@@ -102,9 +121,16 @@ mod tests {
         let denial = Denial {
             number: 41,
             thread: 1,
+            thread_name: *b"main\0\0\0\0\0\0\0\0\0\0\0\0",
             args: [1, 2, 3, 4, 5, 6],
         };
         page.set_denial(denial);
         assert_eq!((page.phase(), page.denial()), (Phase::Locked, Some(denial)));
+        assert_eq!(denial.thread_name(), Some("main"));
+        let nonsense = Denial {
+            thread_name: [0xff; THREAD_NAME_BYTES],
+            ..denial
+        };
+        assert_eq!(nonsense.thread_name(), None);
     }
 }

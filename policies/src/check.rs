@@ -1,9 +1,11 @@
 //! The rules that a policy must keep, whoever wrote it. Each has a test with a file that breaks it.
 
 use crate::constants;
-use crate::plan::{Condition, FdGrant, Limits, OpcodeGrant, Permit, Policy, Request, Test, Thread};
+use crate::plan::{
+    Condition, FdGrant, Limits, MadeGrant, OpcodeGrant, Permit, Policy, Request, Test, Thread,
+};
 use crate::schema::{
-    ArgCondition, Call, LandlockDeny, Namespace, Number, Opcode, Phase, PolicyFile,
+    ArgCondition, Call, FdType, LandlockDeny, Namespace, Number, Opcode, Phase, PolicyFile,
 };
 use crate::syscalls;
 use bulkhead_ipc::ident::ProcKind;
@@ -98,6 +100,7 @@ pub fn policy(file: &str, text: &str, kind: ProcKind) -> Checked<Policy> {
     let policy = Policy {
         kind,
         fds: checker.fds(&parsed)?,
+        made: checker.made(&parsed)?,
         startup: checker.startup(&parsed.startup)?,
         locked: checker.locked(&parsed)?,
         opcodes: checker.opcodes(&parsed.io_uring.opcode)?,
@@ -133,6 +136,13 @@ pub(crate) fn extra_calls(
     Checker { file, text }.phase(&format!("allow.{thread}"), phase, true)
 }
 
+/// Why no policy may permit system call `name` after lock: what it does. `None` when one may.
+#[must_use]
+pub fn never_after_lock(name: &str) -> Option<&'static str> {
+    let found = NEVER_AFTER_LOCK.iter().find(|(known, _)| *known == name);
+    found.map(|(_, does)| *does)
+}
+
 /// Checks how many requests a policy permits.
 pub(crate) fn counts(file: &str, policy: &Policy) -> Checked<()> {
     let too_many = |key: String, count: usize, most: usize| PolicyError {
@@ -163,7 +173,7 @@ pub(crate) fn counts(file: &str, policy: &Policy) -> Checked<()> {
     Ok(())
 }
 
-fn line_of(text: &str, span: &Range<usize>) -> usize {
+pub(crate) fn line_of(text: &str, span: &Range<usize>) -> usize {
     let before = text.get(..span.start).unwrap_or(text);
     before.matches('\n').count() + 1
 }
@@ -219,13 +229,44 @@ impl Checker<'_> {
                     format!("is {}, expected at least 1 and at least min", entry.max),
                 ));
             }
+            if (entry.is == FdType::CharDevice) != entry.path.is_some() {
+                let fault = "expected the path of a character device, and of nothing else";
+                return Err(self.fault(Some(&span), format!("fd[{n}].path"), fault));
+            }
             grants.push(FdGrant {
                 role,
                 is: entry.is,
                 access: entry.access,
+                path: entry.path.clone(),
+                held: entry.held,
                 min: entry.min,
                 max: entry.max,
                 why: self.said(Some(&span), &format!("fd[{n}].why"), &entry.why)?,
+            });
+        }
+        Ok(grants)
+    }
+
+    fn made(&self, parsed: &PolicyFile) -> Checked<Vec<MadeGrant>> {
+        let mut grants: Vec<MadeGrant> = Vec::new();
+        for (n, entry) in parsed.made.iter().enumerate() {
+            let (span, is) = (entry.is.span(), *entry.is.get_ref());
+            if grants.iter().any(|grant| grant.is == is) {
+                return Err(self.fault(Some(&span), format!("made[{n}].is"), "is granted twice"));
+            }
+            if entry.min > entry.max || entry.max == 0 {
+                return Err(self.fault(
+                    Some(&span),
+                    format!("made[{n}].max"),
+                    format!("is {}, expected at least 1 and at least min", entry.max),
+                ));
+            }
+            grants.push(MadeGrant {
+                is,
+                min: entry.min,
+                max: entry.max,
+                per_vcpu: entry.per_vcpu,
+                why: self.said(Some(&span), &format!("made[{n}].why"), &entry.why)?,
             });
         }
         Ok(grants)
@@ -373,7 +414,7 @@ impl Checker<'_> {
         conditions: &[Condition],
     ) -> Checked<()> {
         let fault = |what: String| Err(self.fault(Some(span), format!("{key}.name"), what));
-        if let Some((_, does)) = NEVER_AFTER_LOCK.iter().find(|(n, _)| *n == name) {
+        if let Some(does) = never_after_lock(name) {
             return fault(format!("{name} {does}: never permitted after lock"));
         }
         let no_exec = |c: &Condition| {

@@ -1,7 +1,7 @@
 //! A policy in its meaning: names resolved to numbers, overrides applied. Everything that launches,
 //! compiles, shows or explains a policy works on this.
 
-use crate::schema::{Access, FdType, LandlockDeny, Namespace, OnDeath};
+use crate::schema::{Access, FdType, Held, LandlockDeny, MadeType, Namespace, OnDeath};
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::birth::FdRole;
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,8 @@ pub struct Policy {
     pub purpose: String,
     /// The descriptors it is born with.
     pub fds: Vec<FdGrant>,
+    /// The descriptors that it makes for itself.
+    pub made: Vec<MadeGrant>,
     /// System calls that only the start-up phase needs.
     pub startup: Vec<Permit>,
     /// System calls of the locked phase.
@@ -44,10 +46,29 @@ pub struct FdGrant {
     pub is: FdType,
     /// What may be done with it.
     pub access: Access,
+    /// Path of a character device.
+    pub path: Option<String>,
+    /// Whether the locked process still has it.
+    pub held: Held,
     /// Fewest.
     pub min: u16,
     /// Most.
     pub max: u16,
+    /// Why.
+    pub why: String,
+}
+
+/// A descriptor that a process makes for itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MadeGrant {
+    /// What it is.
+    pub is: MadeType,
+    /// Fewest.
+    pub min: u16,
+    /// Most.
+    pub max: u16,
+    /// Whether these are for each vCPU.
+    pub per_vcpu: bool,
     /// Why.
     pub why: String,
 }
@@ -183,12 +204,33 @@ impl Permit {
         self.requests.iter().map(named).collect()
     }
 
+    /// Whether it permits a call of its name with these arguments.
+    #[must_use]
+    pub fn allows(&self, args: &[u64; 6]) -> bool {
+        let [_, request, ..] = *args;
+        let requested = |r: &Request| u64::from(r.code) == request & 0xffff_ffff;
+        (self.requests.is_empty() || self.requests.iter().any(requested))
+            && self
+                .conditions
+                .iter()
+                .all(|condition| condition.holds(args))
+    }
+
     fn when(&self) -> Vec<String> {
         self.conditions.iter().map(Condition::in_words).collect()
     }
 }
 
 impl Condition {
+    fn holds(&self, args: &[u64; 6]) -> bool {
+        let value = args.get(usize::from(self.index)).copied().unwrap_or(0);
+        match &self.test {
+            Test::Is(values) => values.iter().any(|v| u64::from(*v) == value & 0xffff_ffff),
+            Test::BitsClear(bits) => value & bits == 0,
+            Test::AtMost(most) => value <= *most,
+        }
+    }
+
     fn in_words(&self) -> String {
         let n = self.index;
         match &self.test {

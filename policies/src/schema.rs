@@ -22,6 +22,9 @@ pub struct PolicyFile {
     /// The descriptors it is born with, besides log pipe, control socket and control page.
     #[serde(default)]
     pub fd: Vec<FdEntry>,
+    /// The descriptors that it makes for itself while it starts, and keeps.
+    #[serde(default)]
+    pub made: Vec<MadeEntry>,
     /// System calls of the start-up phase; those of the locked phase need not be repeated.
     pub startup: Phase,
     /// System calls of the locked phase by kind of thread: `main`, `vcpu`, `gate`.
@@ -48,6 +51,12 @@ pub struct FdEntry {
     pub is: FdType,
     /// What may be done with it.
     pub access: Access,
+    /// Path of a character device.
+    #[serde(default)]
+    pub path: Option<String>,
+    /// Whether the locked process still has it.
+    #[serde(default)]
+    pub held: Held,
     /// Fewest of this role.
     #[serde(default = "one")]
     pub min: u16,
@@ -60,6 +69,57 @@ pub struct FdEntry {
 
 const fn one() -> u16 {
     1
+}
+
+/// Whether a locked process still has a descriptor that it was born with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Held {
+    /// It has.
+    #[default]
+    Always,
+    /// It closes the descriptor before it locks itself.
+    UntilLock,
+    /// That depends on what it was given.
+    Maybe,
+}
+
+/// A descriptor, or several, that a process makes for itself while it starts, and keeps.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MadeEntry {
+    /// What it is.
+    #[schemars(with = "MadeType")]
+    pub is: Spanned<MadeType>,
+    /// Fewest.
+    #[serde(default = "one")]
+    pub min: u16,
+    /// Most.
+    #[serde(default = "one")]
+    pub max: u16,
+    /// Whether `min` and `max` are for each vCPU.
+    #[serde(default)]
+    pub per_vcpu: bool,
+    /// Why the process makes it.
+    pub why: String,
+}
+
+/// What a descriptor is that a process makes for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum MadeType {
+    /// A set of descriptors that are waited for.
+    Epoll,
+    /// A doorbell of its own.
+    Eventfd,
+    /// The ring of `io_uring`.
+    IoUring,
+    /// The virtual machine of KVM.
+    KvmVm,
+    /// A virtual processor of KVM.
+    KvmVcpu,
+    /// A second descriptor of a window that it was born with.
+    WindowCopy,
 }
 
 /// What kind of file a descriptor refers to.

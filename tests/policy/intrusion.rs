@@ -86,6 +86,11 @@ fn try_everything(kind: &str, thread: Option<&str>) {
         );
         drop(intruder);
         machine.expect_error("not granted");
+        // The report names the call, the thread, and the place in the policy.
+        let thread = thread.unwrap_or("main");
+        machine.expect_error(&format!(
+            "is not granted to thread {thread}; policies/{kind}.toml:"
+        ));
     }
 }
 

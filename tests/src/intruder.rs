@@ -76,6 +76,29 @@ impl Intruder {
         address
     }
 
+    /// Reads `len` bytes of the process at `address`.
+    ///
+    /// # Panics
+    /// When nothing is mapped there.
+    #[must_use]
+    pub fn look(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory
+            .read_exact_at(&mut bytes, address)
+            .expect("mapped memory");
+        bytes
+    }
+
+    /// Writes bytes of the process at `address`.
+    ///
+    /// # Panics
+    /// When nothing is mapped there.
+    pub fn write(&self, address: u64, bytes: &[u8]) {
+        self.memory
+            .write_all_at(bytes, address)
+            .expect("mapped memory");
+    }
+
     /// Makes the thread issue system call `number`.
     ///
     /// # Panics

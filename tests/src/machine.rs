@@ -46,6 +46,20 @@ impl Processes {
             .map(|(pid, _)| *pid)
     }
 
+    /// The pids of all processes of `kind`, in the order in which they were started.
+    #[must_use]
+    pub fn all_of(&self, kind: &str) -> Vec<u32> {
+        let name = format!("bulkhead-{kind}");
+        let mut pids: Vec<u32> = self
+            .0
+            .iter()
+            .filter(|(_, comm)| *comm == name)
+            .map(|(pid, _)| *pid)
+            .collect();
+        pids.sort_unstable();
+        pids
+    }
+
     /// Kinds of all processes, sorted.
     #[must_use]
     pub fn kinds(&self) -> Vec<&str> {

@@ -73,6 +73,7 @@ struct PolicyReport {
     permitted_requests: usize,
     filter_instructions: usize,
     fds: Vec<FdReport>,
+    made: Vec<MadeReport>,
     namespaces: Vec<String>,
     landlock: Vec<String>,
     locked: Vec<RequestReport>,
@@ -86,6 +87,15 @@ struct FdReport {
     access: String,
     min: u16,
     max: u16,
+    why: String,
+}
+
+#[derive(Serialize)]
+struct MadeReport {
+    is: String,
+    min: u16,
+    max: u16,
+    per_vcpu: bool,
     why: String,
 }
 
@@ -162,6 +172,13 @@ fn report(policy: &Policy, filter_instructions: usize) -> PolicyReport {
         max: fd.max,
         why: printable(&fd.why),
     });
+    let made = policy.made.iter().map(|made| MadeReport {
+        is: word(&made.is),
+        min: made.min,
+        max: made.max,
+        per_vcpu: made.per_vcpu,
+        why: printable(&made.why),
+    });
     PolicyReport {
         kind: policy.kind.name(),
         purpose: printable(&summary.purpose),
@@ -169,6 +186,7 @@ fn report(policy: &Policy, filter_instructions: usize) -> PolicyReport {
         permitted_requests: summary.requests.len(),
         filter_instructions,
         fds: fds.collect(),
+        made: made.collect(),
         namespaces: policy.namespaces.iter().map(word).collect(),
         landlock: policy.landlock.iter().map(word).collect(),
         locked: requests(summary.requests),
@@ -210,10 +228,18 @@ fn show(out: &mut String, report: &PolicyReport) {
             fd.role, fd.is, fd.access, fd.min, fd.max
         );
     }
+    for made in &report.made {
+        let _infallible = writeln!(out, "  makes       {}", made_line(made));
+    }
     for request in &report.locked {
         let threads = request.threads.join(", ");
         let _infallible = writeln!(out, "  request     {} [{threads}]", request.name);
     }
+}
+
+fn made_line(made: &MadeReport) -> String {
+    let each = if made.per_vcpu { " for each vCPU" } else { "" };
+    format!("{} ({} to {}{each})", made.is, made.min, made.max)
 }
 
 fn explain(out: &mut String, report: &PolicyReport) {
@@ -225,6 +251,10 @@ fn explain(out: &mut String, report: &PolicyReport) {
             "    {} ({}, {}, {} to {})\n        {}",
             fd.role, fd.is, fd.access, fd.min, fd.max, fd.why
         );
+    }
+    out.push_str("\n  It makes these for itself while it starts:\n");
+    for made in &report.made {
+        let _infallible = writeln!(out, "    {}\n        {}", made_line(made), made.why);
     }
     let lists = [
         (

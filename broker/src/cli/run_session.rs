@@ -207,6 +207,9 @@ impl Watcher {
             Event::Degraded { name, reason, .. } => {
                 notice(&format!("bulkhead: degraded: {name} is lost: {reason}"));
             }
+            Event::Denied { id, name, denial } => {
+                notice(&format!("bulkhead: {id} ({name}): {denial}"));
+            }
             Event::DeviceFault { name, reason } => {
                 notice(&format!("bulkhead: device {name} failed: {reason}"));
             }

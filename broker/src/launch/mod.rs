@@ -162,7 +162,7 @@ impl Launcher {
         };
         let means = Means {
             root,
-            user_range: root && has_user_range(),
+            user_range: has_user_range(),
         };
         let open = |path: &str, flags: i32| {
             OpenOptions::new()
@@ -308,8 +308,12 @@ impl Launched {
     }
 }
 
-/// Whether the ids for processes exist in the broker's user namespace.
-fn has_user_range() -> bool {
+/// Whether each process gets a user of its own: the broker is root, and the ids for processes exist in
+/// its user namespace.
+pub(crate) fn has_user_range() -> bool {
+    if !nix::unistd::geteuid().is_root() {
+        return false;
+    }
     let covers = |path: &str| {
         let text = std::fs::read_to_string(path).unwrap_or_default();
         text.lines().any(|line| {

@@ -3,8 +3,11 @@
 use crate::escape::excerpt;
 use crate::launch::Launched;
 use bulkhead_ipc::control_page::{Denial, Phase};
-use bulkhead_policies::{constants, syscalls};
+use bulkhead_ipc::protocol::birth::{CONTROL_FD, PAGE_FD};
+use bulkhead_policies::explain::{self, Denied, Explanation};
+use bulkhead_policies::{decode, load, role_name};
 use nix::sys::wait::WaitStatus;
+use std::path::Path;
 
 /// Longest reason that a process may give, in bytes.
 const REASON_BYTES_MAX: usize = 400;
@@ -18,8 +21,8 @@ pub fn describe(launched: &Launched, status: Option<WaitStatus>) -> String {
     }
     if let Some(denial) = launched.page.denial() {
         return format!(
-            "{name} was stopped by the kernel: system call {} is not granted (claimed by the process, {})",
-            denied(&denial),
+            "{name} was stopped by the kernel: {} is not granted (claimed by the process, {})",
+            denied(launched, &denial),
             phase(launched.page.phase()),
         );
     }
@@ -45,43 +48,53 @@ const fn phase(phase: Phase) -> &'static str {
     }
 }
 
-/// The call and its arguments, by name where there is one.
-#[must_use]
-pub fn denied(denial: &Denial) -> String {
-    let name = syscalls::name(denial.number);
-    let [first, second, rest @ ..] = denial.args;
-    let request = u32::try_from(second & 0xffff_ffff)
-        .ok()
-        .filter(|_| name == Some("ioctl"))
-        .and_then(constants::request_name);
-    let second = request.map_or_else(|| format!("{second:#x}"), str::to_owned);
-    let rest = rest.map(|arg| format!(", {arg:#x}")).concat();
-    let arguments = format!("({first:#x}, {second}{rest})");
-    match name {
-        Some(name) => format!("{name}{arguments}"),
-        None => format!("number {}{arguments}", denial.number),
-    }
+/// The call with its arguments, and the thread that made it.
+fn denied(launched: &Launched, denial: &Denial) -> String {
+    let role = |fd| role(launched, fd);
+    let call = decode::call(denial.number, &denial.args, &role);
+    let name = denial.thread_name().unwrap_or("start-up");
+    let name = excerpt(name, REASON_BYTES_MAX);
+    format!("system call {call} of thread {name} ({})", denial.thread)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn denial(number: u32, second: u64) -> Denial {
-        Denial {
-            number,
-            thread: 1,
-            args: [2, second, 0, 0, 0, 0],
+/// What a descriptor of a process was when it was born.
+fn role(launched: &Launched, fd: i32) -> Option<String> {
+    let fixed = match fd {
+        0 | 1 => "null",
+        2 => "log",
+        CONTROL_FD => "control",
+        PAGE_FD => "control page",
+        _ => {
+            let grant = launched.grants.iter().find(|grant| grant.fd == fd)?;
+            let several = launched.grants.iter().filter(|g| g.role == grant.role);
+            let name = role_name(grant.role);
+            return Some(match several.count() {
+                1 => name,
+                _ => format!("{name} {}", grant.index),
+            });
         }
-    }
+    };
+    Some(fixed.to_owned())
+}
 
-    #[test]
-    fn denied_calls_are_named() {
-        assert_eq!(
-            denied(&denial(41, 1)),
-            "socket(0x2, 0x1, 0x0, 0x0, 0x0, 0x0)"
-        );
-        assert!(denied(&denial(16, 0xae80)).starts_with("ioctl(0x2, KVM_RUN,"));
-        assert!(denied(&denial(9999, 1)).starts_with("number 9999("));
-    }
+/// The denial that a dead process claims, with the line of the policy that would allow it. `policies`
+/// is the directory of overrides.
+#[must_use]
+pub fn denial(launched: &Launched, policies: Option<&Path>) -> Option<Explanation> {
+    let claimed = launched.page.denial()?;
+    // A thread that the policy does not know is one that the process has made up.
+    let known = |name: &&str| {
+        load(launched.id.kind, None, false)
+            .is_ok_and(|policy| policy.locked.iter().any(|thread| thread.name == *name))
+    };
+    let denied = Denied {
+        thread: claimed.thread_name().filter(known),
+        number: claimed.number,
+        args: claimed.args,
+    };
+    let explained = explain::denial(launched.id.kind, policies, &denied, &|fd| {
+        role(launched, fd)
+    });
+    // The reason of the death tells the call all the same.
+    explained.ok()
 }

@@ -75,6 +75,7 @@ pub async fn run(
         let mut nursery = Nursery {
             launcher: &mut launcher,
             compiled: &compiled,
+            policies: options.policies.as_deref(),
             spec,
             devices: &devices,
             rings: &rings,
@@ -304,6 +305,7 @@ impl Machine<'_> {
             Notice::Broke(reason) => self.supervise(supervision::Event::Broke { id, reason }),
             Notice::Died(reason) => {
                 tracing::debug!(proc = %id, reason, "gone");
+                self.tell_of_denial(id);
                 self.supervise(supervision::Event::Died { id, reason });
             }
             Notice::Device(FromDevice::Pong(_)) | Notice::Vcpu(FromVcpu::Pong(_)) => {}
@@ -314,6 +316,17 @@ impl Machine<'_> {
                 self.tell.event(Event::DeviceFault { name, reason });
             }
             Notice::Vcpu(message) => self.hear_vcpu(message),
+        }
+    }
+
+    fn tell_of_denial(&mut self, id: ProcId) {
+        let denial = self.household.member(id);
+        let denial = denial.and_then(|m| fault::denial(&m.launched, self.nursery.policies));
+        if let Some(denial) = denial {
+            let name = self.name(id);
+            tracing::error!(proc = %id, name, %denial, "denied");
+            let denial = Box::new(denial);
+            self.tell.event(Event::Denied { id, name, denial });
         }
     }
 

@@ -26,6 +26,7 @@ use bulkhead_policies::schema::OnDeath;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -56,6 +57,8 @@ pub(super) struct Household {
 pub(super) struct Nursery<'a> {
     pub(super) launcher: &'a mut Launcher,
     pub(super) compiled: &'a Compiled,
+    /// Directory of policy overrides.
+    pub(super) policies: Option<&'a Path>,
     pub(super) spec: &'a VmSpec,
     pub(super) devices: &'a [DevicePlan],
     pub(super) rings: &'a Rings,

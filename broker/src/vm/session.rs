@@ -7,6 +7,7 @@ use bulkhead_ipc::input_ring::InputWriter;
 use bulkhead_ipc::output_ring::OutputReader;
 use bulkhead_ipc::protocol::vcpu::Outcome;
 use bulkhead_ipc::shared::Doorbell;
+use bulkhead_policies::explain::Explanation;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -98,6 +99,16 @@ pub enum Event {
         name: String,
         /// What happened to it.
         reason: String,
+    },
+    /// A process is dead because the kernel denied it a system call, as it claims itself. Comes
+    /// before what its death means.
+    Denied {
+        /// Who.
+        id: ProcId,
+        /// Name in the VM file.
+        name: String,
+        /// The call, and the line of the policy that would allow it.
+        denial: Box<Explanation>,
     },
     /// A device broke its protocol, or said that it failed.
     DeviceFault {

@@ -49,8 +49,8 @@ pub(crate) fn run() -> ExitCode {
 
 fn bear(mut newborn: Newborn) -> Result<Process, Stillbirth> {
     let waiter = Waiter::new().map_err(Stillbirth::setup)?;
-    let board = match prepare(&mut newborn, &waiter) {
-        Ok(board) => board,
+    let (board, watched) = match prepare(&mut newborn, &waiter) {
+        Ok(prepared) => prepared,
         Err(cause) => newborn.fail(&cause),
     };
     let cpus = newborn.cpus;
@@ -58,13 +58,14 @@ fn bear(mut newborn: Newborn) -> Result<Process, Stillbirth> {
     Ok(Process {
         board,
         waiter,
+        _watched: watched,
         control: Control::from(channel),
         spin: Spin::beside(1, cpus),
         linger: if cpus > 1 { LINGER } else { Duration::ZERO },
     })
 }
 
-fn prepare(newborn: &mut Newborn, waiter: &Waiter) -> Result<Board, Stillbirth> {
+fn prepare(newborn: &mut Newborn, waiter: &Waiter) -> Result<(Board, [Doorbell; 2]), Stillbirth> {
     let KindConfig::Legacy(config) = &newborn.config else {
         return Err(Stillbirth::setup("no configuration of legacy devices"));
     };
@@ -107,10 +108,8 @@ fn prepare(newborn: &mut Newborn, waiter: &Waiter) -> Result<Board, Stillbirth> 
         transcript: Transcript::new(ring, output_bell),
         input,
     };
-    Ok(Board::new(
-        wiring,
-        Rtc::new(config.rtc_offset_s, host_now()),
-    ))
+    let board = Board::new(wiring, Rtc::new(config.rtc_offset_s, host_now()));
+    Ok((board, [kick, input_bell]))
 }
 
 fn host_now() -> Duration {
@@ -122,6 +121,8 @@ fn host_now() -> Duration {
 struct Process {
     board: Board,
     waiter: Waiter,
+    /// The doorbells that the waiter watches: they must outlive whoever rings them.
+    _watched: [Doorbell; 2],
     control: Control,
     spin: Spin,
     linger: Duration,

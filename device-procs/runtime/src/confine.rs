@@ -95,7 +95,7 @@ impl Locks {
         let found = found.ok_or_else(|| ConfineError::NoFilter {
             thread: thread.to_owned(),
         })?;
-        sys::note_thread();
+        sys::note_thread(thread);
         sys::fix_heap();
         install(thread, &found.filter)
     }

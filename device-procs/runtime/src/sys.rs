@@ -5,7 +5,7 @@
     reason = "raw system calls and a signal handler; the only such module of the runtime beside uring"
 )]
 
-use bulkhead_ipc::control_page::{ControlPage, Denial};
+use bulkhead_ipc::control_page::{ControlPage, Denial, THREAD_NAME_BYTES};
 use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use std::cell::Cell;
@@ -22,6 +22,8 @@ static PAGE: OnceLock<ControlPage> = OnceLock::new();
 thread_local! {
     /// Thread id for the SIGSYS handler, which may not ask the kernel for it.
     static THREAD: Cell<u32> = const { Cell::new(0) };
+    /// Name of the thread's locked filter.
+    static THREAD_NAME: Cell<[u8; THREAD_NAME_BYTES]> = const { Cell::new([0; THREAD_NAME_BYTES]) };
 }
 
 /// Takes ownership of a descriptor that the launcher placed at a fixed number.
@@ -152,16 +154,21 @@ pub(crate) fn install_filter(instructions: &[libc::sock_filter]) -> Result<(), E
     Errno::result(result).map(drop)
 }
 
-/// Remembers the calling thread's id for the SIGSYS handler.
-pub(crate) fn note_thread() {
+/// Remembers the calling thread's id, and the name of its filter, for the SIGSYS handler.
+pub(crate) fn note_thread(name: &str) {
     let id = u32::try_from(nix::unistd::gettid().as_raw()).unwrap_or(0);
     THREAD.set(id);
+    let mut padded = [0; THREAD_NAME_BYTES];
+    for (place, byte) in padded.iter_mut().zip(name.bytes()) {
+        *place = byte;
+    }
+    THREAD_NAME.set(padded);
 }
 
 /// Installs the SIGSYS handler, which reports to `page`. Returns the page for use by the process.
 pub(crate) fn report_denials(page: ControlPage) -> Result<&'static ControlPage, Errno> {
     let page = PAGE.get_or_init(|| page);
-    note_thread();
+    note_thread("");
     let action = SigAction::new(
         SigHandler::SigAction(on_denial),
         SaFlags::SA_SIGINFO,
@@ -189,6 +196,7 @@ extern "C" fn on_denial(_signal: i32, _info: *mut libc::siginfo_t, context: *mut
             // The kernel restores the registers of the refused call, so RAX holds its number.
             number: u32::try_from(register(libc::REG_RAX)).unwrap_or(u32::MAX),
             thread: THREAD.get(),
+            thread_name: THREAD_NAME.get(),
             args: [
                 register(libc::REG_RDI),
                 register(libc::REG_RSI),

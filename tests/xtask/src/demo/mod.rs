@@ -3,7 +3,6 @@
 //! Boots the built-in guest with every device in a process of its own, shows its console and the
 //! processes, and checks that the guest read the random nonce that was put on its disk a moment ago.
 
-mod filter;
 mod table;
 
 use crate::process;

@@ -1,8 +1,8 @@
 //! The table of processes: every value comes from /proc of the living pid, or from the kernel
 //! about it, and none from a policy or from what a process says.
 
-use super::filter;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use bulkhead::authority::filters;
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -45,16 +45,14 @@ impl Row {
         let own = |name: &str| fs::read_link(format!("/proc/self/ns/{name}"));
         let its = |name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}"));
         let mut requests = BTreeSet::new();
-        let mut threads = 0;
-        for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-            let thread = thread?.file_name().to_string_lossy().parse()?;
-            let filters = filter::read(thread)?;
-            let count = match filters.is_empty() {
-                true => usize::MAX,
-                false => filter::permitted_requests(&filters)?,
+        let threads = filters::measure(i32::try_from(pid)?)?;
+        for thread in &threads {
+            let count = match &thread.permitted {
+                Some(permitted) => permitted.len(),
+                None if thread.filters == 0 => usize::MAX,
+                None => bail!("the filters of thread {} cannot be read", thread.tid),
             };
             requests.insert(count);
-            threads += 1;
         }
         Ok(Self {
             pid,
@@ -67,7 +65,7 @@ impl Row {
                 .to_owned(),
             uid: fs::metadata(format!("/proc/{pid}"))?.uid(),
             fds: fs::read_dir(format!("/proc/{pid}/fd"))?.count(),
-            threads,
+            threads: threads.len(),
             requests: (
                 requests.first().copied().unwrap_or_default(),
                 requests.last().copied().unwrap_or_default(),

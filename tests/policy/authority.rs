@@ -1,0 +1,242 @@
+//! What living processes can reach, measured from the kernel, is what their policies grant; and
+//! anything that is planted in one of them beyond that is found and named.
+
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is a test module"
+)]
+
+use bulkhead::authority::compare::{Difference, differences};
+use bulkhead::authority::descriptors::{Descriptor, Object, duplicate};
+use bulkhead::authority::graph::Graph;
+use bulkhead::authority::{Authority, Measured, Subject, measure, svg, table};
+use bulkhead_ipc::ident::{ProcId, ProcKind};
+use bulkhead_policies::cache::Compiled;
+use bulkhead_tests::{Fate, Intruder, Machine};
+use nix::sys::eventfd::EventFd;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use std::fs::File;
+use std::io::IoSlice;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// A machine with every kind of process and two disks, all locked.
+fn machine() -> (Machine, tempfile::TempDir) {
+    let disks = tempfile::tempdir().unwrap();
+    let disk = |name: &str| {
+        let path = disks.path().join(name);
+        let file = File::create(&path).unwrap();
+        file.set_len(1 << 20).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (first, second) = (disk("first.img"), disk("second.img"));
+    let arguments = ["-c", "2", "--disk", &first, "--disk", &second];
+    let mut machine = Machine::test_guest("mode=idle", &arguments);
+    machine.expect("BH idle ");
+    for kind in ProcKind::ALL {
+        let _locked = machine.process(kind.name());
+    }
+    (machine, disks)
+}
+
+/// The machine's processes and its broker, as they are to be measured.
+fn subjects(machine: &Machine) -> Vec<Subject> {
+    let pid = |pid: u32| i32::try_from(pid).unwrap();
+    let processes = machine.processes();
+    let mut subjects = Vec::new();
+    for kind in ProcKind::ALL {
+        for (index, process) in (0..).zip(processes.all_of(kind.name())) {
+            let generation = 1;
+            subjects.push(Subject {
+                id: Some(ProcId {
+                    kind,
+                    index,
+                    generation,
+                }),
+                pid: pid(process),
+                landlock_abi: None,
+            });
+        }
+    }
+    subjects.push(Subject {
+        id: None,
+        pid: pid(machine.pid()),
+        landlock_abi: None,
+    });
+    subjects
+}
+
+fn measured(machine: &Machine) -> (Authority, Vec<Difference>) {
+    let authority = measure(&subjects(machine)).unwrap();
+    let policies = Compiled::fresh(None, false).unwrap();
+    let found = differences(&authority, &policies);
+    (authority, found)
+}
+
+fn named(found: &[Difference]) -> String {
+    found.iter().map(|d| format!("{d}\n")).collect()
+}
+
+#[test]
+fn every_kind_reaches_what_its_policy_grants_and_nothing_else() {
+    let (machine, disks) = machine();
+    let (authority, found) = measured(&machine);
+    assert_eq!(named(&found), "");
+    assert_eq!(authority.processes.len(), 7);
+    for process in &authority.processes {
+        assert!(process.descriptors.is_some() && process.memory.is_some());
+        if process.id.is_some() {
+            assert!(process.threads.iter().all(|t| t.permitted.is_some()));
+        }
+    }
+    let graph = Graph::of(&authority);
+    let disk = disks.path().join("first.img");
+    let disk = disk.to_str().unwrap();
+    let thing = graph.things.iter().find(|t| t.label == disk).unwrap();
+    // The broker keeps a reader's descriptor, to see when the last lock on a disk is gone.
+    assert_eq!(thing.processes(), ["blk0.1", "broker"]);
+    assert_eq!(thing.reached_by[1].access, "r");
+    for device in ["console0.1", "blk0.1", "blk1.1", "rng0.1"] {
+        let mut windows = graph.things.iter().filter(|t| t.is_window());
+        let window = windows.find(|t| t.processes().contains(&device)).unwrap();
+        assert_eq!(window.processes(), ["vcpu0.1", device]);
+    }
+    let (text, picture) = (table::text(&authority), svg::render(&graph));
+    for shown in [text, picture, graph.dot()] {
+        for process in &authority.processes {
+            assert!(shown.contains(&process.name), "{shown}");
+        }
+        assert!(shown.contains("first.img"), "{shown}");
+    }
+}
+
+/// Hands a descriptor to a locked process through its own control socket, as a taken-over process and a
+/// taken-over broker could together: no locked process can make one by itself.
+fn plant(machine: &Machine, kind: &str, descriptor: BorrowedFd<'_>) -> i64 {
+    let victim = machine.process(kind);
+    let everybody = measure(&subjects(machine)).unwrap();
+    let pid = i32::try_from(victim).unwrap();
+    let of = |pid: i32| {
+        let process = everybody.processes.iter().find(|p| p.pid == pid);
+        process.and_then(|p| p.descriptors.clone()).unwrap()
+    };
+    let his = of(pid).into_iter().find_map(|d| match d.of {
+        Object::Socket { inode, .. } if d.number == 3 => Some(inode),
+        _ => None,
+    });
+    let broker = i32::try_from(machine.pid()).unwrap();
+    let ours = of(broker).into_iter().find(|d| match d.of {
+        Object::Socket { peer, .. } => peer.is_some() && peer == his,
+        _ => false,
+    });
+    let ours = duplicate(broker, ours.expect("the broker's end").number).unwrap();
+    let mut intruder = Intruder::enter(victim, None);
+    let fds = [descriptor.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let data = [IoSlice::new(b"!")];
+    sendmsg::<()>(ours.as_raw_fd(), &data, &rights, MsgFlags::empty(), None).unwrap();
+    // struct msghdr, struct iovec, room for the control message and for the byte.
+    let at = intruder.place(&[0; 512]);
+    let words = [0, 0, at + 64, 1, at + 128, 128, 0, 0, at + 448, 1];
+    let mut bytes: Vec<u8> = words
+        .iter()
+        .flat_map(|word: &u64| word.to_ne_bytes())
+        .collect();
+    bytes.resize(512, 0);
+    intruder.place(&bytes);
+    let fate = intruder.call(libc::SYS_recvmsg, [3, at, 0, 0, 0, 0]);
+    assert_eq!(fate, Fate::Returned(1));
+    // The descriptor's number follows the header of the control message.
+    let number = intruder.look(at + 128 + 16, 4);
+    i64::from(i32::from_ne_bytes(number.try_into().unwrap()))
+}
+
+#[test]
+fn descriptor_beyond_the_policy_is_found_and_named() {
+    let (machine, disks) = machine();
+    let disk = File::options()
+        .read(true)
+        .write(true)
+        .open(disks.path().join("first.img"))
+        .unwrap();
+    let number = plant(&machine, "rng", disk.as_fd());
+    let bell = EventFd::new().unwrap();
+    plant(&machine, "legacy", bell.as_fd());
+    let (authority, found) = measured(&machine);
+    let text = named(&found);
+    for line in [
+        format!("rng0.1: descriptors: has 1 × file ({number}), expected at most 0"),
+        "blk0.1: sharing: shares ".to_owned(),
+        "legacy0.1: descriptors: has 6 × doorbell ".to_owned(),
+    ] {
+        assert!(text.contains(&line), "no `{line}` in\n{text}");
+    }
+    let graph = Graph::of(&authority);
+    let disk = graph.things.iter().find(|t| t.label.ends_with("first.img"));
+    assert_eq!(disk.unwrap().processes(), ["blk0.1", "rng0.1", "broker"]);
+}
+
+#[test]
+fn every_way_in_which_a_process_can_differ_is_named() {
+    let (machine, _disks) = machine();
+    let (authority, found) = measured(&machine);
+    assert_eq!(named(&found), "");
+    let policies = Compiled::fresh(None, false).unwrap();
+    let is_rng = |p: &&mut Measured| p.name == "rng0.1";
+    let try_with = |what: &str, change: &dyn Fn(&mut Measured)| {
+        let mut changed = authority.clone();
+        change(changed.processes.iter_mut().find(is_rng).unwrap());
+        let found = named(&differences(&changed, &policies));
+        assert!(found.contains(what), "no `{what}` in `{found}`");
+        assert!(found.starts_with("rng0.1: "), "{found}");
+    };
+    try_with("identity: is user 0", &|p| p.status.uid = 0);
+    try_with("has the capabilities 0x4", &|p| p.status.capabilities = 4);
+    try_with("may gain privileges", &|p| {
+        p.status.may_gain_privileges = true;
+    });
+    try_with("is in the groups [27]", &|p| p.status.groups = vec![27]);
+    try_with("is in the net namespace of the host", &|p| {
+        p.status.namespaces.get_mut("net").unwrap().is_readers = true;
+    });
+    try_with("root directory has 20 entries", &|p| {
+        p.status.root_entries = Some(20);
+    });
+    try_with("Max open files is unlimited", &|p| {
+        p.status.limits.insert("Max open files".to_owned(), None);
+    });
+    try_with("can write and execute", &|p| {
+        let memory = p.memory.as_mut().unwrap();
+        let window = memory.mappings.iter_mut().find(|m| m.shared).unwrap();
+        window.protection = "rwx".to_owned();
+    });
+    try_with("maps the file /etc/passwd", &|p| {
+        let mappings = &mut p.memory.as_mut().unwrap().mappings;
+        let mut file = mappings[0].clone();
+        (file.inode, file.of, file.shared) = (1, "/etc/passwd".to_owned(), false);
+        mappings.push(file);
+    });
+    try_with("has the seals [\"seal\"]", &|p| {
+        for descriptor in p.descriptors.as_mut().unwrap() {
+            if let Object::Memfd { seals, .. } = &mut descriptor.of {
+                *seals = vec!["seal"];
+            }
+        }
+    });
+    try_with("has 0 × /dev/urandom, expected at least 1", &|p| {
+        let not_device =
+            |d: &Descriptor| d.number < 5 || !matches!(d.of, Object::CharDevice { .. });
+        p.descriptors.as_mut().unwrap().retain(not_device);
+    });
+    try_with("thread main has 0 filters", &|p| p.threads[0].filters = 0);
+    try_with("a thread gate, which the policy does not know", &|p| {
+        let mut thread = p.threads[0].clone();
+        (thread.tid, thread.name) = (1, "gate".to_owned());
+        p.threads.push(thread);
+    });
+    let tighter = tempfile::tempdir().unwrap();
+    let text = "kind = \"rng\"\n[[deny]]\nname = \"read\"\n";
+    std::fs::write(tighter.path().join("rng.toml"), text).unwrap();
+    let policies = Compiled::fresh(Some(tighter.path()), false).unwrap();
+    let found = named(&differences(&authority, &policies));
+    assert!(found.contains("it permits read beyond it"), "{found}");
+}
