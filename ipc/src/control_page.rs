@@ -2,8 +2,8 @@
 //! stops it, what it had tried. The broker shows its content as *claimed by the process*.
 
 use crate::shared::{SharedError, SharedMemory};
+use crate::sync::Ordering;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
 
 /// Size of the page in bytes.
 pub const CONTROL_PAGE_BYTES: u64 = 4096;
@@ -109,6 +109,7 @@ impl ControlPage {
 }
 
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use super::*;
     use crate::shared::sealed_memfd;

@@ -7,9 +7,8 @@
 //! ```
 
 use crate::shared::{SharedError, SharedMemory};
+use crate::sync::Ordering;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
-use vm_memory::Bytes;
 
 /// Size of the shared memory in bytes.
 pub const INPUT_RING_BYTES: u64 = 0x2000;
@@ -32,12 +31,15 @@ impl InputWriter {
     /// # Errors
     /// As [`SharedMemory::map`].
     pub fn map(fd: OwnedFd) -> Result<Self, SharedError> {
-        let memory = SharedMemory::map(fd, INPUT_RING_BYTES)?;
-        Ok(Self {
+        SharedMemory::map(fd, INPUT_RING_BYTES).map(Self::over)
+    }
+
+    pub(crate) const fn over(memory: SharedMemory) -> Self {
+        Self {
             memory,
             produced: 0,
             consumed: 0,
-        })
+        }
     }
 
     /// Writes as many of `bytes` as fit and returns how many. The caller rings the doorbell.
@@ -72,7 +74,11 @@ impl InputReader {
     /// # Errors
     /// As [`SharedMemory::map`].
     pub fn map(fd: OwnedFd) -> Result<Self, SharedError> {
-        SharedMemory::map(fd, INPUT_RING_BYTES).map(|memory| Self { memory })
+        SharedMemory::map(fd, INPUT_RING_BYTES).map(Self::over)
+    }
+
+    pub(crate) const fn over(memory: SharedMemory) -> Self {
+        Self { memory }
     }
 
     /// Copies what is there, up to the buffer's length, without taking it.
@@ -82,10 +88,9 @@ impl InputReader {
         let consumed = self.memory.load::<u64>(OFFSET_CONSUMED, Ordering::Relaxed);
         let there = produced.saturating_sub(consumed).min(CAPACITY);
         let n = buffer.len().min(usize::try_from(there).unwrap_or(0));
-        let data = self.memory.slice(OFFSET_DATA, 4096);
         for (place, byte) in buffer.iter_mut().take(n).zip(consumed..) {
             let at = usize::try_from(byte % CAPACITY).unwrap_or(0);
-            *place = data.read_obj(at).unwrap_or(0);
+            *place = self.memory.read(OFFSET_DATA + at);
         }
         n
     }
@@ -99,6 +104,7 @@ impl InputReader {
 }
 
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use super::*;
     use crate::shared::sealed_memfd;

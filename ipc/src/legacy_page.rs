@@ -16,10 +16,10 @@
 
 use crate::platform;
 use crate::shared::{SharedError, SharedMemory};
+use crate::sync::{Ordering, fence};
 use nix::errno::Errno;
 use nix::sys::uio::pwrite;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{Ordering, fence};
 
 /// Size of the page in bytes.
 pub const LEGACY_PAGE_BYTES: u64 = 0x3000;
@@ -136,6 +136,12 @@ impl LegacyPage {
         SharedMemory::map(fd, LEGACY_PAGE_BYTES).map(|memory| Self { memory })
     }
 
+    /// Over modelled memory.
+    #[cfg(all(test, loom))]
+    pub(crate) const fn over(memory: SharedMemory) -> Self {
+        Self { memory }
+    }
+
     /// vCPU: writes the identity before the legacy process is told of the page.
     pub fn initialise(&self, generation: u32) {
         self.memory
@@ -172,17 +178,14 @@ impl LegacyPage {
     /// rings the interrupt doorbell.
     pub fn request(&self, bits: u32) {
         self.memory
-            .atomic_u32(OFFSET_INTERRUPTS)
-            .fetch_or(bits, Ordering::Release);
+            .set_bits(OFFSET_INTERRUPTS, bits, Ordering::Release);
     }
 
     /// vCPU: takes all requests. Bits that the platform does not give the legacy process are
     /// dropped by the caller.
     #[must_use]
     pub fn take_requests(&self) -> u32 {
-        self.memory
-            .atomic_u32(OFFSET_INTERRUPTS)
-            .swap(0, Ordering::Acquire)
+        self.memory.take_bits(OFFSET_INTERRUPTS, Ordering::Acquire)
     }
 
     /// Legacy: the next posted write, given how many have been taken so far in this generation.
@@ -289,6 +292,7 @@ impl LegacyPage {
 }
 
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use super::*;
     use crate::shared::sealed_memfd;

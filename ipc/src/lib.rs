@@ -16,10 +16,14 @@ pub mod host;
 pub mod ident;
 pub mod input_ring;
 pub mod legacy_page;
+#[cfg(test)]
+#[cfg(loom)]
+mod models;
 pub mod output_ring;
 pub mod platform;
 pub mod protocol;
 pub mod ring;
 pub mod shared;
 pub mod shed;
+mod sync;
 pub mod window;

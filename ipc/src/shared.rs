@@ -7,14 +7,15 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
-use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::Ordering;
+use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{
-    AtomicAccess, ByteValued, Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice,
-};
 use vmm_sys_util::eventfd::EventFd;
+
+#[cfg_attr(loom, path = "shared/modelled.rs")]
+mod memory;
+
+pub use memory::SharedMemory;
 
 /// Why shared memory could not be made or mapped.
 #[derive(Debug, thiserror::Error)]
@@ -138,143 +139,16 @@ impl AsRawFd for Doorbell {
     }
 }
 
-/// A mapped piece of shared memory. Offsets are checked on every access; an access out of range is
-/// a bug of the caller, since offsets come from the agreed layout and never from the memory.
-#[derive(Debug)]
-pub struct SharedMemory {
-    map: MmapRegion,
-}
-
-impl SharedMemory {
-    /// Maps `fd`, which must be a memfd of exactly `bytes` bytes sealed against resizing.
-    ///
-    /// # Errors
-    /// [`SharedError::NotSealed`] when the peer could shrink it under us.
-    pub fn map(fd: OwnedFd, bytes: u64) -> Result<Self, SharedError> {
-        let seals = fcntl(&fd, FcntlArg::F_GET_SEALS)?;
-        let file = File::from(fd);
-        let got = nix::sys::stat::fstat(file.as_fd())?.st_size;
-        let got = u64::try_from(got).unwrap_or(0);
-        if got != bytes || seals & SEALS.bits() != SEALS.bits() {
-            return Err(SharedError::NotSealed {
-                got,
-                seals,
-                expected: bytes,
-            });
-        }
-        let len = usize::try_from(bytes).map_err(|_| Errno::EFBIG)?;
-        let map = MmapRegion::from_file(FileOffset::new(file, 0), len)
-            .map_err(|e| SharedError::Map(e.to_string()))?;
-        Ok(Self { map })
-    }
-
-    /// Size in bytes.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.map.size()
-    }
-
-    /// Whether it has no bytes (it never does).
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The bytes `offset..offset + len`.
-    ///
-    /// # Panics
-    /// When the range is outside: a layout bug of this side.
-    #[must_use]
-    pub fn slice(&self, offset: usize, len: usize) -> VolatileSlice<'_> {
-        match self.map.get_slice(offset, len) {
-            Ok(slice) => slice,
-            Err(_) => outside(offset, len, self.len()),
-        }
-    }
-
-    /// Reads one atomic value (little-endian host: the layout's byte order is the CPU's).
-    ///
-    /// # Panics
-    /// As [`SharedMemory::slice`], or when unaligned.
-    #[must_use]
-    pub fn load<T: AtomicAccess>(&self, offset: usize, order: Ordering) -> T {
-        match self.whole().load(offset, order) {
-            Ok(value) => value,
-            Err(_) => outside(offset, size_of::<T>(), self.len()),
-        }
-    }
-
-    /// Writes one atomic value.
-    ///
-    /// # Panics
-    /// As [`SharedMemory::load`].
-    pub fn store<T: AtomicAccess>(&self, offset: usize, value: T, order: Ordering) {
-        if self.whole().store(value, offset, order).is_err() {
-            outside(offset, size_of::<T>(), self.len())
-        }
-    }
-
-    /// Copies a plain value out.
-    ///
-    /// # Panics
-    /// As [`SharedMemory::slice`].
-    #[must_use]
-    pub fn read<T: ByteValued>(&self, offset: usize) -> T {
-        match self.whole().read_obj(offset) {
-            Ok(value) => value,
-            Err(_) => outside(offset, size_of::<T>(), self.len()),
-        }
-    }
-
-    /// Copies a plain value in.
-    ///
-    /// # Panics
-    /// As [`SharedMemory::slice`].
-    pub fn write<T: ByteValued>(&self, offset: usize, value: T) {
-        if self.whole().write_obj(value, offset).is_err() {
-            outside(offset, size_of::<T>(), self.len())
-        }
-    }
-
-    /// The mapping, for a `vm-memory` region over the whole of it.
-    #[must_use]
-    pub fn into_region(self) -> MmapRegion {
-        self.map
-    }
-
-    /// An atomic u32 inside, for read-modify-write operations.
-    ///
-    /// # Panics
-    /// As [`SharedMemory::load`].
-    #[must_use]
-    pub fn atomic_u32(&self, offset: usize) -> &std::sync::atomic::AtomicU32 {
-        match self.map.get_atomic_ref(offset) {
-            Ok(value) => value,
-            Err(_) => outside(offset, 4, self.len()),
-        }
-    }
-
-    fn whole(&self) -> VolatileSlice<'_> {
-        self.map.as_volatile_slice()
-    }
-}
-
-#[expect(
-    clippy::panic,
-    reason = "a layout bug of this side, never a peer's doing"
-)]
-fn outside(offset: usize, len: usize, size: usize) -> ! {
-    panic!("layout bug: {len} bytes at {offset:#x} in shared memory of {size:#x} bytes");
-}
-
 /// Copies between two volatile slices of equal length without looking at the bytes.
 pub fn copy<A: BitmapSlice, B: BitmapSlice>(from: &VolatileSlice<'_, A>, to: VolatileSlice<'_, B>) {
     from.copy_to_volatile_slice(to);
 }
 
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use super::*;
+    use crate::sync::Ordering;
     use std::os::fd::AsFd;
 
     #[test]

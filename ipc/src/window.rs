@@ -15,11 +15,11 @@
 
 use crate::device_kind::{CONFIG_BYTES_MAX, HEAD_SLOT_BYTES};
 use crate::shared::{Doorbell, SharedError, SharedMemory};
+use crate::sync::{Ordering, fence};
 use nix::errno::Errno;
 use nix::sys::uio::pwrite;
 use serde::{Deserialize, Serialize};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{Ordering, fence};
 
 /// Descriptors that one request may take: head, readable data, writable data, tail.
 pub const DESCRIPTORS_PER_SLOT: u16 = 4;
@@ -247,7 +247,9 @@ impl Window {
         self.memory
             .store(OFFSET_DEVICE_FEATURES, features, Ordering::Relaxed);
         let len = config.len().min(CONFIG_BYTES_MAX);
-        self.memory.slice(OFFSET_CONFIG, len).copy_from(config);
+        if let Some(config) = config.get(..len) {
+            self.memory.copy_in(OFFSET_CONFIG, config);
+        }
         self.memory
             .store(OFFSET_CONFIG_SEQ, seq.wrapping_add(1), Ordering::Release);
         self.set_device_state(DeviceState::Ready);
@@ -288,9 +290,7 @@ impl Window {
         }
         let features = self.memory.load(OFFSET_DEVICE_FEATURES, Ordering::Relaxed);
         let mut config = [0u8; CONFIG_BYTES_MAX];
-        self.memory
-            .slice(OFFSET_CONFIG, CONFIG_BYTES_MAX)
-            .copy_to(&mut config[..]);
+        self.memory.copy_out(OFFSET_CONFIG, &mut config);
         fence(Ordering::Acquire);
         let after = self
             .memory
@@ -311,6 +311,7 @@ impl Window {
 }
 
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use super::*;
     use crate::shared::sealed_memfd;

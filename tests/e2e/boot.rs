@@ -42,6 +42,23 @@ fn every_part_of_a_machine_is_a_process_of_its_own() {
 }
 
 #[test]
+fn every_process_keeps_the_nice_value_of_the_run() {
+    // Of this thread alone, which the machine inherits.
+    let thread = nix::unistd::gettid().to_string();
+    bulkhead_tests::tool("renice", &["-n", "5", "-p", &thread]);
+    let mut machine = Machine::test_guest("mode=idle", &[]);
+    machine.expect("BH idle ");
+    let processes = machine.processes();
+    for pid in processes.pids() {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let (_, fields) = stat.rsplit_once(") ").unwrap();
+        assert_eq!(fields.split(' ').nth(16), Some("5"), "{stat}");
+    }
+    machine.signal(Signal::SIGINT);
+    assert_eq!(machine.wait().code, 130);
+}
+
+#[test]
 fn each_ending_has_its_exit_code() {
     for (end, code) in [
         ("poweroff", 0),

@@ -7,9 +7,9 @@
 //! is read, each field once.
 
 use crate::shared::SharedMemory;
+use crate::sync::{Ordering, fence};
 use crate::window::{DESCRIPTORS_PER_SLOT, QueueLayout};
 use std::num::Wrapping;
-use std::sync::atomic::{Ordering, fence};
 
 const DESC_NEXT: u16 = 1;
 const DESC_WRITE: u16 = 2;
@@ -251,6 +251,7 @@ impl ShadowDriver {
 }
 
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use super::*;
     use crate::shared::sealed_memfd;

@@ -35,7 +35,7 @@ pub(crate) struct Options {
     /// Run the slow suites too: stock Debian kernels, long soaks (tens of minutes).
     #[arg(long)]
     slow: bool,
-    /// Only those end-to-end tests whose name contains this.
+    /// Only those end-to-end tests whose name contains this, and nothing else.
     filter: Option<String>,
 }
 
@@ -61,9 +61,12 @@ fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
             "gdb",
         ])
     })?;
-    stages.run("tidy", tidy::run)?;
-    stages.run("build for unit tests", build_programs)?;
-    stages.run("unit tests", unit_tests)?;
+    if options.filter.is_none() {
+        stages.run("tidy", tidy::run)?;
+        stages.run("build for unit tests", build_programs)?;
+        stages.run("unit tests", unit_tests)?;
+        stages.run("models", models)?;
+    }
     let binaries = stages.run("release build", release_binaries)?;
     let images = stages.run("guests", || images(options))?;
     stages.run("end-to-end tests", || {
@@ -129,6 +132,18 @@ fn unit_tests() -> Result<()> {
         .args(["test", "--lib"])
         .current_dir(workspace::root().join(TEST_GUEST));
     command::run(&mut guest_tests)
+}
+
+/// The shared-memory protocols under loom. Their build differs from every other by a flag, so it has
+/// a folder of its own.
+fn models() -> Result<()> {
+    let mut models = command::cargo();
+    models.args(["test", "--package", "bulkhead-ipc", "--lib"]);
+    models
+        .arg("--target-dir")
+        .arg(workspace::target_directory()?.join("loom"));
+    models.args(["models::"]).env("RUSTFLAGS", "--cfg loom");
+    command::run(&mut models)
 }
 
 /// The guests that the end-to-end tests boot, each with the variable that tells its path.
