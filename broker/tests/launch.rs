@@ -6,16 +6,21 @@
 )]
 
 use bulkhead::launch::{Gift, Launched, Launcher};
+use bulkhead_ipc::adoption::{bind_in, knock};
+use bulkhead_ipc::channel::Channel;
+use bulkhead_ipc::control_page::{ControlPage, Phase};
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
+use bulkhead_ipc::protocol::adopt::{Adopt, Adopted};
 use bulkhead_ipc::protocol::birth::{Birth, Born, DeviceConfig, DeviceOwn, FdRole, KindConfig};
+use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window::{Window, WindowLayout};
 use bulkhead_policies::cache::Compiled;
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 const QUEUES: [u16; 1] = [64];
@@ -41,7 +46,17 @@ fn need_root() {
 
 /// Launches an entropy device and sends its birth message.
 fn rng(launcher: &mut Launcher, compiled: &Compiled) -> Launched {
+    let home = tempfile::tempdir().unwrap();
+    let (launched, birth) = unborn_rng(launcher, compiled, home.path());
+    launched.bear(&birth).unwrap();
+    launched
+}
+
+/// Launches an entropy device that can be found as `s` in `home`; its birth message.
+fn unborn_rng(launcher: &mut Launcher, compiled: &Compiled, home: &Path) -> (Launched, Birth) {
     let (policy, filters) = compiled.get(ProcKind::Rng).unwrap();
+    let home = File::open(home).unwrap();
+    let adoption = bind_in(home.as_fd(), "s").unwrap();
     let id = ProcId {
         kind: ProcKind::Rng,
         index: 0,
@@ -61,7 +76,7 @@ fn rng(launcher: &mut Launcher, compiled: &Compiled) -> Launched {
         gift(FdRole::Kick, kick.as_fd()),
         gift(FdRole::Call, call.as_fd()),
     ];
-    let launched = launcher.launch(id, policy, &gifts).unwrap();
+    let launched = launcher.launch(id, policy, &gifts, &adoption).unwrap();
     let birth = Birth {
         version: PROTOCOL_VERSION,
         id,
@@ -80,8 +95,7 @@ fn rng(launcher: &mut Launcher, compiled: &Compiled) -> Launched {
             own: DeviceOwn::Rng,
         }),
     };
-    launched.control.send(&birth, &[]).unwrap();
-    launched
+    (launched, birth)
 }
 
 fn log_of(launched: &Launched) -> String {
@@ -158,8 +172,10 @@ fn launched_process_is_what_its_policy_says() {
     let count = |prefix: &str| fds.iter().filter(|f| f.starts_with(prefix)).count();
     assert_eq!(count("/dev/null"), 2);
     assert_eq!(count("/dev/urandom"), 1);
-    assert_eq!(count("socket:"), 1);
-    assert_eq!(count("pipe:"), 1);
+    // Both ends of the control channel and the adoption socket; both ends of the log.
+    assert_eq!(count("socket:"), 3);
+    assert_eq!(count("pipe:"), 2);
+    assert_eq!(count("/memfd:bulkhead-page"), 2);
     assert!(count("/memfd:w") >= 1);
     assert_eq!(count("/"), 2 + 1 + count("/memfd:"));
 
@@ -187,6 +203,59 @@ fn no_two_processes_are_the_same_user() {
     users.dedup();
     assert_eq!(users.len(), all.len());
     all.iter().for_each(kill);
+}
+
+#[test]
+fn newborn_ends_with_a_broker_that_dies_before_its_birth() {
+    need_root();
+    let compiled = Compiled::fresh(None, false).unwrap();
+    let mut launcher = Launcher::new(&binaries()).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let (launched, _birth) = unborn_rng(&mut launcher, &compiled, home.path());
+    let pid = nix::unistd::Pid::from_raw(launched.pid);
+    drop(launched);
+    let began = Instant::now();
+    nix::sys::wait::waitpid(pid, None).unwrap();
+    assert!(began.elapsed() < Duration::from_secs(5), "it waits in vain");
+}
+
+#[test]
+fn process_lives_on_without_its_broker_and_serves_the_next_one() {
+    need_root();
+    let compiled = Compiled::fresh(None, false).unwrap();
+    let mut launcher = Launcher::new(&binaries()).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let (launched, birth) = unborn_rng(&mut launcher, &compiled, home.path());
+    launched.bear(&birth).unwrap();
+    let pid = launched.pid;
+    await_locked(&launched);
+    drop(launched);
+    let directory = File::open(home.path()).unwrap();
+    let adopt = |token| {
+        let version = PROTOCOL_VERSION;
+        knock(directory.as_fd(), "s", &Adopt { version, token }).unwrap()
+    };
+    let patience = Duration::from_secs(20);
+    let refused = adopt([8; 32]).recv_within::<Adopted>(patience);
+    assert!(refused.is_err(), "{refused:?}");
+    // More often than it may have descriptors.
+    for round in 0..100 {
+        let answer = adopt([7; 32]);
+        let (adopted, mut fds) = answer.recv_within::<Adopted>(patience).unwrap();
+        assert_eq!((adopted.id, fds.len()), (birth.id, 3));
+        let page = ControlPage::map(fds.remove(1)).unwrap();
+        assert_eq!(page.phase(), Phase::Locked);
+        let control = Channel::from(fds.remove(0));
+        control.send(&ToDevice::Ping(round), &[]).unwrap();
+        let (answer, _) = control.recv_within::<FromDevice>(patience).unwrap();
+        assert_eq!(answer, FromDevice::Pong(round));
+        if round == 99 {
+            control.send(&ToDevice::Shutdown, &[]).unwrap();
+        }
+    }
+    let pid = nix::unistd::Pid::from_raw(pid);
+    let status = nix::sys::wait::waitpid(pid, None).unwrap();
+    assert_eq!(status, nix::sys::wait::WaitStatus::Exited(pid, 0));
 }
 
 #[test]

@@ -34,6 +34,7 @@ fn options(directory: &Path) -> RunOptions {
         allow_looser_policy: false,
         cache: Some(directory.join("cache")),
         state: directory.join("state"),
+        runtime: directory.join("run"),
         core: None,
         reboot: true,
     }

@@ -49,6 +49,17 @@ pub enum ChannelError {
     Os(#[from] Errno),
 }
 
+/// A message with what came with it.
+#[derive(Debug)]
+pub struct Received<T> {
+    /// The message.
+    pub message: T,
+    /// Descriptors, close-on-exec.
+    pub fds: Vec<OwnedFd>,
+    /// Process id of the sender in the receiver's pid namespace, where the socket asks for it.
+    pub sender: Option<i32>,
+}
+
 /// One end of a control channel.
 #[derive(Debug)]
 pub struct Channel {
@@ -120,21 +131,31 @@ impl Channel {
     /// As [`ChannelError`]; after [`ChannelError::Malformed`] or [`ChannelError::TooLarge`] the
     /// packet is gone and its descriptors are closed.
     pub fn try_recv<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ChannelError> {
+        let received = self.try_recv_from()?;
+        Ok(received.map(|received| (received.message, received.fds)))
+    }
+
+    /// As [`Channel::try_recv`], with what the kernel says about the sender where the socket is set
+    /// to ask for it (SO_PASSCRED).
+    ///
+    /// # Errors
+    /// As [`Channel::try_recv`].
+    pub fn try_recv_from<T: DeserializeOwned>(&self) -> Result<Option<Received<T>>, ChannelError> {
         // Room for what is there and no more: a process that never hears long messages shall not
         // have the longest in its memory.
         let Some(waiting) = self.next_len()? else {
             return Ok(None);
         };
         let mut buffer = vec![0u8; waiting.min(MESSAGE_BYTES_MAX)];
-        let (len, fds, truncated) = loop {
-            let mut space = nix::cmsg_space!([RawFd; FDS_MAX]);
+        let (len, Ancillary { fds, sender }, truncated) = loop {
+            let mut space = nix::cmsg_space!([RawFd; FDS_MAX], nix::sys::socket::UnixCredentials);
             let mut iov = [IoSliceMut::new(&mut buffer)];
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
             match recvmsg::<()>(self.socket.as_raw_fd(), &mut iov, Some(&mut space), flags) {
                 Ok(message) => {
                     let cut = MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC;
                     let (len, truncated) = (message.bytes, message.flags.intersects(cut));
-                    break (len, take_fds(&space), truncated);
+                    break (len, take_control(&space), truncated);
                 }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Ok(None),
@@ -142,7 +163,8 @@ impl Channel {
                 Err(e) => return Err(e.into()),
             }
         };
-        if truncated {
+        // The room for the sender's name would hold a few descriptors too.
+        if truncated || fds.len() > FDS_MAX {
             return Err(ChannelError::TooLarge {
                 got: len,
                 limit: MESSAGE_BYTES_MAX,
@@ -158,7 +180,11 @@ impl Channel {
                 postcard::Error::DeserializeBadEncoding,
             ));
         }
-        Ok(Some((message, fds)))
+        Ok(Some(Received {
+            message,
+            fds,
+            sender,
+        }))
     }
 
     /// Length in bytes of the next packet: 0 at the end of the connection, `None` when there is none.
@@ -205,15 +231,23 @@ impl Channel {
     }
 }
 
+/// What comes with a packet besides its bytes.
+#[derive(Debug, Default)]
+pub(crate) struct Ancillary {
+    pub(crate) fds: Vec<OwnedFd>,
+    /// Process id of the sender in our pid namespace, as the kernel says.
+    pub(crate) sender: Option<i32>,
+}
+
 /// Takes ownership of every descriptor that the kernel has just put into `control`, a buffer that was
 /// zero before. `nix` shows none of them when the peer sent more than fit, and they would stay open.
 #[expect(
     unsafe_code,
     reason = "descriptors that the kernel just installed become owned"
 )]
-fn take_fds(control: &[u8]) -> Vec<OwnedFd> {
+pub(crate) fn take_control(control: &[u8]) -> Ancillary {
     const HEADER_BYTES: usize = size_of::<libc::cmsghdr>();
-    let mut fds = Vec::new();
+    let mut taken = Ancillary::default();
     let mut rest = control;
     while let Some((header, _)) = rest.split_first_chunk::<HEADER_BYTES>() {
         let [length @ .., l0, l1, l2, l3, t0, t1, t2, t3] = *header;
@@ -221,19 +255,26 @@ fn take_fds(control: &[u8]) -> Vec<OwnedFd> {
         let Some(data) = rest.get(HEADER_BYTES..length) else {
             break;
         };
-        let is_rights = i32::from_ne_bytes([l0, l1, l2, l3]) == libc::SOL_SOCKET
-            && i32::from_ne_bytes([t0, t1, t2, t3]) == libc::SCM_RIGHTS;
-        if is_rights {
-            for &fd in data.as_chunks::<{ size_of::<RawFd>() }>().0 {
-                // SAFETY: the kernel made this descriptor for us in recvmsg; nobody else knows it.
-                fds.push(unsafe { OwnedFd::from_raw_fd(RawFd::from_ne_bytes(fd)) });
+        let level = i32::from_ne_bytes([l0, l1, l2, l3]);
+        match (level, i32::from_ne_bytes([t0, t1, t2, t3])) {
+            (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
+                for &fd in data.as_chunks::<{ size_of::<RawFd>() }>().0 {
+                    let fd = RawFd::from_ne_bytes(fd);
+                    // SAFETY: the kernel made this descriptor for us in recvmsg; nobody else knows it.
+                    taken.fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+                }
             }
+            // struct ucred begins with the pid.
+            (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) => {
+                taken.sender = data.first_chunk().copied().map(i32::from_ne_bytes);
+            }
+            _ => {}
         }
         rest = rest
             .get(length.next_multiple_of(align_of::<libc::cmsghdr>())..)
             .unwrap_or_default();
     }
-    fds
+    taken
 }
 
 impl From<OwnedFd> for Channel {

@@ -1,7 +1,8 @@
 //! What the processes of Bulkhead say to each other, and how.
 //!
 //! Two kinds of traffic exist. *Control* messages ([`protocol`]) travel over one SOCK_SEQPACKET pair
-//! per process ([`channel`]) and are rare. *Data* travels through shared memory that both sides map:
+//! per process ([`channel`]) and are rare; a broker that is new to a process finds it by its
+//! [`adoption`] socket. *Data* travels through shared memory that both sides map:
 //! a device's [`window`] with its shadow virtqueues ([`ring`]), the [`legacy_page`], the console
 //! rings ([`output_ring`], [`input_ring`]); eventfds are the doorbells.
 //!
@@ -9,6 +10,7 @@
 //! then used. Nothing here blocks on a peer without a deadline and nothing here panics on what a
 //! peer wrote.
 
+pub mod adoption;
 pub mod channel;
 pub mod control_page;
 pub mod device_kind;

@@ -59,8 +59,9 @@ fn take(newborn: &mut Newborn) -> Result<(VcpuConfig, Resources), Stillbirth> {
         return Err(Stillbirth::setup("the birth message is not a vCPU group's"));
     };
     let mut grants = std::mem::take(&mut newborn.grants);
-    let resources = take_resources(&config, &mut grants)?;
+    let mut resources = take_resources(&config, &mut grants)?;
     grants.finish()?;
+    resources.adoption = newborn.take_adoption();
     Ok((config, resources))
 }
 
@@ -97,5 +98,6 @@ fn take_resources(config: &VcpuConfig, grants: &mut Grants) -> Result<Resources,
             reply: grants.take(FdRole::LegacyReply, 0)?,
         },
         devices,
+        adoption: None,
     })
 }

@@ -6,35 +6,37 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::legacy_page::RESET_REQUEST;
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, Outcome, ToVcpu};
+use bulkhead_runtime::adoption::Adoption;
 
 use crate::crash::CrashScene;
 use crate::group::{Directive, Ending, Group};
 use crate::irq::Lines;
 use crate::legacy_client::LegacyClient;
 use crate::lifecycle::{Action, Event, Lifecycle};
+use crate::outbox::Outbox;
 use crate::ports::Ports;
 use crate::virtio::VirtioBus;
 use crate::wait;
 
 /// How often vCPUs that are waited for are kicked again.
 const KICK_AGAIN: Duration = Duration::from_millis(10);
-/// How long a broker that does not read is waited for before a message to it is dropped.
-const BROKER_PATIENCE: Duration = Duration::from_secs(5);
-/// Pause between two attempts to send.
-const SEND_AGAIN: Duration = Duration::from_millis(5);
 /// Messages of the broker that are heard before the others have their turn.
 const MESSAGES_PER_TURN: usize = 16;
 
 /// What the control thread holds.
 #[derive(Debug)]
 pub struct Control<'a> {
-    /// The broker.
+    /// From the broker.
     pub channel: &'a Channel,
+    /// To the broker.
+    pub outbox: Outbox<'a>,
+    /// What is kept for later brokers.
+    pub adoption: Option<Adoption>,
     /// The vCPUs as one.
     pub group: Arc<Group>,
     /// The legacy process.
@@ -56,15 +58,21 @@ impl Control<'_> {
         let mut legacy_fault_told = false;
         loop {
             let again = life.is_waiting().then_some(KICK_AGAIN);
-            let [broker, interrupts, wake, faults] = wait::any_readable(
+            let wake = self.group.wake().as_fd();
+            let [broker, new_broker, interrupts, wake, faults] = wait::any_ready(
                 [
-                    self.channel.as_fd(),
-                    self.legacy.interrupt().as_fd(),
-                    self.group.wake().as_fd(),
-                    wait::lend(self.virtio.fault_bell()),
+                    (self.channel.as_fd(), self.outbox.is_waiting()),
+                    // There is always one in a process that was born.
+                    (self.adoption.as_ref().map_or(wake, AsFd::as_fd), false),
+                    (self.legacy.interrupt().as_fd(), false),
+                    (wake, false),
+                    (wait::lend(self.virtio.fault_bell()), false),
                 ],
                 again,
             );
+            if new_broker && let Some(adoption) = &self.adoption {
+                adoption.answer();
+            }
             if wake {
                 self.group.wake().take();
             }
@@ -74,13 +82,14 @@ impl Control<'_> {
             if let Some(fault) = self.legacy.fault().filter(|_| !legacy_fault_told) {
                 legacy_fault_told = true;
                 let reason = fault.to_owned();
-                send(self.channel, &FromVcpu::LegacyFault { reason });
+                self.outbox.tell(FromVcpu::LegacyFault { reason });
             }
             let mut events = self.look_at_vcpus();
             if interrupts {
                 events.extend(self.take_requests());
             }
             if broker {
+                self.outbox.flush();
                 events.extend(self.listen());
             }
             for event in events {
@@ -128,14 +137,9 @@ impl Control<'_> {
         for _ in 0..MESSAGES_PER_TURN {
             match self.channel.try_recv::<ToVcpu>() {
                 Ok(Some((message, _))) => events.push(Event::Message(message)),
-                Ok(None) => break,
-                Err(error) => {
-                    if !matches!(error, ChannelError::Closed) {
-                        tracing::error!(%error, "the broker talks nonsense");
-                    }
-                    events.push(Event::BrokerLost);
-                    break;
-                }
+                // The far end is kept here, so it closes with this process.
+                Ok(None) | Err(ChannelError::Closed) => break,
+                Err(error) => tracing::error!(%error, "the broker sent what is no message"),
             }
         }
         events
@@ -149,7 +153,7 @@ impl Control<'_> {
                 }
                 self.group.direct(directive);
             }
-            Action::Send(message) => send(self.channel, &message),
+            Action::Send(message) => self.outbox.tell(message),
             Action::PressPowerButton => {
                 self.ports.press_power_button();
                 self.lines.raise_events();
@@ -158,35 +162,20 @@ impl Control<'_> {
             Action::LoseLegacy => self.legacy.set_lost(),
             Action::Conclude(ending) => {
                 self.pass_faults_on();
-                let channel = self.channel;
                 let vcpus = self.group.take_crashed();
+                let outbox = &mut self.outbox;
                 self.scene
-                    .tell(&ending, &vcpus, &mut |message| send(channel, &message));
-                send(channel, &FromVcpu::Ended(ending.outcome));
+                    .tell(&ending, &vcpus, &mut |message| outbox.tell(message));
+                self.outbox.tell(FromVcpu::Ended(ending.outcome));
             }
             Action::Exit => {}
         }
     }
 
-    fn pass_faults_on(&self) {
+    fn pass_faults_on(&mut self) {
         let _rung = self.virtio.fault_bell().read();
         for fault in self.virtio.take_faults() {
-            send(self.channel, &fault);
-        }
-    }
-}
-
-/// Sends a message; a broker that does not read for [`BROKER_PATIENCE`] misses it.
-fn send(channel: &Channel, message: &FromVcpu) {
-    let deadline = Instant::now() + BROKER_PATIENCE;
-    loop {
-        match channel.send(message, &[]) {
-            Err(ChannelError::Full) if Instant::now() < deadline => wait::nap(SEND_AGAIN),
-            Ok(()) | Err(ChannelError::Closed) => return,
-            Err(error) => {
-                tracing::warn!(%error, "a message to the broker is lost");
-                return;
-            }
+            self.outbox.tell(fault);
         }
     }
 }

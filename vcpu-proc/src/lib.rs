@@ -18,6 +18,7 @@ pub mod kvm;
 pub mod legacy_client;
 pub mod lifecycle;
 pub mod memory;
+pub mod outbox;
 pub mod paging;
 pub mod ports;
 pub mod quirks;

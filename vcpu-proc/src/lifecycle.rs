@@ -8,7 +8,8 @@
 //!              Stopping -> Ended           for good; the first outcome counts
 //! ```
 //!
-//! It never waits, and it never asks anything of a vCPU but through a [`Directive`].
+//! It never waits, and it never asks anything of a vCPU but through a [`Directive`]. A broker that is
+//! gone is no event: the VM goes on, and one that has ended waits for the next broker to hear of it.
 
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, Outcome, ToVcpu};
 
@@ -19,8 +20,6 @@ use crate::group::{Directive, Ending};
 pub enum Event {
     /// The broker said something.
     Message(ToVcpu),
-    /// The broker has gone, or talks nonsense. Nobody could manage the VM any more.
-    BrokerLost,
     /// Every vCPU holds.
     AllHold,
     /// The guest has ended.
@@ -85,7 +84,6 @@ impl Lifecycle {
     pub fn step(&mut self, event: Event) -> Vec<Action> {
         match event {
             Event::Message(message) => self.hear(message),
-            Event::BrokerLost => self.kill(),
             Event::AllHold if self.phase == Phase::Pausing => {
                 self.phase = Phase::Paused;
                 vec![Action::Send(FromVcpu::Paused)]
@@ -210,7 +208,8 @@ mod tests {
         let actions = life.step(Event::AllStopped);
         assert_eq!(outcome_of(&actions), Some(Outcome::PowerOff));
         assert!(!actions.contains(&Action::Exit));
-        assert_eq!(life.step(Event::BrokerLost), [Action::Exit]);
+        let kill = Event::Message(ToVcpu::Kill);
+        assert_eq!(life.step(kill), [Action::Exit]);
     }
 
     fn any_event() -> impl Strategy<Value = Event> {
@@ -219,7 +218,6 @@ mod tests {
             Just(Event::Message(ToVcpu::Pause)),
             Just(Event::Message(ToVcpu::Resume)),
             Just(Event::Message(ToVcpu::PowerButton)),
-            Just(Event::BrokerLost),
             Just(Event::AllHold),
             Just(Event::AllStopped),
             Just(ended(Outcome::Reset)),

@@ -16,6 +16,7 @@ use bulkhead_ipc::platform::{
 };
 use bulkhead_ipc::protocol::birth::VcpuConfig;
 use bulkhead_ipc::shared::{Doorbell, SharedError};
+use bulkhead_runtime::adoption::Adoption;
 use flume::Receiver;
 use kvm_bindings::{CpuId, kvm_fpu, kvm_lapic_state, kvm_msr_entry};
 use vm_memory::GuestMemoryMmap;
@@ -53,6 +54,8 @@ pub struct Resources {
     pub legacy: LegacyFds,
     /// The boundary to each device process, in the order of the configuration.
     pub devices: Vec<SlotFds>,
+    /// What is kept for later brokers.
+    pub adoption: Option<Adoption>,
 }
 
 /// The descriptors of the legacy boundary.

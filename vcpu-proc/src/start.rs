@@ -12,6 +12,7 @@ use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::platform::VCPUS_MAX;
 use bulkhead_ipc::protocol::birth::VcpuConfig;
 use bulkhead_ipc::shed;
+use bulkhead_runtime::adoption::Adoption;
 use vm_memory::GuestMemoryMmap;
 
 use crate::control::Control;
@@ -20,6 +21,7 @@ use crate::gate::GateThread;
 use crate::group::{Directive, Group};
 use crate::irq::Lines;
 use crate::kvm::Vm;
+use crate::outbox::Outbox;
 use crate::setup::{self, Groundwork, Machine, Resources, SetupError};
 
 /// Stack of a vCPU or gate thread in bytes.
@@ -68,6 +70,7 @@ pub struct Remains {
     _memory: GuestMemoryMmap,
     _lines: Lines,
     _scene: CrashScene,
+    _adoption: Option<Adoption>,
 }
 
 /// Runs a VM to its end. Returns when the process has nothing more to do.
@@ -76,10 +79,11 @@ pub struct Remains {
 /// When the VM did not start; once it runs, how it ends is told over `channel`.
 pub fn run<W: Walls>(
     config: VcpuConfig,
-    resources: Resources,
+    mut resources: Resources,
     channel: &Channel,
     walls: &Arc<W>,
 ) -> Result<Remains, StartError> {
+    let adoption = resources.adoption.take();
     // The gate thread has time until there are gates: it does what takes the kernel long, and locks
     // itself. Nobody but the receivers below hears of it, and they are dropped when this fails.
     let starter = Arc::new(Starter::default());
@@ -153,6 +157,8 @@ pub fn run<W: Walls>(
     walls.announce().map_err(StartError::Walls)?;
     let mut control = Control {
         channel,
+        outbox: Outbox::new(channel),
+        adoption,
         group,
         legacy,
         virtio,
@@ -166,6 +172,7 @@ pub fn run<W: Walls>(
         _memory: memory,
         _lines: control.lines,
         _scene: control.scene,
+        _adoption: control.adoption,
     })
 }
 

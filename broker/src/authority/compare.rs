@@ -13,7 +13,7 @@ use super::{Authority, Measured};
 use crate::launch::has_user_range;
 use bulkhead_ipc::control_page::CONTROL_PAGE_BYTES;
 use bulkhead_ipc::ident::ProcKind;
-use bulkhead_ipc::protocol::birth::{CONTROL_FD, FIRST_GRANT_FD, FdRole, PAGE_FD};
+use bulkhead_ipc::protocol::birth::{ADOPTION_FD, CONTROL_FD, FIRST_GRANT_FD, FdRole, PAGE_FD};
 use bulkhead_policies::cache::Compiled;
 use bulkhead_policies::compile::Filters;
 use bulkhead_policies::evaluate::{Instruction, instructions, permitted};
@@ -156,9 +156,25 @@ struct Bounds {
     writable_max: usize,
 }
 
-/// What a locked process may hold besides what every process has, by class.
+/// What every process keeps for the next broker, besides its descriptors of fixed numbers: the far
+/// ends of its control channel and of its log, its control page.
+fn kept() -> BTreeMap<String, Bounds> {
+    let one = |writable_max| Bounds {
+        min: 1,
+        max: 1,
+        writable_max,
+    };
+    let page = format!("memory {PAGE_NAME}");
+    BTreeMap::from([
+        ("unix seqpacket socket".to_owned(), one(1)),
+        ("pipe".to_owned(), one(0)),
+        (page, one(1)),
+    ])
+}
+
+/// What a locked process may hold besides its descriptors of fixed numbers, by class.
 fn expected(policy: &Policy, vcpus: usize) -> BTreeMap<String, Bounds> {
-    let mut classes: BTreeMap<String, Bounds> = BTreeMap::new();
+    let mut classes = kept();
     for grant in &policy.fds {
         let class = match grant.is {
             FdType::File | FdType::FileOrBlock => "file".to_owned(),
@@ -276,6 +292,11 @@ fn wrong_fixed(descriptor: &Descriptor) -> Option<&'static str> {
             matches!(&descriptor.of, Object::Memfd { name, bytes: CONTROL_PAGE_BYTES, .. }
                 if name == PAGE_NAME),
             "the control page",
+        ),
+        ADOPTION_FD => (
+            matches!(&descriptor.of, Object::Socket { kind, peer: None, .. }
+                if kind == "unix datagram"),
+            "an unconnected unix datagram socket",
         ),
         _ => return None,
     };

@@ -104,6 +104,7 @@ fn prepare(args: &RunArgs, paths: &Paths, spec: &VmSpec) -> Result<RunOptions, F
         allow_looser_policy: args.allow_looser_policy,
         cache: Some(paths.state.join("cache")),
         state,
+        runtime: paths.runtime.clone(),
         core: args.core.clone(),
         reboot: !args.no_reboot,
     })

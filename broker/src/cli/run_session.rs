@@ -277,6 +277,7 @@ mod tests {
             allow_looser_policy: false,
             cache: None,
             state: "/".into(),
+            runtime: "/".into(),
             core: None,
             reboot: true,
         };

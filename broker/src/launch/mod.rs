@@ -11,18 +11,20 @@
 //! the project that starts programs. It never waits for a newborn: what goes wrong between clone
 //! and exec is read from a pipe when the process has died ([`Launched::unborn`]).
 //!
-//! Processes are not killed when the broker dies (no PR_SET_PDEATHSIG): they outlive it.
+//! Processes are not killed when the broker dies (no PR_SET_PDEATHSIG): they outlive it, from the
+//! moment at which they have their birth message ([`Launched::bear`]).
 
 pub mod cgroup;
 pub mod hollow;
 pub mod plan;
 mod sys;
 
+use bulkhead_ipc::adoption::AdoptionSocket;
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::control_page::{CONTROL_PAGE_BYTES, ControlPage};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::birth::{
-    CONTROL_FD, FIRST_GRANT_FD, FdRole, GRANTS_MAX, Grant, PAGE_FD,
+    ADOPTION_FD, Birth, CONTROL_FD, FIRST_GRANT_FD, FdRole, GRANTS_MAX, Grant, PAGE_FD,
 };
 use bulkhead_ipc::shared::{SharedError, sealed_memfd};
 use bulkhead_policies::Policy;
@@ -211,7 +213,8 @@ impl Launcher {
         }
     }
 
-    /// Starts a process of `policy` that is given `gifts`. Does not wait for it.
+    /// Starts a process of `policy` that is given `gifts` and can be found at `adoption` later. Does
+    /// not wait for it.
     ///
     /// # Errors
     /// When the gifts are not those of the policy, or the kernel refuses.
@@ -220,6 +223,7 @@ impl Launcher {
         id: ProcId,
         policy: &Policy,
         gifts: &[Gift<'_>],
+        adoption: &AdoptionSocket,
     ) -> Result<Launched, LaunchError> {
         check_gifts(policy, gifts)?;
         self.find_program(id.kind)?;
@@ -235,7 +239,8 @@ impl Launcher {
         let null = self.null.as_raw_fd();
         let mut descriptors = vec![null, null, childs_log.as_raw_fd()];
         descriptors.extend([childs_control.as_raw_fd(), page_fd.as_raw_fd()]);
-        debug_assert_eq!((CONTROL_FD, PAGE_FD, FIRST_GRANT_FD), (3, 4, 5));
+        descriptors.push(adoption.as_fd().as_raw_fd());
+        const { assert!(CONTROL_FD == 3 && PAGE_FD == 4 && ADOPTION_FD == 5 && FIRST_GRANT_FD == 6) };
         descriptors.extend(gifts.iter().map(|gift| gift.fd.as_raw_fd()));
         let grants = gifts.iter().zip(FIRST_GRANT_FD..);
         let grants = grants.map(|(gift, fd)| Grant {
@@ -286,6 +291,15 @@ impl Launcher {
 }
 
 impl Launched {
+    /// Sends its birth message. From then on the process lives without its broker.
+    ///
+    /// # Errors
+    /// As [`Channel::send`].
+    pub fn bear(&self, birth: &Birth) -> Result<(), ChannelError> {
+        self.control
+            .send(birth, &[self.control.as_fd(), self.log.as_fd()])
+    }
+
     /// Kills it at once.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 
 use super::consoles::Rings;
 use super::devices;
+use super::home::Home;
 use super::household::{Household, Member, Nursery};
 use super::report::Report;
 use super::resources::{Fence, Resources};
@@ -40,7 +41,7 @@ const GROUPS_AFTER: Duration = Duration::from_millis(10);
 pub async fn run(
     spec: &VmSpec,
     options: &RunOptions,
-    mut commands: mpsc::Receiver<Command>,
+    commands: mpsc::Receiver<Command>,
     events: mpsc::Sender<Event>,
 ) -> Result<Finished, RunError> {
     let configuration = |e: &dyn std::fmt::Display| RunError::Configuration(e.to_string());
@@ -58,6 +59,24 @@ pub async fn run(
             reason: e.to_string(),
         })?;
     }
+    let home = Home::claim(&options.runtime, &spec.name).map_err(|e| configuration(&e))?;
+    let done = run_at(&home, spec, options, launcher, &compiled, commands, events).await;
+    // Whatever was started has ended or been killed.
+    home.remove();
+    done
+}
+
+/// Runs a machine that this broker owns.
+async fn run_at(
+    home: &Home,
+    spec: &VmSpec,
+    options: &RunOptions,
+    mut launcher: Launcher,
+    compiled: &Compiled,
+    mut commands: mpsc::Receiver<Command>,
+    events: mpsc::Sender<Event>,
+) -> Result<Finished, RunError> {
+    let devices = devices::plan(spec);
     let mut resources = Resources::open(spec, options)?;
     let (rings, consoles) = Rings::make(spec, &options.state)?;
     let mut tell = Teller { events, dropped: 0 };
@@ -74,11 +93,12 @@ pub async fn run(
         })?;
         let mut nursery = Nursery {
             launcher: &mut launcher,
-            compiled: &compiled,
+            compiled,
             policies: options.policies.as_deref(),
             spec,
             devices: &devices,
             rings: &rings,
+            home,
         };
         let household = Household::start(&mut nursery, resources, restarts + 1)?;
         let (notices, heard) = mpsc::channel(NOTICES_CAPACITY);

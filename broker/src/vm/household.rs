@@ -6,6 +6,7 @@
 
 use super::consoles::Rings;
 use super::devices::DevicePlan;
+use super::home::Home;
 use super::resources::Resources;
 use super::session::RunError;
 use super::spec::VmSpec;
@@ -62,6 +63,7 @@ pub(super) struct Nursery<'a> {
     pub(super) spec: &'a VmSpec,
     pub(super) devices: &'a [DevicePlan],
     pub(super) rings: &'a Rings,
+    pub(super) home: &'a Home,
 }
 
 /// Resources of the processes that are not started yet.
@@ -376,11 +378,14 @@ impl Midwife<'_, '_> {
             index,
             generation: self.generation,
         };
-        let launched = self
-            .nursery
-            .launcher
-            .launch(id, policy, gifts)
-            .map_err(fails)?;
+        let adoption = self.nursery.home.adoption_socket(id);
+        let adoption = adoption.map_err(|cause| {
+            let what = "its adoption socket";
+            fails(LaunchError::Os { what, cause })
+        })?;
+        let launcher = &mut self.nursery.launcher;
+        let launched = launcher.launch(id, policy, gifts, &adoption);
+        let launched = launched.map_err(fails)?;
         let grants = launched.grants.clone();
         // From here on it is killed when anything goes wrong.
         let launched = Arc::new(launched);
@@ -407,7 +412,7 @@ impl Midwife<'_, '_> {
             uring: filters.uring.clone(),
             config,
         };
-        let sent = launched.control.send(&birth, &[]);
+        let sent = launched.bear(&birth);
         sent.map_err(|cause| fails(cause.into()))
     }
 }

@@ -4,6 +4,7 @@
 mod consoles;
 pub mod devices;
 mod driver;
+pub mod home;
 mod household;
 mod report;
 pub mod resources;

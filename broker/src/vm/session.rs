@@ -30,6 +30,8 @@ pub struct RunOptions {
     pub cache: Option<PathBuf>,
     /// Directory for this run's ring files; made if missing. Files in it are replaced.
     pub state: PathBuf,
+    /// The runtime directory of all machines: locks, records and sockets are below it.
+    pub runtime: PathBuf,
     /// ELF core to write when the machine crashes.
     pub core: Option<PathBuf>,
     /// Whether a reset starts the machine again as its life cycle says (`--no-reboot` clears it).

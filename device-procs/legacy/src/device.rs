@@ -54,12 +54,12 @@ fn bear(mut newborn: Newborn) -> Result<Process, Stillbirth> {
         Err(cause) => newborn.fail(&cause),
     };
     let cpus = newborn.cpus;
-    let (channel, _id) = newborn.lock()?;
+    let (control, _id) = newborn.lock()?;
     Ok(Process {
         board,
         waiter,
         _watched: watched,
-        control: Control::from(channel),
+        control,
         spin: Spin::beside(1, cpus),
         linger: if cpus > 1 { LINGER } else { Duration::ZERO },
     })
@@ -97,10 +97,10 @@ fn prepare(newborn: &mut Newborn, waiter: &Waiter) -> Result<(Board, [Doorbell; 
     for (fd, token) in [
         (std::os::fd::AsFd::as_fd(&kick), TOKEN_KICK),
         (std::os::fd::AsFd::as_fd(&input_bell), TOKEN_INPUT),
-        (std::os::fd::AsFd::as_fd(&newborn.channel), TOKEN_CONTROL),
     ] {
         waiter.watch(fd, token).map_err(Stillbirth::setup)?;
     }
+    newborn.watch_brokers(waiter, TOKEN_CONTROL)?;
     let wiring = Wiring {
         page,
         reply,

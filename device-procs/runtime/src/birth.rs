@@ -9,16 +9,23 @@
 //! anything before the locked filter is in force. The same code runs in device processes and in
 //! `bulkhead-vcpu`, which locks each of its threads by itself ([`Newborn::locks`]).
 
+use crate::adoption::Adoption;
 use crate::confine::{self, ConfineError, Locks};
+use crate::control::Control;
 use crate::grants::{GrantError, Grants};
+use crate::wait::Waiter;
 use crate::{log, sys};
+use bulkhead_ipc::adoption::AdoptionSocket;
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::control_page::{ControlPage, Phase};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
-use bulkhead_ipc::protocol::birth::{Birth, Born, CONTROL_FD, KindConfig, PAGE_FD, UringGrant};
+use bulkhead_ipc::protocol::birth::{
+    ADOPTION_FD, BIRTH_FDS, Birth, Born, CONTROL_FD, KindConfig, PAGE_FD, UringGrant,
+};
 use bulkhead_ipc::shared::SharedError;
 use nix::errno::Errno;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 /// How long a process waits for its birth message.
@@ -100,8 +107,6 @@ pub struct Newborn {
     pub id: ProcId,
     /// The VM it belongs to.
     pub vm: String,
-    /// The broker's proof of identity for later connections.
-    pub token: [u8; 32],
     /// What it is to do.
     pub config: KindConfig,
     /// The io_uring operations it may register.
@@ -114,6 +119,8 @@ pub struct Newborn {
     pub locks: Locks,
     /// CPUs that it may run on.
     pub cpus: usize,
+    /// Until it is taken.
+    adoption: Option<Adoption>,
     page: &'static ControlPage,
     landlock_abi: u8,
 }
@@ -136,38 +143,50 @@ impl Newborn {
         let adopt = |fd| sys::adopt(fd).map_err(|errno| Stillbirth::Descriptor { fd, errno });
         let channel = Channel::from(adopt(CONTROL_FD)?);
         let page = adopt(PAGE_FD)?;
+        let socket = AdoptionSocket::from(adopt(ADOPTION_FD)?);
         log::on_panic();
-        Self::receive_on(&channel, page, kind)
+        Self::receive_on(&channel, page, socket, kind)
             .inspect_err(|cause| tell(&channel, cause))
             .map(|born| born(channel))
     }
 
     fn receive_on(
         channel: &Channel,
-        page: std::os::fd::OwnedFd,
+        page: OwnedFd,
+        socket: AdoptionSocket,
         kind: ProcKind,
     ) -> Result<impl FnOnce(Channel) -> Self + use<>, Stillbirth> {
+        let kept_page = page.try_clone().map_err(Stillbirth::setup)?;
         let page = ControlPage::map(page)?;
         let page = sys::report_denials(page).map_err(Stillbirth::Harden)?;
         page.set_phase(Phase::Exec);
         let cpus = sys::cpus();
         let landlock_abi = confine::forbid_paths()?;
-        let (birth, _fds) = channel.recv_within::<Birth>(BIRTH_WITHIN)?;
+        // The last moment at which a broker that dies takes the process with it: until now the far
+        // end of the channel is the broker's alone.
+        let (birth, fds) = channel.recv_within::<Birth>(BIRTH_WITHIN)?;
         check(&birth, kind)?;
+        let kept = kept(fds, kept_page)?;
         log::start(birth.id, &birth.vm);
-        let grants = Grants::adopt(&birth.grants)?;
+        let grants = Grants::adopt(&birth.grants, &kept)?;
         confine::install("start-up", &birth.startup)?;
         page.set_phase(Phase::Startup);
         Ok(move |channel| Self {
             id: birth.id,
             vm: birth.vm,
-            token: birth.token,
             config: birth.config,
             uring: birth.uring,
             grants,
             channel,
             locks: Locks::new(birth.locked),
             cpus,
+            adoption: Some(Adoption::new(
+                socket,
+                birth.token,
+                birth.id,
+                landlock_abi,
+                kept,
+            )),
             page,
             landlock_abi,
         })
@@ -177,9 +196,10 @@ impl Newborn {
     ///
     /// # Errors
     /// [`Stillbirth`] when a grant was not taken, the filter is refused, or the broker is gone.
-    pub fn lock(self) -> Result<(Channel, ProcId), Stillbirth> {
+    pub fn lock(self) -> Result<(Control, ProcId), Stillbirth> {
         let Self {
             id,
+            adoption,
             grants,
             channel,
             locks,
@@ -192,7 +212,26 @@ impl Newborn {
         let locked = taken.and_then(|()| Ok(locks.lock_thread("main")?));
         locked.inspect_err(|cause| tell(&channel, cause))?;
         announce(&channel, page, landlock_abi)?;
-        Ok((channel, id))
+        Ok((Control::new(channel, adoption), id))
+    }
+
+    /// Has `waiter` report under `token` whatever brokers say: over the control channel, or at the
+    /// adoption socket. [`Control::listen`] attends to both.
+    ///
+    /// # Errors
+    /// [`Stillbirth::Setup`] with the kernel's errno.
+    pub fn watch_brokers(&self, waiter: &Waiter, token: u8) -> Result<(), Stillbirth> {
+        let watched = waiter.watch(&self.channel, token);
+        let watched = watched.and_then(|()| match &self.adoption {
+            Some(adoption) => waiter.watch(adoption, token),
+            None => Ok(()),
+        });
+        watched.map_err(Stillbirth::setup)
+    }
+
+    /// What it keeps for later brokers, for a process that attends to them by itself. There is one.
+    pub const fn take_adoption(&mut self) -> Option<Adoption> {
+        self.adoption.take()
     }
 
     /// Tells the broker that every thread is locked. For processes that lock their threads by
@@ -222,6 +261,17 @@ fn announce(channel: &Channel, page: &ControlPage, landlock_abi: u8) -> Result<(
         landlock_abi,
     };
     Ok(channel.send(&born, &[])?)
+}
+
+/// What goes to a later broker, in the order of `Adopted`.
+fn kept(fds: Vec<OwnedFd>, page: OwnedFd) -> Result<Vec<OwnedFd>, Stillbirth> {
+    let fds: [OwnedFd; BIRTH_FDS] = fds.try_into().map_err(|fds: Vec<_>| Stillbirth::Field {
+        field: "descriptors",
+        got: fds.len().to_string(),
+        expected: "the far end of the control channel, the log",
+    })?;
+    let [far, log] = fds;
+    Ok(vec![far, page, log])
 }
 
 fn tell(channel: &Channel, cause: &Stillbirth) {

@@ -1,9 +1,9 @@
 //! The control channel of a device process after its birth: the broker's messages, bounded for each
 //! wake-up, and answers that never block.
 
+use crate::adoption::Adoption;
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
-use std::os::fd::{AsFd, BorrowedFd};
 
 /// Messages that are looked at before the device's own work has its turn again.
 const MESSAGES_PER_TURN: usize = 16;
@@ -23,30 +23,38 @@ pub struct Wishes {
 #[derive(Debug)]
 pub struct Control {
     channel: Channel,
+    adoption: Option<Adoption>,
 }
 
 impl From<Channel> for Control {
+    /// Of a process that no later broker can find.
     fn from(channel: Channel) -> Self {
-        Self { channel }
-    }
-}
-
-impl AsFd for Control {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.channel.as_fd()
+        Self {
+            channel,
+            adoption: None,
+        }
     }
 }
 
 impl Control {
-    /// Reads what the broker has sent and answers pings. A broker that has gone or talks nonsense
-    /// counts as one that wants the device to end: nobody could manage it any more.
+    /// Of a process that has been born.
+    pub(crate) const fn new(channel: Channel, adoption: Option<Adoption>) -> Self {
+        Self { channel, adoption }
+    }
+
+    /// Reads what the broker has sent and answers pings, and answers a new broker that asks for the
+    /// process. A broker that is gone changes nothing: the device serves on, and the next broker
+    /// finds it. What is no message is dropped.
     #[must_use]
     pub fn listen(&self) -> Wishes {
+        if let Some(adoption) = &self.adoption {
+            adoption.answer();
+        }
         let mut wishes = Wishes::default();
         for _ in 0..MESSAGES_PER_TURN {
             match self.channel.try_recv::<ToDevice>() {
-                Ok(None) => return wishes,
-                Ok(Some((ToDevice::Shutdown, _))) | Err(ChannelError::Closed) => {
+                Ok(None) | Err(ChannelError::Closed) => return wishes,
+                Ok(Some((ToDevice::Shutdown, _))) => {
                     wishes.shutdown = true;
                     return wishes;
                 }
@@ -54,11 +62,7 @@ impl Control {
                 Ok(Some((ToDevice::Resize { columns, rows }, _))) => {
                     wishes.resize = Some((columns, rows));
                 }
-                Err(error) => {
-                    tracing::error!(%error, "control channel");
-                    wishes.shutdown = true;
-                    return wishes;
-                }
+                Err(error) => tracing::error!(%error, "the broker sent what is no message"),
             }
         }
         wishes.more = true;
@@ -95,13 +99,16 @@ mod tests {
     }
 
     #[test]
-    fn lost_broker_and_nonsense_end_the_device() {
+    fn lost_broker_and_nonsense_do_not_end_the_device() {
         let (broker, device) = Channel::pair().unwrap();
         let control = Control::from(device);
         broker.send(&(200u8, 1u8), &[]).unwrap();
-        assert!(control.listen().shutdown);
+        broker.send(&ToDevice::Ping(3), &[]).unwrap();
+        assert_eq!(control.listen(), Wishes::default());
+        let (answer, _) = broker.try_recv::<FromDevice>().unwrap().unwrap();
+        assert_eq!(answer, FromDevice::Pong(3));
         drop(broker);
-        assert!(control.listen().shutdown);
+        assert_eq!(control.listen(), Wishes::default());
     }
 
     #[test]

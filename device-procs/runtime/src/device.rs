@@ -5,7 +5,6 @@
 //! a descriptor that it watches has news.
 
 use crate::birth::{EXIT_STILLBORN, Newborn, Stillbirth};
-use crate::control::Control;
 use crate::grants::Grants;
 use crate::queues::{Chain, Queues, WindowMemory};
 use crate::serve::Server;
@@ -197,10 +196,8 @@ fn bear<D: Device>(mut newborn: Newborn) -> Result<Server<D>, Stillbirth> {
     };
     let spin = Spin::beside(VCPU_AND_GATE, newborn.cpus);
     let waiter = parts.waiter;
-    waiter
-        .watch(&newborn.channel, crate::serve::TOKEN_CONTROL)
-        .map_err(Stillbirth::setup)?;
-    let (channel, id) = newborn.lock()?;
+    newborn.watch_brokers(&waiter, crate::serve::TOKEN_CONTROL)?;
+    let (control, id) = newborn.lock()?;
     tracing::debug!(%id, "locked");
     Ok(Server::new(
         parts.device,
@@ -208,7 +205,7 @@ fn bear<D: Device>(mut newborn: Newborn) -> Result<Server<D>, Stillbirth> {
         parts.queues,
         parts.doorbells,
         waiter,
-        Some(Control::from(channel)),
+        Some(control),
         parts.offered,
         spin,
     ))

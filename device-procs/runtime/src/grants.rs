@@ -7,7 +7,7 @@ use crate::sys;
 use bulkhead_ipc::protocol::birth::{FIRST_GRANT_FD, FdRole, GRANTS_MAX, Grant};
 use nix::errno::Errno;
 use nix::sys::stat::{FileStat, SFlag, fstat};
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 /// What is wrong with the descriptors.
 #[derive(Debug, thiserror::Error)]
@@ -84,20 +84,23 @@ pub struct Grants {
 
 impl Grants {
     /// Takes ownership of the descriptors that the birth message names and closes all others from
-    /// [`FIRST_GRANT_FD`] on.
+    /// [`FIRST_GRANT_FD`] on but `kept`.
     ///
     /// # Errors
     /// [`GrantError`] when the list is not sound.
-    pub fn adopt(list: &[Grant]) -> Result<Self, GrantError> {
+    pub fn adopt(list: &[Grant], kept: &[OwnedFd]) -> Result<Self, GrantError> {
         if list.len() > GRANTS_MAX {
             return Err(GrantError::TooMany { got: list.len() });
         }
         let mut sorted: Vec<Grant> = list.to_vec();
         sorted.sort_by_key(|g| g.fd);
         let mut grants = Self::default();
+        let mut kept: Vec<RawFd> = kept.iter().map(AsRawFd::as_raw_fd).collect();
+        kept.sort_unstable();
+        let close_between = |first, end| close_between(first, end, &kept);
         let mut next = FIRST_GRANT_FD;
         for Grant { role, index, fd } in sorted {
-            if fd < next {
+            if fd < next || kept.contains(&fd) {
                 return Err(GrantError::Number { role, index, fd });
             }
             if grants.position(role, index).is_some() {
@@ -153,12 +156,19 @@ impl Grants {
     }
 }
 
-fn close_between(first: RawFd, end: RawFd) -> Result<(), GrantError> {
-    if first >= end {
-        return Ok(());
+/// Closes what is open from `first` on and below `end`, but for `keep`, which is sorted.
+fn close_between(first: RawFd, end: RawFd, keep: &[RawFd]) -> Result<(), GrantError> {
+    let range = first..end;
+    let kept = keep.iter().copied().filter(|fd| range.contains(fd));
+    let mut next = first;
+    for stop in kept.chain([end]) {
+        if next < stop {
+            let last = if stop == RawFd::MAX { stop } else { stop - 1 };
+            sys::close_range(next, last).map_err(|errno| GrantError::Os { fd: next, errno })?;
+        }
+        next = stop.saturating_add(1);
     }
-    let last = if end == RawFd::MAX { end } else { end - 1 };
-    sys::close_range(first, last).map_err(|errno| GrantError::Os { fd: first, errno })
+    Ok(())
 }
 
 fn check_kind(role: FdRole, index: u16, fd: &OwnedFd) -> Result<(), GrantError> {
@@ -252,14 +262,19 @@ mod tests {
         };
         for list in [vec![grant(2)], vec![grant(-1)]] {
             assert!(matches!(
-                Grants::adopt(&list),
+                Grants::adopt(&list, &[]),
                 Err(GrantError::Number { .. })
             ));
         }
         let many = vec![grant(7); GRANTS_MAX + 1];
         assert!(matches!(
-            Grants::adopt(&many),
+            Grants::adopt(&many, &[]),
             Err(GrantError::TooMany { .. })
+        ));
+        let own = eventfd();
+        assert!(matches!(
+            Grants::adopt(&[grant(own.as_raw_fd())], &[own]),
+            Err(GrantError::Number { .. })
         ));
     }
 }

@@ -2,12 +2,13 @@
 //!
 //! It owns the way from `exec` to the locked phase ([`birth`], [`grants`], [`confine`]), the log
 //! lines on descriptor 2 ([`log`]), waiting ([`wait`], [`spin`]), the control channel ([`control`])
-//! and, for virtio devices, the loop that serves shadow virtqueues ([`device`], [`queues`],
+//! that outlives brokers ([`adoption`]) and, for virtio devices, the loop that serves shadow virtqueues ([`device`], [`queues`],
 //! [`uring`]). A kind of process adds what it does with its one resource and nothing else.
 //!
 //! It must never open anything by name: whatever a process holds was handed to it at birth.
 //! Everything read from a window or a control channel is checked here before a device sees it.
 
+pub mod adoption;
 pub mod birth;
 pub mod confine;
 pub mod control;

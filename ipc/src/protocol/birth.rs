@@ -1,9 +1,15 @@
 //! Broker to a newborn process of any kind, and its answer.
 //!
 //! A process is executed with its control socket as descriptor [`CONTROL_FD`], its control page as
-//! [`PAGE_FD`], a bounded log pipe as descriptor 2, and the descriptors of its policy from
-//! [`FIRST_GRANT_FD`] on. The first message is [`Birth`]; the process installs the start-up filter,
-//! takes its descriptors, sets itself up, installs the locked filter and answers [`Born`].
+//! [`PAGE_FD`], its adoption socket as [`ADOPTION_FD`], a bounded log pipe as descriptor 2, and the
+//! descriptors of its policy from [`FIRST_GRANT_FD`] on. The first message is [`Birth`]; the process
+//! installs the start-up filter, takes its descriptors, sets itself up, installs the locked filter
+//! and answers [`Born`].
+//!
+//! A process whose control channel closes before [`Birth`] has come exits. With [`Birth`] come the
+//! broker's end of the control channel and the reading end of the log pipe: from then on the process
+//! keeps both open itself, so that neither ends with the broker, and hands them to the next one
+//! ([`super::adopt`]).
 
 use crate::device_kind::VirtioKind;
 use crate::ident::ProcId;
@@ -13,8 +19,13 @@ use serde::{Deserialize, Serialize};
 pub const CONTROL_FD: i32 = 3;
 /// Descriptor of the control page at exec.
 pub const PAGE_FD: i32 = 4;
+/// Descriptor of the adoption socket at exec.
+pub const ADOPTION_FD: i32 = 5;
 /// First descriptor of the policy's grants at exec.
-pub const FIRST_GRANT_FD: i32 = 5;
+pub const FIRST_GRANT_FD: i32 = 6;
+/// Descriptors that come with [`Birth`]: the broker's end of the control channel, and the reading end
+/// of the log pipe.
+pub const BIRTH_FDS: usize = 2;
 /// Most descriptors that a process is born with.
 pub const GRANTS_MAX: usize = 128;
 
@@ -92,7 +103,7 @@ pub struct UringGrant {
     pub opcodes: Vec<u8>,
 }
 
-/// The first message. Sender: broker. Not idempotent.
+/// The first message. Sender: broker, with [`BIRTH_FDS`] descriptors. Not idempotent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Birth {
     /// [`crate::protocol::PROTOCOL_VERSION`].

@@ -1,6 +1,7 @@
 //! Every control message, one file per boundary. Plain data: fixed-width integers, stated maximum
 //! sizes, no I/O. Each message says who sends it and whether it may be sent again (*idempotent*).
 
+pub mod adopt;
 pub mod birth;
 pub mod device;
 pub mod vcpu;

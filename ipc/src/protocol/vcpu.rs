@@ -78,6 +78,6 @@ pub enum FromVcpu {
         /// At most [`super::TEXT_BYTES_MAX`] bytes.
         text: String,
     },
-    /// The VM has ended; the process exits when the control channel closes or on `Kill`.
+    /// The VM has ended; the process stays until `Kill`, so that a broker hears of it.
     Ended(Outcome),
 }

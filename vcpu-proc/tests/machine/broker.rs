@@ -132,6 +132,7 @@ impl Vm {
                 reply: fd(reply),
             },
             devices: Vec::new(),
+            adoption: None,
         };
         let config = VcpuConfig {
             vcpus: plan.vcpus,
@@ -200,13 +201,17 @@ impl Vm {
         }
     }
 
-    /// The broker dies.
-    pub(crate) fn hang_up(&mut self) {
+    /// The broker dies and another one takes its place.
+    pub(crate) fn change_broker(&mut self) {
         self.channel = None;
+        let Life::Program(program) = &self.life else {
+            panic!("only a program can be adopted");
+        };
+        self.channel = Some(program.adopt());
     }
 
     /// Waits for the VM to say how it ended, then lets it go.
-    pub(crate) fn end(mut self) -> End {
+    pub(crate) fn end(self) -> End {
         let mut said = Vec::new();
         let outcome = loop {
             match self.hear() {
@@ -214,7 +219,9 @@ impl Vm {
                 other => said.push(other),
             }
         };
-        self.hang_up();
+        // One that was killed is gone already.
+        let channel = self.channel.as_ref().unwrap();
+        let _told = channel.send(&ToVcpu::Kill, &[]);
         let output = self.leave();
         End {
             outcome,

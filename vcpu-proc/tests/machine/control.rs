@@ -35,10 +35,31 @@ fn kill_does_not_wait_for_a_silent_legacy_process() {
 }
 
 #[test]
-fn broker_that_dies_ends_the_machine() {
-    let mut vm = Vm::start(Plan::of("s"));
-    vm.hang_up();
-    vm.leave();
+fn broker_that_dies_is_succeeded_and_the_machine_goes_on() {
+    let mut vm = Vm::start(Plan {
+        program: true,
+        ..Plan::of("x")
+    });
+    for _ in 0..50 {
+        let so_far = vm.output().len();
+        vm.change_broker();
+        vm.wait_for_output(so_far + 10);
+        vm.send(&ToVcpu::Ping(42));
+        assert_eq!(vm.hear(), FromVcpu::Pong(42));
+    }
+    vm.send(&ToVcpu::Kill);
+    assert_eq!(vm.end().outcome, Outcome::Killed);
+}
+
+#[test]
+fn next_broker_hears_what_the_last_one_did_not() {
+    let mut vm = Vm::start(Plan {
+        program: true,
+        ..Plan::of("p")
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    vm.change_broker();
+    assert_eq!(vm.end().outcome, Outcome::PowerOff);
 }
 
 #[test]

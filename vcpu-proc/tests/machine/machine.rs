@@ -61,30 +61,30 @@ fn memory_goes_on_above_4_gib() {
 
 #[test]
 fn what_nobody_owns_reads_as_all_ones() {
-    let mut vm = Vm::start(Plan::of("i"));
+    let vm = Vm::start(Plan::of("i"));
     vm.wait_for_output(5);
     assert_eq!(vm.output(), [0xff, 0xff, 0xff, 0b11, 0]);
-    vm.hang_up();
+    vm.send(&ToVcpu::Kill);
     vm.leave();
 }
 
 #[test]
 fn power_button_sets_its_event_and_raises_line_9() {
-    let mut vm = Vm::start(Plan::of("b"));
+    let vm = Vm::start(Plan::of("b"));
     vm.send(&ToVcpu::PowerButton);
     vm.wait_for_output(2);
     let output = vm.output();
     assert_eq!((output[0], output[1] & 2), (1, 2));
-    vm.hang_up();
+    vm.send(&ToVcpu::Kill);
     vm.leave();
 }
 
 #[test]
 fn legacy_process_raises_its_line_and_answers_calls() {
-    let mut vm = Vm::start(Plan::of("q"));
+    let vm = Vm::start(Plan::of("q"));
     vm.wait_for_output(1);
     assert_eq!(vm.output(), [CALL_ANSWER]);
-    vm.hang_up();
+    vm.send(&ToVcpu::Kill);
     vm.leave();
 }
 

@@ -1,17 +1,21 @@
 //! The program `bulkhead-vcpu` itself, born as the launcher would: descriptors at fixed numbers, a
 //! process id of 1, the filters of its policy.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::time::Duration;
 
+use bulkhead_ipc::adoption::{bind_in, knock};
 use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::control_page::{CONTROL_PAGE_BYTES, ControlPage};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
+use bulkhead_ipc::protocol::adopt::{Adopt, Adopted};
 use bulkhead_ipc::protocol::birth::{
-    Birth, Born, CONTROL_FD, FIRST_GRANT_FD, FdRole, Grant, KindConfig, PAGE_FD, VcpuConfig,
+    ADOPTION_FD, Birth, Born, CONTROL_FD, FIRST_GRANT_FD, FdRole, Grant, KindConfig, PAGE_FD,
+    VcpuConfig,
 };
 use bulkhead_ipc::shared::sealed_memfd;
 use bulkhead_vcpu::setup::Resources;
@@ -20,7 +24,10 @@ use bulkhead_vcpu::setup::Resources;
 pub(crate) struct Program {
     child: Child,
     page: ControlPage,
+    home: tempfile::TempDir,
 }
+
+const TOKEN: [u8; 32] = [3; 32];
 
 impl Program {
     /// Whether it has ended, which it does successfully or not at all.
@@ -30,6 +37,20 @@ impl Program {
             assert!(status.success(), "{status}: {self:?}");
             true
         })
+    }
+
+    /// Adopts it: its control channel.
+    pub(crate) fn adopt(&self) -> Channel {
+        let adopt = Adopt {
+            version: PROTOCOL_VERSION,
+            token: TOKEN,
+        };
+        let directory = File::open(self.home.path()).unwrap();
+        let answer = knock(directory.as_fd(), "socket", &adopt).unwrap();
+        let patience = Duration::from_secs(20);
+        let (adopted, mut fds) = answer.recv_within::<Adopted>(patience).unwrap();
+        assert_eq!(adopted.id.kind, ProcKind::Vcpu);
+        Channel::from(fds.remove(0))
     }
 }
 
@@ -48,20 +69,26 @@ pub(crate) fn start(
 ) -> Program {
     let page = sealed_memfd("control-page", CONTROL_PAGE_BYTES).unwrap();
     let grants = grants(resources);
+    let home = tempfile::tempdir().unwrap();
+    let directory = File::open(home.path()).unwrap();
+    let socket = bind_in(directory.as_fd(), "socket").unwrap();
     let mut targets: Vec<(RawFd, RawFd)> = vec![
         (process.as_raw_fd(), CONTROL_FD),
         (page.as_raw_fd(), PAGE_FD),
+        (socket.as_fd().as_raw_fd(), ADOPTION_FD),
     ];
     let numbers = FIRST_GRANT_FD..;
     targets.extend(grants.iter().map(|grant| grant.2.as_raw_fd()).zip(numbers));
     let child = spawn(targets);
-    broker.send(&birth(config, &grants), &[]).unwrap();
+    let log = File::open("/dev/null").unwrap();
+    let far_ends = [broker.as_fd(), log.as_fd()];
+    broker.send(&birth(config, &grants), &far_ends).unwrap();
     // From here on only the program holds its ends.
     drop((process, grants));
     let page = ControlPage::map(page).unwrap();
     let patience = Duration::from_secs(20);
     match broker.recv_within::<Born>(patience) {
-        Ok((Born::Locked { .. }, _)) => Program { child, page },
+        Ok((Born::Locked { .. }, _)) => Program { child, page, home },
         other => panic!("{other:?}, denied {:?}", page.denial()),
     }
 }
@@ -120,7 +147,7 @@ fn birth(config: VcpuConfig, grants: &[(FdRole, u16, OwnedFd)]) -> Birth {
             generation: 1,
         },
         vm: "test".to_owned(),
-        token: [0; 32],
+        token: TOKEN,
         grants: numbered
             .map(|((role, index, _), fd)| Grant {
                 role: *role,

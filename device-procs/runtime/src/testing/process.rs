@@ -11,13 +11,13 @@ use bulkhead_ipc::control_page::{CONTROL_PAGE_BYTES, ControlPage};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
 use bulkhead_ipc::protocol::birth::{
-    Birth, Born, CONTROL_FD, FIRST_GRANT_FD, FdRole, Filter, Grant, KindConfig, PAGE_FD,
-    ThreadFilter, UringGrant,
+    ADOPTION_FD, Birth, Born, CONTROL_FD, FIRST_GRANT_FD, FdRole, Filter, Grant, KindConfig,
+    PAGE_FD, ThreadFilter, UringGrant,
 };
 use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
 use bulkhead_ipc::shared::sealed_memfd;
 use std::io::Read;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -91,6 +91,7 @@ impl Process {
         let mut fds: Vec<(OwnedFd, RawFd)> = vec![
             (theirs.into(), CONTROL_FD),
             (page.try_clone().unwrap(), PAGE_FD),
+            (nowhere(), ADOPTION_FD),
         ];
         let mut grants = Vec::new();
         for ((role, index, owned), fd) in held.into_iter().zip(FIRST_GRANT_FD..) {
@@ -135,7 +136,9 @@ impl Process {
             uring: upbringing.uring,
             config: upbringing.config,
         };
-        channel.send(&birth, &[]).unwrap();
+        let log = nowhere();
+        let far_ends = [channel.as_fd(), log.as_fd()];
+        channel.send(&birth, &far_ends).unwrap();
         Self {
             child,
             channel,
@@ -213,6 +216,14 @@ impl Drop for Process {
         let _gone = self.child.kill();
         let _reaped = self.child.wait();
     }
+}
+
+/// A socket at which nobody can knock.
+#[expect(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
+fn nowhere() -> OwnedFd {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    let flags = SockFlag::SOCK_CLOEXEC;
+    socket(AddressFamily::Unix, SockType::Datagram, flags, None).unwrap()
 }
 
 /// The descriptors of a gate, as grants for its device.
