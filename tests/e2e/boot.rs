@@ -131,6 +131,9 @@ fn guests_have_from_sixteen_megabytes_to_beyond_four_gigabytes() {
 fn lost_vcpu_process_is_its_own_outcome() {
     let mut machine = Machine::test_guest("mode=idle", &[]);
     machine.expect("BH idle ");
+    // The broker starts devices when it has heard that the vCPUs are locked; until then their loss
+    // would be a failed start.
+    let _rng = machine.process("rng");
     let vcpu = machine.process("vcpu");
     let pid = nix::unistd::Pid::from_raw(i32::try_from(vcpu).unwrap());
     nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
