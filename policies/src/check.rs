@@ -106,7 +106,8 @@ pub fn policy(file: &str, text: &str, kind: ProcKind) -> Checked<Policy> {
         opcodes: checker.opcodes(&parsed.io_uring.opcode)?,
         namespaces: checker.namespaces(&parsed)?,
         landlock: checker.landlock(&parsed)?,
-        limits: limits(&parsed),
+        speculation: parsed.sandbox.speculation.clone(),
+        limits: checker.limits(&parsed)?,
         on_death: parsed.supervision.on_death,
         birth_timeout_ms: parsed.supervision.birth_timeout_ms,
         purpose: checker.said(None, "purpose", &parsed.purpose)?,
@@ -176,21 +177,6 @@ pub(crate) fn counts(file: &str, policy: &Policy) -> Checked<()> {
 pub(crate) fn line_of(text: &str, span: &Range<usize>) -> usize {
     let before = text.get(..span.start).unwrap_or(text);
     before.matches('\n').count() + 1
-}
-
-fn limits(parsed: &PolicyFile) -> Limits {
-    let l = &parsed.limits;
-    Limits {
-        open_files: l.open_files,
-        locked_memory_bytes: l.locked_memory.0,
-        stack_bytes: l.stack.0,
-        file_size_bytes: l.file_size.map(|s| s.0),
-        address_space_bytes: l.address_space.map(|s| s.0),
-        memory_bytes: l.memory.0,
-        plus_guest_memory: l.plus_guest_memory,
-        tasks: l.tasks,
-        plus_vcpus: l.plus_vcpus,
-    }
 }
 
 impl Checker<'_> {
@@ -441,6 +427,40 @@ impl Checker<'_> {
             );
         }
         Ok(())
+    }
+
+    fn limits(&self, parsed: &PolicyFile) -> Checked<Limits> {
+        let l = &parsed.limits;
+        if !(1..=1000).contains(&l.oom_score_adj) {
+            return Err(self.fault(
+                None,
+                "limits.oom_score_adj",
+                format!(
+                    "is {}, expected 1 to 1000: a machine ends before its broker",
+                    l.oom_score_adj
+                ),
+            ));
+        }
+        if l.file_size_of_disk && l.file_size.is_some() {
+            return Err(self.fault(
+                None,
+                "limits.file_size_of_disk",
+                "is given with file_size, expected one of them",
+            ));
+        }
+        Ok(Limits {
+            open_files: l.open_files,
+            locked_memory_bytes: l.locked_memory.0,
+            stack_bytes: l.stack.0,
+            file_size_bytes: l.file_size.map(|s| s.0),
+            file_size_of_disk: l.file_size_of_disk,
+            address_space_bytes: l.address_space.map(|s| s.0),
+            memory_bytes: l.memory.0,
+            plus_guest_memory: l.plus_guest_memory,
+            tasks: l.tasks,
+            plus_vcpus: l.plus_vcpus,
+            oom_score_adj: l.oom_score_adj,
+        })
     }
 
     fn opcodes(&self, opcodes: &[Opcode]) -> Checked<Vec<OpcodeGrant>> {

@@ -1,7 +1,9 @@
 //! A policy in its meaning: names resolved to numbers, overrides applied. Everything that launches,
 //! compiles, shows or explains a policy works on this.
 
-use crate::schema::{Access, FdType, Held, LandlockDeny, MadeType, Namespace, OnDeath};
+use crate::schema::{
+    Access, FdType, Held, LandlockDeny, MadeType, Namespace, OnDeath, Speculation,
+};
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::birth::FdRole;
 use serde::{Deserialize, Serialize};
@@ -27,6 +29,8 @@ pub struct Policy {
     pub namespaces: Vec<Namespace>,
     /// What Landlock denies.
     pub landlock: Vec<LandlockDeny>,
+    /// Speculation that it gives up.
+    pub speculation: Vec<Speculation>,
     /// Limits.
     pub limits: Limits,
     /// What its death means.
@@ -148,6 +152,8 @@ pub struct Limits {
     pub stack_bytes: u64,
     /// RLIMIT_FSIZE in bytes.
     pub file_size_bytes: Option<u64>,
+    /// Whether RLIMIT_FSIZE is the size of its disk image.
+    pub file_size_of_disk: bool,
     /// RLIMIT_AS in bytes.
     pub address_space_bytes: Option<u64>,
     /// Memory of the control group in bytes, besides guest memory.
@@ -158,6 +164,8 @@ pub struct Limits {
     pub tasks: u32,
     /// Whether one for each vCPU is added.
     pub plus_vcpus: bool,
+    /// Added to its badness when the host runs out of memory, 1 to 1000.
+    pub oom_score_adj: u16,
 }
 
 /// One thing that a locked process may ask of the kernel: a system call, an ioctl request, or an

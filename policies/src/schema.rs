@@ -245,6 +245,22 @@ pub struct SandboxEntry {
     pub capabilities: Vec<String>,
     /// Its user.
     pub user: User,
+    /// Speculation of the processor that is switched off while it runs, for good.
+    #[serde(default)]
+    pub speculation: Vec<Speculation>,
+}
+
+/// A kind of speculative execution that a process can give up (prctl(2), PR_SET_SPECULATION_CTRL).
+/// Where the processor or the kernel has no switch for it, nothing is done.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Speculation {
+    /// Loads that pass older stores.
+    StoreBypass,
+    /// Targets of indirect branches that others have trained; costs at each switch of processes.
+    IndirectBranch,
 }
 
 /// A namespace.
@@ -318,9 +334,12 @@ pub struct LimitsEntry {
     pub locked_memory: Size,
     /// RLIMIT_STACK.
     pub stack: Size,
-    /// RLIMIT_FSIZE; absent for no limit (the process may write a disk).
+    /// RLIMIT_FSIZE; absent for no limit.
     #[serde(default)]
     pub file_size: Option<Size>,
+    /// Whether RLIMIT_FSIZE is the size of the disk image that it is given, so that it cannot grow it.
+    #[serde(default)]
+    pub file_size_of_disk: bool,
     /// RLIMIT_AS; absent for no limit (the process maps guest memory).
     #[serde(default)]
     pub address_space: Option<Size>,
@@ -334,6 +353,9 @@ pub struct LimitsEntry {
     /// Whether one task for each vCPU is added to `tasks`.
     #[serde(default)]
     pub plus_vcpus: bool,
+    /// How much rather than others the host ends it when memory runs out, 1 to 1000: a machine goes
+    /// before a broker, which has 0 or less.
+    pub oom_score_adj: u16,
 }
 
 /// A size in bytes, written as a number with a unit: `"64KiB"`.

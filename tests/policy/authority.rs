@@ -240,3 +240,15 @@ fn every_way_in_which_a_process_can_differ_is_named() {
     let found = named(&differences(&authority, &policies));
     assert!(found.contains("it permits read beyond it"), "{found}");
 }
+
+#[test]
+fn disk_process_that_could_grow_its_image_is_named() {
+    let (machine, _disks) = machine();
+    let (mut authority, _) = measured(&machine);
+    let is_blk = |p: &&mut Measured| p.id.is_some_and(|id| id.kind == ProcKind::Blk);
+    let blk = authority.processes.iter_mut().find(is_blk).unwrap();
+    blk.status.limits.insert("Max file size".to_owned(), None);
+    let policies = Compiled::fresh(None, false).unwrap();
+    let found = named(&differences(&authority, &policies));
+    assert!(found.contains("Max file size is unlimited"), "{found}");
+}

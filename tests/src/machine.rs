@@ -96,6 +96,51 @@ impl Machine {
             .expect("tempdir");
         let mut command = bulkhead(scratch.path());
         command.arg("run").args(arguments);
+        Self::start(command, scratch)
+    }
+
+    /// Starts `bulkhead run` with `arguments` as user and group `id`, who has no right but to open
+    /// `/dev/kvm` and what is in the scratch folder. Without root this is who runs the test.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn run_as(id: u32, arguments: &[&str]) -> Self {
+        if !nix::unistd::geteuid().is_root() {
+            return Self::run(arguments);
+        }
+        let scratch = tempfile::Builder::new()
+            .prefix("bulkhead-test-")
+            .tempdir()
+            .expect("tempdir");
+        // The build may be where that user cannot look.
+        let binaries = scratch.path().join("bin");
+        fs::create_dir(&binaries).expect("scratch folder");
+        for entry in fs::read_dir(super::path("BULKHEAD_BIN_DIR")).expect("binaries") {
+            let from = entry.expect("binaries").path();
+            let name = from.file_name().and_then(|n| n.to_str()).unwrap_or("");
+            if name.starts_with("bulkhead") && !name.ends_with(".d") {
+                fs::copy(&from, binaries.join(name)).expect("scratch folder");
+            }
+        }
+        super::tool(
+            "chown",
+            &[
+                "-R",
+                &format!("{id}:{id}"),
+                &scratch.path().display().to_string(),
+            ],
+        );
+        let mut command = as_user(id, scratch.path());
+        command
+            .arg(binaries.join("bulkhead"))
+            .arg("run")
+            .args(arguments);
+        command.env("BULKHEAD_LIBEXEC_DIR", &binaries);
+        Self::start(command, scratch)
+    }
+
+    fn start(mut command: Command, scratch: tempfile::TempDir) -> Self {
         let errors = File::create(scratch.path().join("stderr")).expect("file for stderr");
         command
             .stdin(Stdio::piped())
@@ -362,10 +407,33 @@ impl Drop for Machine {
 fn bulkhead(scratch: &Path) -> Command {
     let binaries: PathBuf = super::path("BULKHEAD_BIN_DIR");
     let mut command = Command::new(binaries.join("bulkhead"));
+    command.env("BULKHEAD_LIBEXEC_DIR", &binaries);
+    directories(&mut command, scratch);
+    command
+}
+
+fn directories(command: &mut Command, scratch: &Path) {
     command.env("BULKHEAD_STATE_DIR", scratch.join("state"));
     command.env("BULKHEAD_RUNTIME_DIR", scratch.join("run"));
     command.env("BULKHEAD_CONFIG_DIR", scratch.join("etc"));
-    command.env("BULKHEAD_LIBEXEC_DIR", &binaries);
+}
+
+/// Executes what is appended as user and group `id`, whose `/dev/kvm` is one of its own: in a mount
+/// namespace that ends with it, so that the host's stays as it is.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "tests start the product as a user does"
+)]
+fn as_user(id: u32, scratch: &Path) -> Command {
+    const SCRIPT: &str = "set -e; id=$0; dir=$1; shift; mkdir \"$dir/dev\"; \
+        mount -t tmpfs -o mode=755 tests \"$dir/dev\"; mknod \"$dir/dev/kvm\" c 10 232; \
+        chown \"$id:$id\" \"$dir/dev/kvm\"; mount --bind \"$dir/dev/kvm\" /dev/kvm; \
+        exec setpriv --reuid \"$id\" --regid \"$id\" --clear-groups --inh-caps=-all -- \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", SCRIPT, &id.to_string()]);
+    command.arg(scratch);
+    directories(&mut command, scratch);
+    command.env_remove("XDG_RUNTIME_DIR");
     command
 }
 

@@ -97,6 +97,9 @@ fn process(measured: &Measured, policy: &Policy, filters: &Filters, out: &mut Di
     identity(&measured.status, out);
     namespaces(&measured.status, policy, out);
     limits(&measured.status, &policy.limits, out);
+    if policy.limits.file_size_of_disk {
+        disk_ends(measured, out);
+    }
     threads(measured, filters, out);
 }
 
@@ -434,6 +437,31 @@ fn limits(status: &Status, limits: &Limits, out: &mut Differences<'_>) {
         out.unless(kept, "limits", || {
             let found = found.map_or("unlimited".to_owned(), |n| n.to_string());
             format!("{name} is {found}, expected at most {most}")
+        });
+    }
+}
+
+/// A process with a disk image may write no file beyond the image's end. A block device ends by itself.
+fn disk_ends(measured: &Measured, out: &mut Differences<'_>) {
+    let images = measured
+        .descriptors
+        .iter()
+        .flatten()
+        .filter_map(|d| match &d.of {
+            Object::File {
+                path, block: false, ..
+            } => Some(path),
+            _ => None,
+        });
+    let limit = measured
+        .status
+        .limits
+        .get("Max file size")
+        .copied()
+        .flatten();
+    for path in images {
+        out.unless(limit.is_some(), "limits", || {
+            format!("Max file size is unlimited, expected the size of {path}")
         });
     }
 }

@@ -15,6 +15,7 @@
 //! moment at which they have their birth message ([`Launched::bear`]).
 
 pub mod cgroup;
+pub mod cores;
 pub mod hollow;
 pub mod plan;
 mod sys;
@@ -228,7 +229,7 @@ impl Launcher {
         check_gifts(policy, gifts)?;
         self.find_program(id.kind)?;
         self.finish_hollow()?;
-        let plan = LaunchPlan::new(&policy.namespaces, &policy.limits, self.means);
+        let plan = LaunchPlan::new(policy, image_bytes(gifts)?, self.means);
         let (control, childs_control) = Channel::pair().map_err(os("control channel"))?;
         let page_fd =
             sealed_memfd("bulkhead-page", CONTROL_PAGE_BYTES).map_err(os("control page"))?;
@@ -320,6 +321,16 @@ impl Launched {
         let step = self.steps.get(step)?;
         Some(format!("{step:?} before exec: {errno}"))
     }
+}
+
+/// The size of the disk image among the gifts; None for none or a block device.
+fn image_bytes(gifts: &[Gift<'_>]) -> Result<Option<u64>, LaunchError> {
+    let Some(disk) = gifts.iter().find(|gift| gift.role == FdRole::Disk) else {
+        return Ok(None);
+    };
+    let stat = fstat(disk.fd).map_err(os("fstat"))?;
+    let is_file = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFREG;
+    Ok(is_file.then(|| u64::try_from(stat.st_size).unwrap_or(0)))
 }
 
 /// Whether each process gets a user of its own: the broker is root, and the ids for processes exist in

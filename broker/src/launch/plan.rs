@@ -5,14 +5,28 @@
 //! root are joined while the broker's rights are there, the user is given up before the user
 //! namespace is made, the descriptors are placed last, and `exec` ends everything.
 
+use bulkhead_policies::Policy;
 use bulkhead_policies::plan::Limits;
-use bulkhead_policies::schema::Namespace;
+use bulkhead_policies::schema::{Namespace, Speculation};
 
 /// One thing that a newborn does. None allocates, and each is a few plain system calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     /// Own session, default signal handling: the terminal's signals are the broker's.
     NewSession,
+    /// Have the host end it rather than others when memory runs out.
+    OutOfMemory {
+        /// `oom_score_adj`.
+        adjust: u16,
+    },
+    /// Take back what an ancestor may have said: that the kernel may merge equal pages of this
+    /// process with those of others, who could then tell from the time of a write what it holds.
+    NeverMerge,
+    /// Give up a kind of speculation for good, where the processor has a switch for it.
+    GiveUpSpeculation {
+        /// PR_SPEC_*.
+        which: u32,
+    },
     /// Join the shared empty network namespace.
     JoinNetwork,
     /// Join the shared mount namespace that holds nothing but an empty read-only directory.
@@ -97,10 +111,32 @@ fn flags(namespaces: &[Namespace], without: &[Namespace]) -> u32 {
 }
 
 impl LaunchPlan {
-    /// The plan for a process with `namespaces` and `limits`.
+    /// The plan for a process of `policy` whose disk image, if it has one, has `disk_bytes`.
     #[must_use]
-    pub fn new(namespaces: &[Namespace], limits: &Limits, means: Means) -> Self {
-        let mut steps = vec![Step::NewSession];
+    pub fn new(policy: &Policy, disk_bytes: Option<u64>, means: Means) -> Self {
+        let namespaces = &policy.namespaces;
+        let limits = &Limits {
+            file_size_bytes: match policy.limits.file_size_of_disk {
+                true => disk_bytes,
+                false => policy.limits.file_size_bytes,
+            },
+            ..policy.limits
+        };
+        let adjust = limits.oom_score_adj;
+        let mut steps = vec![
+            Step::NewSession,
+            Step::OutOfMemory { adjust },
+            Step::NeverMerge,
+        ];
+        steps.extend(policy.speculation.iter().map(|speculation| {
+            let which = match speculation {
+                Speculation::StoreBypass => libc::PR_SPEC_STORE_BYPASS,
+                Speculation::IndirectBranch => libc::PR_SPEC_INDIRECT_BRANCH,
+            };
+            Step::GiveUpSpeculation {
+                which: which.cast_unsigned(),
+            }
+        }));
         let clone_flags;
         if means.root {
             // Joining needs the rights of root, so it comes before the user is given up; the user
@@ -163,7 +199,7 @@ mod tests {
 
     fn plan(kind: ProcKind, means: Means) -> LaunchPlan {
         let policy = bulkhead_policies::load(kind, None, false).unwrap();
-        LaunchPlan::new(&policy.namespaces, &policy.limits, means)
+        LaunchPlan::new(&policy, None, means)
     }
 
     fn place(plan: &LaunchPlan, step: impl Fn(&Step) -> bool) -> Option<usize> {
@@ -238,6 +274,33 @@ mod tests {
                 && plan.steps.contains(&Step::JoinNetwork);
             let mount_and_net = (libc::CLONE_NEWNS | libc::CLONE_NEWNET).cast_unsigned();
             assert!(joins || unshared & mount_and_net == mount_and_net);
+        }
+    }
+
+    #[test]
+    fn files_of_a_disk_process_end_where_its_disk_ends() {
+        let policy = bulkhead_policies::load(ProcKind::Blk, None, false).unwrap();
+        let limits = |disk_bytes| {
+            let plan = LaunchPlan::new(&policy, disk_bytes, ROOT);
+            plan.steps.iter().find_map(|step| match *step {
+                Step::Limit { resource, value } if resource == libc::RLIMIT_FSIZE => Some(value),
+                _ => None,
+            })
+        };
+        assert_eq!(limits(Some(12345)), Some(12345));
+        // A block device has an end of its own.
+        assert_eq!(limits(None), None);
+    }
+
+    #[test]
+    fn host_ends_every_kind_before_a_broker_and_never_merges_its_pages() {
+        for kind in ProcKind::ALL {
+            for means in [ROOT, USER] {
+                let plan = plan(kind, means);
+                let more = |s: &Step| matches!(s, Step::OutOfMemory { adjust: 1.. });
+                assert!(place(&plan, more).is_some(), "{kind}");
+                assert!(plan.steps.contains(&Step::NeverMerge), "{kind}");
+            }
         }
     }
 

@@ -19,6 +19,8 @@ const ASIDE_FD: RawFd = 512;
 const EXIT_UNBORN: i64 = 127;
 /// Version 3 of the capability interface.
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
+/// prctl(2), since Linux 6.4.
+const PR_SET_MEMORY_MERGE: i32 = 67;
 /// One more than the largest capability number that may exist.
 const CAPABILITIES: u64 = 64;
 
@@ -110,6 +112,40 @@ pub(super) fn kill(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
+/// What is asked of core scheduling (PR_SCHED_CORE_*).
+#[derive(Debug, Clone, Copy)]
+pub(super) enum CoreCommand {
+    /// Whether it is there.
+    Ask,
+    /// A new cookie for a process.
+    CreateFor(i32),
+    /// The cookie of a process for the calling thread.
+    TakeFrom(i32),
+    /// The calling thread's cookie for a process.
+    GiveTo(i32),
+}
+
+/// prctl(PR_SCHED_CORE).
+///
+/// # Errors
+/// EINVAL from a kernel without it, ENODEV on processors without siblings.
+pub(super) fn core_scheduling(command: CoreCommand) -> Result<(), Errno> {
+    const PR_SCHED_CORE: i32 = 62;
+    let (one_thread, whole_process) = (0u64, 1u64);
+    let mut cookie = 0u64;
+    let out = (&raw mut cookie).addr() as u64;
+    // The number of the command, the process, whom it is about, and where an answer goes.
+    let (number, pid, scope, out) = match command {
+        CoreCommand::Ask => (0u64, 0, one_thread, out),
+        CoreCommand::CreateFor(pid) => (1, pid, whole_process, 0),
+        CoreCommand::GiveTo(pid) => (2, pid, whole_process, 0),
+        CoreCommand::TakeFrom(pid) => (3, pid, one_thread, 0),
+    };
+    // SAFETY: integers, and for `Ask` the address of eight writable bytes.
+    let result = unsafe { libc::syscall(libc::SYS_prctl, PR_SCHED_CORE, number, pid, scope, out) };
+    Errno::result(result).map(drop)
+}
+
 /// A system call's result in the child.
 type Done = Result<i64, Errno>;
 
@@ -140,6 +176,30 @@ fn live(prepared: &Prepared<'_>) -> ! {
 fn perform(step: &Step, prepared: &Prepared<'_>, report: &mut RawFd) -> Done {
     match *step {
         Step::NewSession => new_session(),
+        Step::OutOfMemory { adjust } => {
+            let mut text = [0u8; 10];
+            let text = decimal(adjust.into(), &mut text);
+            write_file(prepared.proc_dir, c"self/oom_score_adj", text)
+        }
+        Step::NeverMerge => {
+            let never = call!(SYS_prctl, PR_SET_MEMORY_MERGE, 0u64, 0u64, 0u64, 0u64);
+            // A kernel that does not know the call merges nothing that was not advised.
+            never.or_else(|errno| unless(errno, &[Errno::EINVAL]))
+        }
+        Step::GiveUpSpeculation { which } => {
+            let (which, off) = (u64::from(which), u64::from(libc::PR_SPEC_FORCE_DISABLE));
+            let given = call!(
+                SYS_prctl,
+                libc::PR_SET_SPECULATION_CTRL,
+                which,
+                off,
+                0u64,
+                0u64
+            );
+            // No switch, or one that the host's administrator has set for good.
+            let without = [Errno::ENXIO, Errno::EPERM, Errno::ENODEV, Errno::EINVAL];
+            given.or_else(|errno| unless(errno, &without))
+        }
         Step::JoinNetwork => call!(SYS_setns, prepared.network, libc::CLONE_NEWNET),
         Step::JoinEmptyRoot => call!(SYS_setns, prepared.root, libc::CLONE_NEWNS),
         Step::BecomeUser { base, plus_pid } => become_user(base, plus_pid, prepared.proc_dir),
@@ -168,6 +228,29 @@ fn perform(step: &Step, prepared: &Prepared<'_>, report: &mut RawFd) -> Done {
             )
         }
     }
+}
+
+/// Nothing happened, when that is for one of the reasons that do not matter.
+fn unless(errno: Errno, harmless: &[Errno]) -> Done {
+    match harmless.contains(&errno) {
+        true => Ok(0),
+        false => Err(errno),
+    }
+}
+
+/// `number` in decimal digits, in `text`.
+fn decimal(number: u32, text: &mut [u8; 10]) -> &[u8] {
+    let mut rest = number;
+    let mut first = text.len();
+    for place in text.iter_mut().rev() {
+        *place = b'0' + u8::try_from(rest % 10).unwrap_or(0);
+        rest /= 10;
+        first -= 1;
+        if rest == 0 {
+            break;
+        }
+    }
+    text.get(first..).unwrap_or(&[])
 }
 
 fn new_session() -> Done {
@@ -232,16 +315,8 @@ fn map_line(outside: u32, text: &mut [u8; 32]) -> usize {
         }
     };
     for number in [INSIDE_ID, outside, 1] {
-        let mut divisor = 1_000_000_000u32;
-        let mut started = false;
-        while divisor > 0 {
-            let digit = number / divisor % 10;
-            started |= digit != 0 || divisor == 1;
-            if started {
-                put(b'0' + u8::try_from(digit).unwrap_or(0));
-            }
-            divisor /= 10;
-        }
+        let mut digits = [0u8; 10];
+        decimal(number, &mut digits).iter().for_each(|&b| put(b));
         put(b' ');
     }
     len

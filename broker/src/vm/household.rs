@@ -11,6 +11,7 @@ use super::resources::Resources;
 use super::session::RunError;
 use super::spec::VmSpec;
 use crate::launch::cgroup::{Group, GroupLimits, Place};
+use crate::launch::cores;
 use crate::launch::{Gift, LaunchError, Launched, Launcher};
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
@@ -325,6 +326,17 @@ impl Midwife<'_, '_> {
         self.birth(kind, device.index, &device.name, slot, &gifts, config)
     }
 
+    /// Lets only this machine's processes run beside each other on one core.
+    fn share_cores(&self, newborn: &Launched) {
+        let done = match self.household.of_kind(ProcKind::Vcpu) {
+            Some(vcpu) => cores::share(vcpu.launched.pid, newborn.pid),
+            None => cores::create(newborn.pid),
+        };
+        if let Err(errno) = done {
+            tracing::warn!(proc = %newborn.id, %errno, "no core-scheduling cookie");
+        }
+    }
+
     /// The policy's limits, and what the machine itself takes: guest memory with the kernel's page
     /// tables for it, windows, and files whose pages may stay in memory (on a tmpfs, all of them).
     fn group_limits(&self, limits: &Limits, config: &KindConfig) -> GroupLimits {
@@ -386,6 +398,7 @@ impl Midwife<'_, '_> {
         let launcher = &mut self.nursery.launcher;
         let launched = launcher.launch(id, policy, gifts, &adoption);
         let launched = launched.map_err(fails)?;
+        self.share_cores(&launched);
         let grants = launched.grants.clone();
         // From here on it is killed when anything goes wrong.
         let launched = Arc::new(launched);

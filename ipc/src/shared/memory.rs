@@ -10,6 +10,14 @@ use vm_memory::{
     AtomicAccess, ByteValued, Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice,
 };
 
+/// Keeps guests' bytes out of core files, whoever may make one.
+#[expect(unsafe_code, reason = "madvise on a mapping of our own")]
+fn keep_out_of_dumps(map: &MmapRegion) -> Result<(), Errno> {
+    // SAFETY: the range is exactly this mapping, and the advice changes no content.
+    let result = unsafe { libc::madvise(map.as_ptr().cast(), map.size(), libc::MADV_DONTDUMP) };
+    Errno::result(result).map(drop)
+}
+
 /// A mapped piece of shared memory. Offsets are checked on every access; an access out of range is
 /// a bug of the caller, since offsets come from the agreed layout and never from the memory.
 #[derive(Debug)]
@@ -37,6 +45,7 @@ impl SharedMemory {
         let len = usize::try_from(bytes).map_err(|_| Errno::EFBIG)?;
         let map = MmapRegion::from_file(FileOffset::new(file, 0), len)
             .map_err(|e| SharedError::Map(e.to_string()))?;
+        keep_out_of_dumps(&map)?;
         Ok(Self { map })
     }
 

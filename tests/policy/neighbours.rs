@@ -1,0 +1,184 @@
+//! What the host and other machines are kept from: a machine's memory in core files and merged
+//! pages, its disk image beyond its end, its files, its share of a crowded host.
+
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is a test module"
+)]
+#![allow(unsafe_code, reason = "prctl has no safe wrapper")]
+
+use bulkhead_tests::{Fate, Intruder, Machine};
+use nix::sys::signal::Signal;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+const KINDS: [&str; 5] = ["vcpu", "legacy", "console", "rng", "blk"];
+const DISK_BYTES: u64 = (1 << 20) + 512;
+
+fn idle() -> (Machine, tempfile::NamedTempFile) {
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(DISK_BYTES).unwrap();
+    let path = disk.path().to_str().unwrap().to_owned();
+    let mut machine = Machine::test_guest("mode=idle", &["--disk", &path]);
+    machine.expect("BH idle ");
+    (machine, disk)
+}
+
+fn proc_file(pid: u32, name: &str) -> String {
+    fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap()
+}
+
+fn limit(pid: u32, name: &str) -> String {
+    let text = proc_file(pid, "limits");
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    line.unwrap().split_whitespace().nth(1).unwrap().to_owned()
+}
+
+#[test]
+fn host_short_of_memory_ends_machines_before_brokers() {
+    let (machine, _disk) = idle();
+    let score = |pid| -> i32 { proc_file(pid, "oom_score_adj").trim().parse().unwrap() };
+    let broker = score(machine.pid());
+    for kind in KINDS {
+        let own = score(machine.process(kind));
+        assert!(own >= broker + 100, "{kind} has {own}, its broker {broker}");
+    }
+}
+
+#[test]
+fn guest_bytes_reach_no_core_file_and_are_never_merged() {
+    const PR_SET_MEMORY_MERGE: i32 = 67;
+    // As a service manager does with MemoryKSM=yes; an older kernel refuses and has nothing to inherit.
+    // SAFETY: plain integers; the only effect is a flag of this process.
+    let merges = unsafe { libc::prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0) } == 0;
+    let (machine, _disk) = idle();
+    if merges && Path::new("/proc/self/ksm_stat").exists() {
+        let broker = proc_file(machine.pid(), "ksm_stat");
+        assert!(!broker.contains("ksm_merge_any: no"), "{broker}");
+    }
+    for kind in KINDS {
+        let pid = machine.process(kind);
+        assert_eq!(limit(pid, "Max core file size"), "0", "{kind}");
+        let mut windows = 0;
+        for mapping in proc_file(pid, "smaps")
+            .split("VmFlags:")
+            .collect::<Vec<_>>()
+            .windows(2)
+        {
+            let (head, flags) = (mapping[0], mapping[1].lines().next().unwrap());
+            let has = |flag| flags.split_whitespace().any(|f| f == flag);
+            assert!(!has("mg"), "{kind} may be merged: {head}");
+            let size = head.lines().find_map(|l| l.strip_prefix("Size:"));
+            let kib = size.map_or(0, |s| s.trim().trim_end_matches(" kB").parse().unwrap());
+            let guest_memory = kind == "vcpu" && kib >= 32 << 10;
+            if head.contains("memfd:bulkhead") || guest_memory {
+                assert!(has("dd"), "{kind} would be dumped: {head}");
+                windows += 1;
+            }
+        }
+        assert!(
+            windows >= if kind == "vcpu" { 5 } else { 2 },
+            "{kind}: {windows} mappings"
+        );
+    }
+}
+
+#[test]
+fn disk_process_cannot_grow_its_image() {
+    let (machine, disk) = idle();
+    let pid = machine.process("blk");
+    assert_eq!(limit(pid, "Max file size"), DISK_BYTES.to_string());
+    let image = fs::canonicalize(disk.path()).unwrap();
+    let fd = fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .flatten()
+        .find(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == image));
+    let fd: u64 = fd.unwrap().file_name().to_str().unwrap().parse().unwrap();
+    let mut intruder = Intruder::enter(pid, None);
+    let bytes = intruder.place(b"more");
+    let inside = intruder.call(libc::SYS_pwrite64, [fd, bytes, 4, DISK_BYTES - 4, 0, 0]);
+    assert_eq!(inside, Fate::Returned(4));
+    let beyond = intruder.call(libc::SYS_pwrite64, [fd, bytes, 4, DISK_BYTES, 0, 0]);
+    let refused = Fate::Returned(-i64::from(libc::EFBIG));
+    assert!(
+        beyond == refused || beyond == Fate::Killed(Signal::SIGXFSZ),
+        "{beyond:?}"
+    );
+    assert_eq!(fs::metadata(&image).unwrap().len(), DISK_BYTES);
+}
+
+#[test]
+fn files_of_a_machine_are_its_users_alone() {
+    let (machine, _disk) = idle();
+    let mut folders = vec![
+        machine.scratch().join("state"),
+        machine.scratch().join("run"),
+    ];
+    let mut files = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            let metadata = entry.metadata().unwrap();
+            if metadata.is_dir() {
+                folders.push(entry.path());
+                continue;
+            }
+            files += 1;
+            let mode = metadata.permissions().mode() & 0o777;
+            assert_eq!(mode & 0o077, 0, "{}: {mode:o}", entry.path().display());
+        }
+    }
+    assert!(files >= 2, "only {files} files were found");
+}
+
+/// The core-scheduling cookie of a process; None where there is no core scheduling.
+fn cookie(pid: u32) -> Option<u64> {
+    const PR_SCHED_CORE: i32 = 62;
+    let mut cookie = 0u64;
+    // SAFETY: command 0 writes eight bytes to `cookie`.
+    let result = unsafe { libc::prctl(PR_SCHED_CORE, 0u64, u64::from(pid), 0u64, &raw mut cookie) };
+    (result == 0).then_some(cookie)
+}
+
+#[test]
+fn machine_shares_its_cores_with_no_other() {
+    let ((one, _), (other, _)) = (idle(), idle());
+    let cookies = |machine: &Machine| KINDS.map(|kind| cookie(machine.process(kind)));
+    let (ours, theirs) = (cookies(&one), cookies(&other));
+    if cookie(std::process::id()).is_none() {
+        // Without core scheduling there is no cookie to have, and nobody was told otherwise.
+        assert!(ours.iter().chain(&theirs).all(Option::is_none));
+        assert!(!one.errors().contains("cookie"), "{}", one.errors());
+        return;
+    }
+    assert!(ours[0].is_some_and(|cookie| cookie != 0));
+    assert!(ours.iter().all(|cookie| *cookie == ours[0]), "{ours:?}");
+    assert!(
+        theirs.iter().all(|cookie| *cookie == theirs[0]),
+        "{theirs:?}"
+    );
+    assert_ne!(ours[0], theirs[0]);
+    assert_eq!(cookie(one.pid()), Some(0), "the broker shares with nobody");
+}
+
+#[test]
+fn device_processes_give_up_store_bypass_where_there_is_a_switch() {
+    let (machine, _disk) = idle();
+    let line = |pid| {
+        let text = proc_file(pid, "status");
+        let line = text
+            .lines()
+            .find_map(|l| l.strip_prefix("Speculation_Store_Bypass:"));
+        line.unwrap_or_default().trim().to_owned()
+    };
+    let own = line(std::process::id());
+    for kind in ["legacy", "console", "rng", "blk"] {
+        let theirs = line(machine.process(kind));
+        if own == "thread vulnerable" {
+            assert_eq!(theirs, "thread force mitigated", "{kind}");
+        } else {
+            // The host has no switch, or has it on for all.
+            assert_eq!(theirs, own, "{kind}");
+        }
+    }
+}
