@@ -15,7 +15,7 @@ const PAGE: usize = 4096;
 const MIB: u64 = 1 << 20;
 
 /// Writes the words of one page, all a function of seed, page and generation.
-fn fill_page(memory: Dma, page: usize, seed: u64, generation: u64) {
+pub(super) fn fill_page(memory: Dma, page: usize, seed: u64, generation: u64) {
     let mut memory = memory.part(page * PAGE, PAGE);
     let key = prng::at(seed ^ generation << 32, page as u64);
     for (index, word) in memory.all_mut().chunks_exact_mut(8).enumerate() {
@@ -23,14 +23,14 @@ fn fill_page(memory: Dma, page: usize, seed: u64, generation: u64) {
     }
 }
 
-fn page_is_right(memory: Dma, page: usize, seed: u64, generation: u64) -> bool {
+pub(super) fn page_is_right(memory: Dma, page: usize, seed: u64, generation: u64) -> bool {
     let key = prng::at(seed ^ generation << 32, page as u64);
     let memory = memory.part(page * PAGE, PAGE);
     let mut words = memory.all().chunks_exact(8).enumerate();
     words.all(|(index, word)| word == key.wrapping_add(index as u64).to_le_bytes())
 }
 
-fn working_memory(machine: &Machine, default: u64) -> Result<Dma, Failure> {
+pub(super) fn working_memory(machine: &Machine, default: u64) -> Result<Dma, Failure> {
     let size = machine.number("size", default)?;
     if size < PAGE as u64 || size > phys::heap_left() {
         return Err(Failure::Parameter("size"));

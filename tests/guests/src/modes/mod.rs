@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_blk;
+mod beside;
 mod blk;
 mod blk_sweep;
 mod button;
@@ -29,6 +30,7 @@ const MODES: &[(&str, Mode)] = &[
     ("bench-blk", bench_blk::run),
     ("bench-legacy", bench::legacy),
     ("bench-mmio", bench::mmio),
+    ("beside", beside::run),
     ("blk", blk::run),
     ("button", button::run),
     ("console", console::run),

@@ -1,0 +1,245 @@
+//! `beside`: a disk and memory are verified, round after round, while requests are kept in flight on
+//! every other device. Whatever those devices do, and whoever they belong to, nothing else changes:
+//! neither the disk, nor memory, nor the bytes around the buffers in flight.
+
+use bulkhead_guest::prng::Prng;
+
+use super::blk_sweep::{self, Op, QD_MAX, Sweep};
+use super::changing::{fill_page, page_is_right, working_memory};
+use crate::machine::Machine;
+use crate::report::{Failure, expect, fail, say};
+use crate::sys::phys::{self, Dma};
+use crate::sys::time::{self, Deadline};
+use crate::virtio::blk::{Blk, WANTED, answer, kind};
+use crate::virtio::mmio::{self, Device, feature, id};
+use crate::virtio::queue::{QUEUE_SIZE_MAX, Queue, Segment};
+
+const MIB: u64 = 1 << 20;
+const SECTORS: u64 = 4096;
+/// Buffers in flight on each queue of the company.
+const BUFFERS: usize = 8;
+const BUFFER: usize = 1024;
+/// Bytes on either side of a buffer that nobody may touch.
+const FENCE: usize = 512;
+const FENCE_BYTE: u8 = 0x5c;
+const COMPANY_MAX: usize = 8;
+
+/// A queue on which requests are kept in flight.
+struct Line {
+    device: Device,
+    queue: Queue,
+    /// Whether the device writes the buffers.
+    write: bool,
+    memory: Dma,
+    /// The buffer of each descriptor that heads a request.
+    buffer_of: [Option<usize>; QUEUE_SIZE_MAX],
+    done: u64,
+    resets: u64,
+}
+
+impl Line {
+    fn new(device: Device, index: u16, features: u64, write: bool) -> Result<Line, Failure> {
+        let queue = device.queue(index, features)?;
+        let mut memory = phys::allocate(BUFFERS * (BUFFER + 2 * FENCE));
+        memory.all_mut().fill(FENCE_BYTE);
+        Ok(Line {
+            device,
+            queue,
+            write,
+            memory,
+            buffer_of: [None; QUEUE_SIZE_MAX],
+            done: 0,
+            resets: 0,
+        })
+    }
+
+    fn buffer(&self, number: usize) -> Dma {
+        self.memory
+            .part(number * (BUFFER + 2 * FENCE) + FENCE, BUFFER)
+    }
+
+    fn offer(&mut self, number: usize) -> Result<(), Failure> {
+        let mut memory = self.buffer(number);
+        if !self.write {
+            memory.all_mut().fill(b'.');
+        }
+        let segment = Segment {
+            write: self.write,
+            ..Segment::readable(memory)
+        };
+        let head = self.queue.build(&[segment]);
+        let head = head.ok_or(Failure::Parameter("queue_size"))?;
+        self.buffer_of[usize::from(head)] = Some(number);
+        self.queue.offer(head);
+        Ok(())
+    }
+
+    /// Takes what came back and offers it again. What a device says of a request must still be a
+    /// request in flight, with no more bytes than it has.
+    fn tend(&mut self) -> Result<(), Failure> {
+        let mut again = false;
+        // One round: a device that answers at once must not hold the others up.
+        for _ in 0..BUFFERS {
+            let Some(used) = self.queue.poll()? else {
+                break;
+            };
+            let Some(number) = self.buffer_of[usize::from(used.head)].take() else {
+                fail!(
+                    "beside",
+                    "kind=used_id slot={} head={}",
+                    self.device.slot,
+                    used.head
+                );
+                continue;
+            };
+            if used.len as usize > BUFFER || (!self.write && used.len > 0) {
+                fail!(
+                    "beside",
+                    "kind=used_len slot={} len={}",
+                    self.device.slot,
+                    used.len
+                );
+            }
+            self.queue.release(used.head);
+            self.done += 1;
+            self.offer(number)?;
+            again = true;
+        }
+        if again {
+            self.queue.suppress_interrupts();
+            self.queue.kick();
+        }
+        Ok(())
+    }
+
+    fn fences_hold(&self) -> bool {
+        (0..BUFFERS).all(|number| {
+            let start = number * (BUFFER + 2 * FENCE);
+            let (before, after) = (start, start + FENCE + BUFFER);
+            let holds = |at| {
+                self.memory
+                    .part(at, FENCE)
+                    .all()
+                    .iter()
+                    .all(|b| *b == FENCE_BYTE)
+            };
+            holds(before) && holds(after)
+        })
+    }
+}
+
+/// The lines of every device but the disks.
+fn company(machine: &Machine, lines: &mut [Option<Line>]) -> Result<usize, Failure> {
+    let mut devices = [None; COMPANY_MAX];
+    let mut count = 0;
+    mmio::each(machine, |device| {
+        if (device.id == id::RNG || device.id == id::CONSOLE) && count < COMPANY_MAX {
+            devices[count] = Some(device);
+            count += 1;
+        }
+        None::<()>
+    });
+    let mut used = 0;
+    for device in devices.into_iter().flatten() {
+        let features = device.negotiate(feature::EVENT_IDX)?;
+        // Of a console the receive queue and the transmit queue, of the entropy source its one.
+        let queues = if device.id == id::CONSOLE { 2 } else { 1 };
+        let first = used;
+        for index in 0..queues {
+            let Some(line) = lines.get_mut(used) else {
+                break;
+            };
+            *line = Some(Line::new(device, index, features, index == 0)?);
+            used += 1;
+        }
+        device.start()?;
+        for line in lines[first..used].iter_mut().flatten() {
+            for number in 0..BUFFERS {
+                line.offer(number)?;
+            }
+            line.queue.kick();
+        }
+    }
+    Ok(used)
+}
+
+/// Verifies until the time is over.
+pub fn run(machine: &Machine) -> Result<(), Failure> {
+    let seed = machine.number("seed", 1)?;
+    let seconds = machine.number("seconds", 10)?;
+    let qd = machine.number("qd", 8)? as usize;
+    if qd == 0 || qd > QD_MAX {
+        return Err(Failure::Parameter("qd"));
+    }
+    let timeout_ms = super::timeout_ms(machine)?;
+    let memory = working_memory(machine, 4 * MIB)?;
+    let pages = memory.len / 4096;
+    let mut lines = [const { None::<Line> }; COMPANY_MAX];
+    let used = company(machine, &mut lines)?;
+    let mut blk = Blk::open(machine, machine.number("disk", 0)?, WANTED)?;
+    let sectors = machine.number("sectors", SECTORS)?.min(blk.capacity);
+    let mut prng = Prng::new(seed);
+    say!("beside pages={pages} sectors={sectors} lines={used} seconds={seconds}");
+    for page in 0..pages {
+        fill_page(memory, page, seed, 0);
+    }
+    let khz = time::khz();
+    let start = time::cycles();
+    let mut round = 0_u64;
+    while time::cycles().wrapping_sub(start) < seconds.saturating_mul(1000 * khz) {
+        for op in [Op::Write, Op::Verify] {
+            let sweep = Sweep {
+                op,
+                sectors,
+                seed: seed ^ round << 32,
+                qd,
+                timeout_ms,
+            };
+            let mark = phys::heap_mark();
+            blk_sweep::run(&mut blk, sweep, &mut prng)?;
+            phys::heap_release(mark);
+            let deadline = Deadline::after_ms(timeout_ms);
+            let (status, _) = blk.request(0, kind::FLUSH, 0, None, deadline)?;
+            expect("flush_status", u64::from(status), u64::from(answer::OK))?;
+            for line in lines.iter_mut().flatten() {
+                line.tend()?;
+                if line.device.needs_reset() {
+                    line.resets = 1;
+                }
+            }
+        }
+        for page in 0..pages {
+            if !page_is_right(memory, page, seed, round) {
+                fail!("beside", "kind=memory page={page} round={round}");
+            }
+            fill_page(memory, page, seed, round + 1);
+        }
+        for line in lines.iter().flatten() {
+            if !line.fences_hold() {
+                fail!(
+                    "beside",
+                    "kind=fence slot={} round={round}",
+                    line.device.slot
+                );
+            }
+        }
+        round += 1;
+        if round == 1 {
+            // From now on it uses no memory that it has not used before.
+            say!("beside.round value=1");
+        }
+    }
+    for line in lines.iter().flatten() {
+        say!(
+            "beside.line slot={} id={} queue={} done={} needs_reset={}",
+            line.device.slot,
+            line.device.id,
+            line.queue.index,
+            line.done,
+            line.resets
+        );
+    }
+    let ms = time::cycles().wrapping_sub(start) / khz;
+    say!("beside.end rounds={round} ms={ms} sectors={sectors} pages={pages}");
+    expect("no_rounds", u64::from(round == 0), 0)
+}

@@ -1,0 +1,240 @@
+//! The methods. None ever returns: a process that gives up attacks nothing.
+
+use crate::prey::Prey;
+use crate::prng::Prng;
+use bulkhead_ipc::channel::{Channel, ChannelError};
+use bulkhead_ipc::protocol::birth::Born;
+use bulkhead_ipc::protocol::device::FromDevice;
+use bulkhead_ipc::shared::SharedMemory;
+use bulkhead_ipc::window::{DeviceState, QueueLayout, Window};
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// How the process attacks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Method {
+    /// Random bytes all over everything shared.
+    Scribble,
+    /// Used rings, with a believable publication before: indexes, descriptors and lengths that lie.
+    Rings,
+    /// A storm of publications: configuration, features, state.
+    Publish,
+    /// Doorbells rung without a pause.
+    Ring,
+    /// Doorbells filled to the brim, again and again.
+    Fill,
+    /// The control socket: floods of messages with descriptors, and of messages of other protocols.
+    Flood,
+    /// The control socket: well-formed lies.
+    Lie,
+    /// Nothing at all: never publishes, never reads, never answers.
+    Silent,
+}
+
+/// Words that the legacy page must not get: a bit there asks for a reset of the machine, which the
+/// keyboard controller may do at any time, and which would end the test.
+const RESET_WORD: std::ops::Range<usize> = 0x80..0x84;
+
+impl Method {
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "scribble" => Self::Scribble,
+            "rings" => Self::Rings,
+            "publish" => Self::Publish,
+            "ring" => Self::Ring,
+            "fill" => Self::Fill,
+            "flood" => Self::Flood,
+            "lie" => Self::Lie,
+            "silent" => Self::Silent,
+            _ => return None,
+        })
+    }
+}
+
+pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prng) -> ! {
+    if !matches!(method, Method::Scribble | Method::Silent)
+        && let Some(window) = &prey.window
+    {
+        window.publish(prey.features, &prey.config);
+        prey.ring_all();
+    }
+    loop {
+        match method {
+            Method::Scribble => scribble(prey, prng),
+            Method::Rings => rings(prey, prng),
+            Method::Publish => publish(prey, prng),
+            Method::Ring => (0..10_000).for_each(|_| prey.ring_all()),
+            Method::Fill => fill(prey),
+            Method::Flood => flood(prey, channel, prng),
+            Method::Lie => lie(channel, prng),
+            Method::Silent => {}
+        }
+        if method != Method::Ring {
+            // A pause, so that gate and broker are given time to make a mistake.
+            let pause = match method {
+                Method::Silent => Duration::from_secs(3600),
+                _ => Duration::from_millis(1),
+            };
+            // A descriptor that rings by itself cuts it short, which is as good.
+            let _woken = prey.waiter.sleep(Some(pause));
+        }
+    }
+}
+
+fn scribble(prey: &Prey, prng: &mut Prng) {
+    let windows = prey.window.iter().map(|window| &window.memory);
+    for memory in windows.chain(&prey.pages) {
+        for _ in 0..64 {
+            let at = match prng.below(3) {
+                // Headers and rings are at the start.
+                0 => prng.below(0x2000.min(memory.len() - 8)),
+                1 => prng.below(0x200.min(memory.len() - 8)),
+                _ => prng.below(memory.len() - 8),
+            };
+            if prey.window.is_some() || !RESET_WORD.contains(&(at & !3)) {
+                memory.write(at & !3, prng.edge32());
+            }
+        }
+    }
+    prey.ring_all();
+}
+
+fn rings(prey: &Prey, prng: &mut Prng) {
+    match &prey.window {
+        Some(window) => {
+            let queues = &window.layout.queues;
+            if let Some(queue) = queues.get(prng.below(queues.len())) {
+                lie_in_used_ring(&window.memory, *queue, prng);
+            }
+        }
+        None => scribble(prey, prng),
+    }
+    prey.ring_all();
+}
+
+/// One lie, of a kind that a careless driver half would believe.
+fn lie_in_used_ring(memory: &SharedMemory, queue: QueueLayout, prng: &mut Prng) {
+    let index = memory.load::<u16>(queue.used_ring + 2, Ordering::Relaxed);
+    let avail = memory.load::<u16>(queue.avail_ring + 2, Ordering::Relaxed);
+    let place = usize::from(index) % usize::from(queue.descriptors);
+    let element = queue.used_ring + 4 + 8 * place;
+    match prng.below(6) {
+        // A head in flight, with more bytes than it has.
+        0 => {
+            memory.write(element, u32::from(prng.edge16() % queue.descriptors) & !3);
+            memory.write(element + 4, prng.edge32());
+            memory.store(
+                queue.used_ring + 2,
+                index.wrapping_add(1),
+                Ordering::Release,
+            );
+        }
+        // A descriptor that heads nothing.
+        1 => {
+            memory.write(element, prng.edge32());
+            memory.write(element + 4, 0u32);
+            memory.store(
+                queue.used_ring + 2,
+                index.wrapping_add(1),
+                Ordering::Release,
+            );
+        }
+        // The same request twice.
+        2 => {
+            let before = usize::from(index.wrapping_sub(1)) % usize::from(queue.descriptors);
+            let again = memory.read::<u64>(queue.used_ring + 4 + 8 * before);
+            memory.write(element, again);
+            memory.store(
+                queue.used_ring + 2,
+                index.wrapping_add(1),
+                Ordering::Release,
+            );
+        }
+        // More than was ever asked.
+        3 => memory.store(
+            queue.used_ring + 2,
+            avail.wrapping_add(prng.edge16()),
+            Ordering::Release,
+        ),
+        // Backwards.
+        4 => memory.store(
+            queue.used_ring + 2,
+            index.wrapping_sub(1),
+            Ordering::Release,
+        ),
+        // The gate's own half: what it wrote must not be believed when it is read again.
+        _ => {
+            let at = queue.desc_table + prng.below(16 * usize::from(queue.descriptors) / 8) * 8;
+            memory.write(at, prng.next());
+            memory.write(queue.avail_ring + 4 + 2 * place, prng.edge16());
+            memory.write(queue.avail_ring + 2, prng.edge16());
+        }
+    }
+}
+
+fn publish(prey: &Prey, prng: &mut Prng) {
+    let Some(window) = &prey.window else {
+        return scribble(prey, prng);
+    };
+    for _ in 0..256 {
+        let mut config = prey.config.clone();
+        let at = prng.below(config.len());
+        if let Some(byte) = config.get_mut(at) {
+            *byte = u8::try_from(prng.next() & 0xff).unwrap_or(0);
+        }
+        window.publish(prng.next(), &config);
+        tell_state(window, prng);
+        prey.ring_all();
+    }
+}
+
+/// Mostly that all is well, or the attack would be over.
+fn tell_state(window: &Window, prng: &mut Prng) {
+    if prng.below(100_000) == 0 {
+        window.set_device_state(DeviceState::Failed);
+    }
+}
+
+fn fill(prey: &Prey) {
+    for bell in &prey.bells {
+        // Full already is as good.
+        let _full = bell.eventfd().write(u64::MAX - 1);
+    }
+}
+
+fn flood(prey: &Prey, channel: &Channel, prng: &mut Prng) {
+    for _ in 0..1000 {
+        let noise: Vec<u8> = (0..prng.below(600))
+            .map(|n| u8::try_from(n % 251).unwrap_or(0))
+            .collect();
+        let fds: Vec<_> = prey.bells.iter().map(AsFd::as_fd).collect();
+        let sent = match prng.below(3) {
+            0 => channel.send(&noise, &fds),
+            1 => channel.send(&FromDevice::Pong(prng.next()), &fds),
+            _ => channel.send(&FromDevice::Pong(prng.next()), &[]),
+        };
+        if matches!(sent, Err(ChannelError::Full | ChannelError::Closed)) {
+            return;
+        }
+    }
+}
+
+fn lie(channel: &Channel, prng: &mut Prng) {
+    let _told = match prng.below(3) {
+        0 => channel.send(&FromDevice::Pong(prng.next()), &[]),
+        1 => channel.send(
+            &Born::Locked {
+                version: 77,
+                landlock_abi: 255,
+            },
+            &[],
+        ),
+        _ => channel.send(
+            &FromDevice::Fault {
+                reason: "\u{1b}]0;taken over\u{7}\r\n".repeat(prng.below(40)),
+            },
+            &[],
+        ),
+    };
+}

@@ -1,0 +1,87 @@
+//! What the process holds, laid open: mappings of everything shared, and every doorbell.
+
+use bulkhead_ipc::input_ring::INPUT_RING_BYTES;
+use bulkhead_ipc::legacy_page::LEGACY_PAGE_BYTES;
+use bulkhead_ipc::protocol::birth::{FdRole, KindConfig};
+use bulkhead_ipc::shared::{Doorbell, SharedMemory};
+use bulkhead_ipc::window::{Window, WindowLayout};
+use bulkhead_runtime::wait::Waiter;
+use bulkhead_runtime::{Newborn, Stillbirth};
+use std::fs::File;
+
+/// Roles whose descriptors a device process may have, doorbells apart.
+const FILES: [FdRole; 3] = [FdRole::Disk, FdRole::Entropy, FdRole::Output];
+const BELLS: [FdRole; 7] = [
+    FdRole::Kick,
+    FdRole::Call,
+    FdRole::LegacyKick,
+    FdRole::LegacyInterrupt,
+    FdRole::LegacyReply,
+    FdRole::OutputBell,
+    FdRole::InputBell,
+];
+
+#[derive(Debug)]
+pub(crate) struct Prey {
+    /// A virtio device's window.
+    pub(crate) window: Option<Window>,
+    /// What a driver would be offered, for a publication that is believed.
+    pub(crate) features: u64,
+    pub(crate) config: Vec<u8>,
+    /// The legacy page or the input ring.
+    pub(crate) pages: Vec<SharedMemory>,
+    pub(crate) bells: Vec<Doorbell>,
+    pub(crate) waiter: Waiter,
+    /// Its resource. Held, as a device would.
+    _files: Vec<File>,
+}
+
+impl Prey {
+    pub(crate) fn take(newborn: &mut Newborn) -> Result<Self, Stillbirth> {
+        let grants = &mut newborn.grants;
+        let (mut features, mut config, mut window) = (0, Vec::new(), None);
+        if let KindConfig::Device(device) = &newborn.config {
+            let bytes = usize::try_from(device.window_bytes).map_err(Stillbirth::setup)?;
+            let layout =
+                WindowLayout::new(bytes, &device.queue_sizes).map_err(Stillbirth::setup)?;
+            window = Some(Window::map(grants.take(FdRole::Window, 0)?, layout)?);
+            features = device.features;
+            config.clone_from(&device.config);
+        }
+        let mut pages = Vec::new();
+        for (role, bytes) in [
+            (FdRole::LegacyPage, LEGACY_PAGE_BYTES),
+            (FdRole::Input, INPUT_RING_BYTES),
+        ] {
+            if grants.has(role, 0) {
+                pages.push(SharedMemory::map(grants.take(role, 0)?, bytes)?);
+            }
+        }
+        let waiter = Waiter::new().map_err(Stillbirth::setup)?;
+        let mut bells = Vec::new();
+        for role in BELLS {
+            if grants.has(role, 0) {
+                bells.push(Doorbell::from(grants.take(role, 0)?));
+            }
+        }
+        let mut files = Vec::new();
+        for role in FILES {
+            if grants.has(role, 0) {
+                files.push(File::from(grants.take(role, 0)?));
+            }
+        }
+        Ok(Self {
+            window,
+            features,
+            config,
+            pages,
+            bells,
+            waiter,
+            _files: files,
+        })
+    }
+
+    pub(crate) fn ring_all(&self) {
+        self.bells.iter().for_each(Doorbell::ring);
+    }
+}
