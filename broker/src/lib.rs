@@ -5,6 +5,7 @@
 //! maps guest memory, never keeps a KVM descriptor after handing it over, and parses nothing that
 //! a guest wrote.
 
+pub mod api;
 pub mod authority;
 pub mod cli;
 pub mod console;
@@ -12,6 +13,8 @@ pub mod doctor;
 pub mod escape;
 pub mod image;
 pub mod launch;
+pub mod registry;
+pub mod serve;
 pub mod supervisor;
 pub mod vm;
 pub mod vmfile;

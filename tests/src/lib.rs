@@ -11,11 +11,13 @@
     reason = "test support: a failure here is a failed test"
 )]
 
+mod daemon;
 mod intruder;
 mod machine;
 
+pub use daemon::{Daemon, Done};
 pub use intruder::{Fate, Intruder};
-pub use machine::{Ended, Machine, Processes};
+pub use machine::{Ended, Machine, Processes, is_alive};
 
 use std::path::PathBuf;
 

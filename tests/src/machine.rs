@@ -404,7 +404,7 @@ impl Drop for Machine {
     clippy::disallowed_methods,
     reason = "tests start the product as a user does"
 )]
-fn bulkhead(scratch: &Path) -> Command {
+pub(crate) fn bulkhead(scratch: &Path) -> Command {
     let binaries: PathBuf = super::path("BULKHEAD_BIN_DIR");
     let mut command = Command::new(binaries.join("bulkhead"));
     command.env("BULKHEAD_LIBEXEC_DIR", &binaries);
@@ -437,7 +437,7 @@ fn as_user(id: u32, scratch: &Path) -> Command {
     command
 }
 
-fn pid(pid: u32) -> Pid {
+pub(crate) fn pid(pid: u32) -> Pid {
     Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX))
 }
 
@@ -457,7 +457,9 @@ fn is_locked(pid: u32) -> bool {
         })
 }
 
-fn is_alive(pid: u32) -> bool {
+/// Whether there is a process of that number that is not dead.
+#[must_use]
+pub fn is_alive(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
         stat.rsplit_once(')')
             .is_some_and(|(_, rest)| !rest.starts_with(" Z"))

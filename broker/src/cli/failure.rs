@@ -30,6 +30,14 @@ impl Failure {
         }
     }
 
+    /// A failure with several lines.
+    pub(super) fn lines<'a>(code: u8, lines: impl Iterator<Item = &'a str>) -> Self {
+        Self {
+            code,
+            lines: lines.map(str::to_owned).collect(),
+        }
+    }
+
     /// A failure with an error and its causes on one line, after what was being done.
     pub(super) fn because(code: u8, doing: impl fmt::Display, error: &dyn Error) -> Self {
         let mut line = doing.to_string();

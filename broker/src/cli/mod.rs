@@ -4,22 +4,27 @@
 //! Nothing is decided here that an API would have to decide again. Only commands that work are
 //! registered.
 
+mod client_args;
 mod disk_arg;
 mod doctor_command;
 mod failure;
 mod generate;
 mod image_command;
+mod machine_commands;
 mod paths;
 mod policy_command;
 mod run_args;
 mod run_command;
 mod run_session;
+mod serve_command;
+mod show_commands;
 
 use clap::{Parser, Subcommand};
+use machine_commands::Verb;
 use std::process::ExitCode;
 
 /// Version of the JSON objects that commands print.
-const SCHEMA_VERSION: u32 = 1;
+const SCHEMA_VERSION: u32 = crate::api::SCHEMA_VERSION;
 
 /// Runs virtual machines in pieces
 ///
@@ -62,6 +67,42 @@ Examples:
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run_args::RunArgs>),
+    Serve(serve_command::ServeArgs),
+    Create(Box<machine_commands::CreateArgs>),
+    /// Start machines
+    Start(machine_commands::Names),
+    /// Press the power button of machines and wait until they are off
+    ///
+    /// When the time is over and the guest has not powered off, the command fails and the machine
+    /// runs on, unless --force cuts its power.
+    #[command(visible_alias = "shutdown")]
+    Stop(machine_commands::StopArgs),
+    /// Cut the power of machines
+    Kill(machine_commands::Names),
+    /// Stop machines as stop does, then start them
+    Restart(machine_commands::StopArgs),
+    /// Press the reset button of machines: they begin again at once, in new processes
+    Reset(machine_commands::Names),
+    /// Stop the processors of machines; memory is kept, nothing is written to disk
+    ///
+    /// This is what other tools call suspend.
+    Pause(machine_commands::Names),
+    /// Let the processors of paused machines run again
+    Resume(machine_commands::Names),
+    /// List machines
+    #[command(visible_alias = "ps")]
+    List(show_commands::ListArgs),
+    /// Show everything that is known of machines
+    Inspect(machine_commands::Names),
+    /// Show what the processes of machines have used
+    Stats(machine_commands::Names),
+    /// Show the events of a machine's life, or the output of its guest
+    Logs(show_commands::LogsArgs),
+    /// Remove machines, with their logs and console history; disks stay
+    Rm(machine_commands::RemoveArgs),
+    /// Wait until machines have ended, and exit with the code that run would have
+    Wait(machine_commands::Names),
+    ShutdownHost(serve_command::ShutdownHostArgs),
     Doctor(doctor_command::DoctorArgs),
     /// Check and show what processes are granted
     #[command(subcommand)]
@@ -73,13 +114,46 @@ enum Command {
     Man(generate::ManArgs),
 }
 
+/// The one command whose start counts: its guest waits for the command line to be read.
+#[derive(Debug, Parser)]
+#[command(name = "bulkhead", version, max_term_width = 100)]
+struct RunCli {
+    #[command(subcommand)]
+    command: RunAlone,
+    #[command(flatten)]
+    paths: paths::PathOptions,
+}
+
+#[derive(Debug, Subcommand)]
+enum RunAlone {
+    Run(Box<run_args::RunArgs>),
+}
+
+/// Reads the command line. Describing every command takes longer than reading one.
+fn parse() -> Result<Cli, clap::Error> {
+    if !is_run() {
+        return Cli::try_parse();
+    }
+    RunCli::try_parse().map(|RunCli { command, paths }| {
+        let RunAlone::Run(args) = command;
+        Cli {
+            command: Command::Run(args),
+            paths,
+        }
+    })
+}
+
+fn is_run() -> bool {
+    std::env::args_os().nth(1).is_some_and(|verb| verb == "run")
+}
+
 /// The program.
 #[must_use]
 pub fn main() -> ExitCode {
-    if std::env::args_os().nth(1).is_some_and(|verb| verb == "run") {
+    if is_run() {
         crate::launch::hollow::begin();
     }
-    let cli = match Cli::try_parse() {
+    let cli = match parse() {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are errors to clap, but not to the user.
@@ -94,6 +168,22 @@ pub fn main() -> ExitCode {
     };
     let done = match cli.command {
         Command::Run(args) => run_command::run(&args, &cli.paths),
+        Command::Serve(args) => serve_command::serve(&args, &cli.paths),
+        Command::Create(args) => machine_commands::create(&args, &cli.paths),
+        Command::Start(names) => machine_commands::verb(Verb::Start, &names, &cli.paths),
+        Command::Stop(args) => machine_commands::stop(&args, false, &cli.paths),
+        Command::Kill(names) => machine_commands::verb(Verb::Kill, &names, &cli.paths),
+        Command::Restart(args) => machine_commands::stop(&args, true, &cli.paths),
+        Command::Reset(names) => machine_commands::verb(Verb::Reset, &names, &cli.paths),
+        Command::Pause(names) => machine_commands::verb(Verb::Pause, &names, &cli.paths),
+        Command::Resume(names) => machine_commands::verb(Verb::Resume, &names, &cli.paths),
+        Command::List(args) => show_commands::list(&args, &cli.paths),
+        Command::Inspect(names) => show_commands::inspect(&names, &cli.paths),
+        Command::Stats(names) => show_commands::stats(&names, &cli.paths),
+        Command::Logs(args) => show_commands::logs(&args, &cli.paths),
+        Command::Rm(args) => machine_commands::remove(&args, &cli.paths),
+        Command::Wait(names) => machine_commands::wait(&names, &cli.paths),
+        Command::ShutdownHost(args) => serve_command::shutdown_host(&args, &cli.paths),
         Command::Doctor(args) => doctor_command::run(&args),
         Command::Policy(command) => policy_command::run(&command, &cli.paths),
         Command::Image(command) => image_command::run(&command),

@@ -40,20 +40,13 @@ fn escape_key(text: &str) -> Result<EscapeKey, String> {
     parse_escape(text).map(EscapeKey)
 }
 
-/// Run a virtual machine in this terminal
-///
-/// The machine is described by VMFILE (TOML), by options, or by both: an option wins over the file,
-/// and --disk adds to its disks. With neither VMFILE nor --kernel the built-in guest is started.
-///
-/// Everything is checked before any process is started. Then each part of the machine runs in a
-/// sandboxed process of its own; this program stays outside of every data path.
+/// A machine, as a VM file, options, or both describe it. Options of `run` and `create`.
 #[derive(Debug, Clone, Args)]
-#[command(after_long_help = AFTER)]
-pub(super) struct RunArgs {
+pub(super) struct MachineArgs {
     /// VM file; its paths are relative to it
     #[arg(value_name = "VMFILE", value_hint = ValueHint::FilePath)]
     pub(super) vmfile: Option<PathBuf>,
-    /// Name of the machine [default: the VM file's name, or run-PID]
+    /// Name of the machine [default: the VM file's name, or one that no other machine has]
     #[arg(long, value_name = "NAME")]
     pub(super) name: Option<String>,
 
@@ -92,9 +85,6 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "reserved", help_heading = "Machine")]
     hugepages: Option<HugePagesChoice>,
-    /// Start even if the memory is more than the host has available now
-    #[arg(long, help_heading = "Machine")]
-    pub(super) overcommit: bool,
 
     /// Discard what the guest writes to its disks
     #[arg(long, help_heading = "Life cycle")]
@@ -102,6 +92,35 @@ pub(super) struct RunArgs {
     /// End when the guest resets itself, instead of starting it again
     #[arg(long, help_heading = "Life cycle")]
     pub(super) no_reboot: bool,
+
+    /// Console that a terminal is attached to [default: serial]
+    #[arg(long, value_name = "CONSOLE", help_heading = "Console")]
+    console: Option<ConsoleName>,
+    /// Columns and rows of the virtio console while no terminal is attached [default: 80x25]
+    #[arg(long, value_name = "COLUMNSxROWS", value_parser = parse_console_size)]
+    #[arg(help_heading = "Console")]
+    console_size: Option<(u16, u16)>,
+    /// Output kept of each console, 4KiB to 64MiB [default: 1MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Console")]
+    console_history: Option<u64>,
+}
+
+/// Run a virtual machine in this terminal
+///
+/// The machine is described by VMFILE (TOML), by options, or by both: an option wins over the file,
+/// and --disk adds to its disks. With neither VMFILE nor --kernel the built-in guest is started.
+///
+/// Everything is checked before any process is started. Then each part of the machine runs in a
+/// sandboxed process of its own; this program stays outside of every data path.
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = AFTER)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    pub(super) machine: MachineArgs,
+    /// Start even if the memory is more than the host has available now
+    #[arg(long, help_heading = "Machine")]
+    pub(super) overcommit: bool,
+
     /// Kill the machine after this time, such as 60s, and exit with 124
     #[arg(long, value_name = "TIME", value_parser = parse_duration, help_heading = "Life cycle")]
     pub(super) timeout: Option<Duration>,
@@ -114,16 +133,6 @@ pub(super) struct RunArgs {
     #[arg(help_heading = "Life cycle")]
     pub(super) core: Option<PathBuf>,
 
-    /// Console that this terminal is attached to [default: serial]
-    #[arg(long, value_name = "CONSOLE", help_heading = "Console")]
-    console: Option<ConsoleName>,
-    /// Columns and rows of the virtio console while no terminal is attached [default: 80x25]
-    #[arg(long, value_name = "COLUMNSxROWS", value_parser = parse_console_size)]
-    #[arg(help_heading = "Console")]
-    console_size: Option<(u16, u16)>,
-    /// Output kept of each console, 4KiB to 64MiB [default: 1MiB]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Console")]
-    console_history: Option<u64>,
     /// Key that quits, such as ^T, or none
     #[arg(long, value_name = "KEY", default_value = "^]", value_parser = escape_key)]
     #[arg(help_heading = "Console")]
@@ -191,7 +200,7 @@ fn located<T>(option: &str, shown: impl Into<String>, value: T) -> Located<T> {
     }
 }
 
-impl RunArgs {
+impl MachineArgs {
     /// The machine as far as the options describe it.
     ///
     /// # Errors
@@ -260,7 +269,9 @@ impl RunArgs {
             }
         }
     }
+}
 
+impl RunArgs {
     /// The key that leaves the console.
     pub(super) const fn escape(&self) -> Option<u8> {
         self.escape.0

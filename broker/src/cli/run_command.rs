@@ -2,7 +2,7 @@
 
 use super::failure::{Failure, START, USAGE, print};
 use super::paths::{PathOptions, Paths};
-use super::run_args::RunArgs;
+use super::run_args::{MachineArgs, RunArgs};
 use super::run_session::Session;
 use crate::vm::session::RunOptions;
 use crate::vm::spec::VmSpec;
@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 /// Runs `run`.
 pub(super) fn run(args: &RunArgs, options: &PathOptions) -> Result<u8, Failure> {
     let paths = Paths::new(options)?;
-    let spec = specification(args, &paths)?;
+    let mut spec = specification(&args.machine, &paths, args.overcommit)?;
+    spec.limits.run_timeout = args.timeout;
     if args.print_config {
         let text = print_config(&spec)
             .map_err(|error| Failure::because(USAGE, "--print-config", &error))?;
@@ -22,7 +23,7 @@ pub(super) fn run(args: &RunArgs, options: &PathOptions) -> Result<u8, Failure> 
         return Ok(0);
     }
     let options = prepare(args, &paths, &spec)?;
-    let remove_state = args.rm || (args.vmfile.is_none() && args.name.is_none());
+    let remove_state = args.rm || (args.machine.vmfile.is_none() && args.machine.name.is_none());
     let _state = StateDirectory {
         path: options.state.clone(),
         remove: remove_state,
@@ -35,7 +36,11 @@ pub(super) fn run(args: &RunArgs, options: &PathOptions) -> Result<u8, Failure> 
 }
 
 /// The machine that options and VM file describe together, checked against this host.
-fn specification(args: &RunArgs, paths: &Paths) -> Result<VmSpec, Failure> {
+pub(super) fn specification(
+    args: &MachineArgs,
+    paths: &Paths,
+    overcommit: bool,
+) -> Result<VmSpec, Failure> {
     // Both sides' problems are shown at once.
     let file = args.vmfile.as_deref().map(load).transpose();
     let (options, file) = match (args.draft(), file) {
@@ -57,11 +62,9 @@ fn specification(args: &RunArgs, paths: &Paths) -> Result<VmSpec, Failure> {
         name: default_name(args.vmfile.as_deref()),
         kernel,
         memory: HostMemory::read(Path::new("/")),
-        overcommit: args.overcommit,
+        overcommit,
     };
-    let mut spec = check(draft, &around)?;
-    spec.limits.run_timeout = args.timeout;
-    Ok(spec)
+    Ok(check(draft, &around)?)
 }
 
 /// The VM file's name as a name of a machine, or one that no other run has.
@@ -106,7 +109,7 @@ fn prepare(args: &RunArgs, paths: &Paths, spec: &VmSpec) -> Result<RunOptions, F
         state,
         runtime: paths.runtime.clone(),
         core: args.core.clone(),
-        reboot: !args.no_reboot,
+        reboot: !args.machine.no_reboot,
     })
 }
 

@@ -5,7 +5,7 @@ use super::SCHEMA_VERSION;
 use super::failure::{Failure, START, print_json};
 use crate::console::attach::{Attachment, Streams, Summary, UserEvent, attach, notice};
 use crate::vm::session::{
-    Command, Consoles, EVENTS_CAPACITY, Ending, Event, Finished, RunError, RunOptions,
+    Command, Consoles, EVENTS_CAPACITY, Event, Finished, RunError, RunOptions,
 };
 use crate::vm::spec::{ConsoleChoice, VmSpec};
 use serde::Serialize;
@@ -139,7 +139,7 @@ impl Session {
     /// Tells how it ended.
     fn conclude(self, spec: &VmSpec, finished: &Finished) -> Result<u8, Failure> {
         let exit_code = finished.ending.exit_code();
-        let (ending, message) = describe(&finished.ending);
+        let (ending, message) = finished.ending.describe();
         if self.json {
             print_json(&Report {
                 schema_version: SCHEMA_VERSION,
@@ -166,28 +166,6 @@ impl Session {
         }
         Ok(exit_code)
     }
-}
-
-/// A stable word for an ending, and what to say about it.
-fn describe(ending: &Ending) -> (&'static str, Option<String>) {
-    let (word, message) = match ending {
-        Ending::PoweredOff => return ("powered_off", None),
-        Ending::GuestPanic => ("guest_panic", "the guest panicked".to_owned()),
-        Ending::TripleFault => ("triple_fault", "a vCPU took a triple fault".to_owned()),
-        Ending::DebugExit(value) => {
-            let message = format!("the guest wrote {value:#04x} to the debug exit port");
-            ("debug_exit", message)
-        }
-        Ending::InternalError => ("internal_error", "KVM could not run the guest".to_owned()),
-        Ending::Killed => ("killed", "killed".to_owned()),
-        Ending::Interrupted => ("interrupted", "interrupted".to_owned()),
-        Ending::TimedOut(after) => {
-            let message = format!("killed, since the time-out of {after:?} has passed");
-            ("timed_out", message)
-        }
-        Ending::Lost { reason } => ("lost", format!("a process was lost: {reason}")),
-    };
-    (word, Some(message))
 }
 
 /// Listens to a machine.
@@ -224,6 +202,7 @@ impl Watcher {
             | Event::AllLocked { .. }
             | Event::Paused
             | Event::Resumed
+            | Event::Preserved
             | Event::Ended(_) => {}
         }
         Ok(())
@@ -266,6 +245,7 @@ impl Watcher {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::session::Ending;
     use crate::vm::spec::KernelSource;
     use std::time::Duration;
 

@@ -16,7 +16,7 @@ use bulkhead_ipc::protocol::vcpu::FromVcpu;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::de::DeserializeOwned;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::Interest;
@@ -96,6 +96,19 @@ pub fn watch(launched: &Arc<Launched>, vm: &str, notices: Notices) -> io::Result
 fn register(watched: Watched) -> io::Result<AsyncFd<Watched>> {
     // SAFETY: the descriptor belongs to a `Launched`, which `watched` keeps alive and unchanged.
     Ok(unsafe { AsyncFd::register_with_interest(watched, Interest::READABLE) }?)
+}
+
+/// A descriptor of ours for the runtime's poller.
+///
+/// # Errors
+/// When it cannot be polled.
+#[expect(
+    unsafe_code,
+    reason = "the poller wants a promise that the descriptor stays open"
+)]
+pub(crate) fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the poller owns the descriptor, which nothing else can close or change.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
 struct Watcher {

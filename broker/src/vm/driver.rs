@@ -289,7 +289,12 @@ impl Machine<'_> {
     }
 
     fn advance(&mut self, input: Input) -> Option<Verdict> {
-        for output in self.life.step(input) {
+        let before = self.life.is_preserved();
+        let outputs = self.life.step(input);
+        if self.life.is_preserved() && !before {
+            self.tell.event(Event::Preserved);
+        }
+        for output in outputs {
             match output {
                 Output::Tell(message) => self.tell_vcpu(&message),
                 Output::End => self.supervise(supervision::Event::End),

@@ -41,10 +41,15 @@ pub struct RunOptions {
 /// What a caller may ask of a running machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
-    /// Press the ACPI power button.
+    /// Press the ACPI power button. A guest that powers itself off after this is not started again,
+    /// whatever its life cycle says.
     PowerButton,
+    /// The owner no longer waits for what [`Command::PowerButton`] asked: the machine runs on.
+    RunOn,
     /// Cut the power: ends with [`Ending::Killed`].
     Kill,
+    /// Press the reset button: the machine starts again from the beginning, in new processes.
+    Reset,
     /// The user interrupted the program: as [`Command::Kill`], ends with [`Ending::Interrupted`].
     Interrupt,
     /// Stop the vCPUs, keep everything.
@@ -126,8 +131,10 @@ pub enum Event {
         /// What it did.
         reason: String,
     },
-    /// The machine has ended in this way.
+    /// The guest has ended in this way.
     Ended(Outcome),
+    /// What has ended is kept as it is, until it is killed or reset.
+    Preserved,
     /// The machine is started again, for the `count`th time.
     Restarting {
         /// How often so far.
@@ -209,6 +216,29 @@ impl Ending {
             Self::Interrupted => 130,
             Self::DebugExit(value) => (*value << 1) | 1,
         }
+    }
+
+    /// A stable word for it, and what there is to say about it.
+    #[must_use]
+    pub fn describe(&self) -> (&'static str, Option<String>) {
+        let (word, message) = match self {
+            Self::PoweredOff => return ("powered_off", None),
+            Self::GuestPanic => ("guest_panic", "the guest panicked".to_owned()),
+            Self::TripleFault => ("triple_fault", "a vCPU took a triple fault".to_owned()),
+            Self::DebugExit(value) => {
+                let message = format!("the guest wrote {value:#04x} to the debug exit port");
+                ("debug_exit", message)
+            }
+            Self::InternalError => ("internal_error", "KVM could not run the guest".to_owned()),
+            Self::Killed => ("killed", "killed".to_owned()),
+            Self::Interrupted => ("interrupted", "interrupted".to_owned()),
+            Self::TimedOut(after) => {
+                let message = format!("killed, since the time-out of {after:?} has passed");
+                ("timed_out", message)
+            }
+            Self::Lost { reason } => ("lost", format!("a process was lost: {reason}")),
+        };
+        (word, Some(message))
     }
 }
 

@@ -47,6 +47,8 @@ pub struct VmSpec {
     pub console: ConsoleSpec,
     /// What happens when the guest ends by itself.
     pub lifecycle: Lifecycle,
+    /// Whether the daemon starts it when the host starts; `run` does not care.
+    pub autostart: bool,
     /// Deadlines and caps.
     pub limits: Limits,
 }
@@ -115,6 +117,10 @@ pub struct Lifecycle {
     pub on_reboot: OnEnd,
     /// After a guest panic, a triple fault, a KVM internal error or the loss of the vCPU process.
     pub on_crash: OnEnd,
+    /// When the host shuts down and the power button has not ended it in time: its power is cut
+    /// ([`OnEnd::Destroy`]), its power is cut and it starts again with the host
+    /// ([`OnEnd::Restart`]), or nothing is done to it ([`OnEnd::Preserve`]).
+    pub on_host_shutdown: OnEnd,
 }
 
 /// What to do with a machine that has ended.
@@ -158,6 +164,7 @@ impl Default for Lifecycle {
             on_poweroff: OnEnd::Destroy,
             on_reboot: OnEnd::Restart,
             on_crash: OnEnd::Destroy,
+            on_host_shutdown: OnEnd::Destroy,
         }
     }
 }
@@ -189,6 +196,7 @@ impl VmSpec {
             disks: Vec::new(),
             console: ConsoleSpec::default(),
             lifecycle: Lifecycle::default(),
+            autostart: false,
             limits: Limits::default(),
         }
     }

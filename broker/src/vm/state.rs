@@ -78,6 +78,8 @@ pub struct Life {
     state: State,
     lifecycle: Lifecycle,
     may_restart: bool,
+    /// Whether the owner has pressed the power button and waits for the guest to go off.
+    off_wanted: bool,
 }
 
 impl Life {
@@ -88,6 +90,7 @@ impl Life {
             state: State::Starting,
             lifecycle,
             may_restart,
+            off_wanted: false,
         }
     }
 
@@ -95,6 +98,12 @@ impl Life {
     #[must_use]
     pub const fn is_stopping(&self) -> bool {
         matches!(self.state, State::Stopping(_) | State::Over)
+    }
+
+    /// Whether the machine has ended and is kept as it is.
+    #[must_use]
+    pub const fn is_preserved(&self) -> bool {
+        matches!(self.state, State::Preserved(_))
     }
 
     /// Takes one input.
@@ -155,7 +164,9 @@ impl Life {
             Outcome::DebugExit(value) => (Ending::DebugExit(value), OnEnd::Destroy),
             Outcome::Killed => (Ending::Killed, OnEnd::Destroy),
         };
+        let off = self.off_wanted && outcome == Outcome::PowerOff && then == OnEnd::Restart;
         match then {
+            OnEnd::Restart if off => self.stop(Verdict::Finished(ending)),
             OnEnd::Restart if self.may_restart => self.stop(Verdict::Restart),
             OnEnd::Preserve => {
                 self.state = State::Preserved(ending);
@@ -178,8 +189,14 @@ impl Life {
             (Command::Kill, _) => self.stop_as(Ending::Killed),
             (Command::Interrupt, _) => self.stop_as(Ending::Interrupted),
             (Command::PowerButton, State::Starting | State::Running | State::Paused) => {
+                self.off_wanted = true;
                 vec![Output::Tell(ToVcpu::PowerButton)]
             }
+            (Command::RunOn, _) => {
+                self.off_wanted = false;
+                Vec::new()
+            }
+            (Command::Reset, _) => self.stop(Verdict::Restart),
             (Command::Pause, State::Starting | State::Running) => {
                 vec![Output::Tell(ToVcpu::Pause)]
             }
@@ -288,6 +305,37 @@ mod tests {
     }
 
     #[test]
+    fn guest_that_was_told_to_go_off_stays_off_whatever_its_life_cycle_says() {
+        let lifecycle = Lifecycle {
+            on_poweroff: OnEnd::Restart,
+            ..Lifecycle::default()
+        };
+        let off = [Input::Ended(Outcome::PowerOff)];
+        let button = Input::Command(Command::PowerButton);
+        let running_on = [button.clone(), Input::Command(Command::RunOn)];
+        let pressed = |inputs: &[Input]| verdict(Life::new(lifecycle, true), inputs);
+        assert_eq!(pressed(&off), Verdict::Restart);
+        let wanted = [&[button][..], &off].concat();
+        assert_eq!(pressed(&wanted), finished(Ending::PoweredOff));
+        let given_up = [&running_on[..], &off].concat();
+        assert_eq!(pressed(&given_up), Verdict::Restart);
+    }
+
+    #[test]
+    fn reset_button_starts_the_machine_again_even_if_resets_of_the_guest_end_it() {
+        let reset = [Input::Command(Command::Reset)];
+        assert_eq!(
+            verdict(life(OnEnd::Destroy, false), &reset),
+            Verdict::Restart
+        );
+        let preserved = [Input::Ended(Outcome::Reset), reset[0].clone()];
+        assert_eq!(
+            verdict(life(OnEnd::Preserve, true), &preserved),
+            Verdict::Restart
+        );
+    }
+
+    #[test]
     fn first_reason_counts() {
         let inputs = [
             Input::TimedOut(Duration::from_secs(1)),
@@ -301,7 +349,9 @@ mod tests {
     fn any_input() -> impl Strategy<Value = Input> {
         let commands = [
             Command::PowerButton,
+            Command::RunOn,
             Command::Kill,
+            Command::Reset,
             Command::Interrupt,
             Command::Pause,
             Command::Resume,

@@ -126,10 +126,15 @@ impl Checker {
         if let Some(size) = &draft.console_size {
             spec.console.size = size.value;
         }
+        spec.autostart = draft.autostart.as_ref().is_some_and(|on| on.value);
         let ends = [
             (&draft.on_poweroff, &mut spec.lifecycle.on_poweroff),
             (&draft.on_reboot, &mut spec.lifecycle.on_reboot),
             (&draft.on_crash, &mut spec.lifecycle.on_crash),
+            (
+                &draft.on_host_shutdown,
+                &mut spec.lifecycle.on_host_shutdown,
+            ),
         ];
         for (wish, end) in ends {
             if let Some(wish) = wish {

@@ -29,6 +29,8 @@ pub struct Draft {
     pub on_poweroff: Option<Located<OnEnd>>,
     pub on_reboot: Option<Located<OnEnd>>,
     pub on_crash: Option<Located<OnEnd>>,
+    pub on_host_shutdown: Option<Located<OnEnd>>,
+    pub autostart: Option<Located<bool>>,
 }
 
 /// A disk, perhaps with gaps.
@@ -84,6 +86,8 @@ impl Draft {
             on_poweroff: self.on_poweroff.or(other.on_poweroff),
             on_reboot: self.on_reboot.or(other.on_reboot),
             on_crash: self.on_crash.or(other.on_crash),
+            on_host_shutdown: self.on_host_shutdown.or(other.on_host_shutdown),
+            autostart: self.autostart.or(other.autostart),
         }
     }
 }

@@ -19,7 +19,7 @@ pub(super) const ROOT_KEYS: &[Key] = &[
     key("disk"),
     key("console"),
     key("lifecycle"),
-    later("autostart"),
+    key("autostart"),
     later("net"),
     later("share"),
     later("vsock"),
@@ -56,7 +56,12 @@ pub(super) const CONSOLE_KEYS: &[Key] = &[
     key("history"),
     key("size"),
 ];
-pub(super) const LIFECYCLE_KEYS: &[Key] = &[key("on_poweroff"), key("on_reboot"), key("on_crash")];
+pub(super) const LIFECYCLE_KEYS: &[Key] = &[
+    key("on_poweroff"),
+    key("on_reboot"),
+    key("on_crash"),
+    key("on_host_shutdown"),
+];
 
 pub(super) const HUGE_PAGES: [(&str, HugePages); 3] = [
     ("off", HugePages::Off),
@@ -129,6 +134,7 @@ fn read_root(root: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
     root.check_keys(ROOT_KEYS, problems);
     let mut draft = Draft {
         name: root.string("name", problems),
+        autostart: root.boolean("autostart", problems),
         ..Draft::default()
     };
     if let Some(machine) = root.table("machine", problems) {
@@ -161,6 +167,7 @@ fn read_root(root: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
         draft.on_poweroff = lifecycle.choice("on_poweroff", &ON_END, problems);
         draft.on_reboot = lifecycle.choice("on_reboot", &ON_END, problems);
         draft.on_crash = lifecycle.choice("on_crash", &ON_END, problems);
+        draft.on_host_shutdown = lifecycle.choice("on_host_shutdown", &ON_END, problems);
     }
     draft
 }

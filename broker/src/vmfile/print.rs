@@ -24,6 +24,8 @@ pub(super) struct VmFile {
         regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$")
     )]
     name: Option<String>,
+    /// Whether the daemon starts the machine when the host starts. Default: false.
+    autostart: Option<bool>,
     /// Processors and memory.
     machine: Option<Machine>,
     /// What is started.
@@ -121,6 +123,11 @@ struct Lifecycle {
     /// After a panic, a triple fault or the loss of a vital process. Default: "destroy".
     #[schemars(extend("enum" = ["destroy", "restart", "preserve"]))]
     on_crash: Option<&'static str>,
+    /// When the host shuts down and the power button has not ended the machine in time: "destroy"
+    /// cuts its power, "restart" cuts it and starts the machine again with the host, "preserve"
+    /// does nothing. Default: "destroy".
+    #[schemars(extend("enum" = ["destroy", "restart", "preserve"]))]
+    on_host_shutdown: Option<&'static str>,
 }
 
 /// Why a machine cannot be written as a VM file.
@@ -161,6 +168,7 @@ pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
     let (columns, rows) = spec.console.size;
     let file = VmFile {
         name: Some(spec.name.clone()),
+        autostart: Some(spec.autostart),
         machine: Some(Machine {
             cpus: Some(spec.vcpus),
             memory: Some(show_size(spec.memory_bytes)),
@@ -183,6 +191,7 @@ pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
             on_poweroff: word(&ON_END, &spec.lifecycle.on_poweroff),
             on_reboot: word(&ON_END, &spec.lifecycle.on_reboot),
             on_crash: word(&ON_END, &spec.lifecycle.on_crash),
+            on_host_shutdown: word(&ON_END, &spec.lifecycle.on_host_shutdown),
         }),
     };
     Ok(toml::to_string(&file)?)

@@ -155,8 +155,8 @@ fn keys_of_later_features_are_refused_not_ignored() {
     let later = "this key is not supported yet";
     fault(
         "name = \"web\"",
-        "autostart = true",
-        &format!("vm.toml:1:1: autostart = true: {later}"),
+        "vsock = true",
+        &format!("vm.toml:1:1: vsock = true: {later}"),
     );
     fault(
         "[lifecycle]",
@@ -462,7 +462,8 @@ prop_compose! {
         (virtio, attach, on_cmdline) in (any::<bool>(), any::<bool>(), any::<bool>()),
         history_bytes in 4096u64..=(64 << 20),
         size in (1u16.., 1u16..),
-        ends in prop::array::uniform3(0usize..3),
+        ends in prop::array::uniform4(0usize..3),
+        autostart: bool,
     ) -> (VmSpec, bool) {
         let end = |n: usize| parse::ON_END[n].1;
         let spec = VmSpec {
@@ -478,7 +479,9 @@ prop_compose! {
             },
             lifecycle: Lifecycle {
                 on_poweroff: end(ends[0]), on_reboot: end(ends[1]), on_crash: end(ends[2]),
+                on_host_shutdown: end(ends[3]),
             },
+            autostart,
             limits: Limits::default(),
         };
         (spec, with_initrd)

@@ -1,0 +1,224 @@
+//! What the events of a run mean for its view, its log and its record. Pure, but for [`prepare`].
+
+use super::Shared;
+use super::budget::Share;
+use super::view::View;
+use crate::api::time::now_ms;
+use crate::api::{ApiError, Code, Degraded, Process, State};
+use crate::registry::{Ended, VmRecord};
+use crate::vm::session::{Command, Event, Finished, RunError};
+use crate::vm::spec::VmSpec;
+use crate::vmfile::{self, HostMemory, Surroundings};
+use bulkhead_ipc::protocol::birth::HugePages;
+use bulkhead_ipc::protocol::vcpu::Outcome;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Longest message of an end that is recorded, in bytes.
+const MESSAGE_BYTES_MAX: usize = 1024;
+
+/// The machine that a record describes, checked against the host as it is now.
+pub(super) fn spec_of(record: &VmRecord, overcommit: bool) -> Result<VmSpec, ApiError> {
+    let wrong = |problems: vmfile::Problems| {
+        let lines: Vec<_> = problems.0.iter().map(ToString::to_string).collect();
+        ApiError::new(Code::Configuration, lines.join("\n"))
+    };
+    let file = format!("VM file of {}", record.name);
+    let draft = vmfile::parse(&file, Path::new("/"), &record.vm_file).map_err(wrong)?;
+    let around = Surroundings {
+        name: record.name.clone(),
+        kernel: None,
+        memory: HostMemory::read(Path::new("/")),
+        overcommit,
+    };
+    vmfile::check(draft, &around).map_err(wrong)
+}
+
+/// Everything that can be found out before a start: the specification, and a share of the budget.
+pub(super) async fn prepare(
+    shared: &Arc<Shared>,
+    record: &VmRecord,
+) -> Result<(Share, VmSpec), ApiError> {
+    let (record, overcommit) = (record.clone(), shared.config.host.overcommit);
+    let name = record.name.clone();
+    let spec = super::blocking(move || spec_of(&record, overcommit)).await?;
+    // Reserved huge pages are a budget of their own, which the kernel keeps.
+    let wanted = match spec.huge_pages {
+        HugePages::Reserved => 0,
+        _ => spec.memory_bytes,
+    };
+    let share = shared.budget.take(&name, wanted);
+    let share = share.map_err(|e| ApiError::new(Code::Limit, format!("{name}: {e}")))?;
+    Ok((share, spec))
+}
+
+/// The word of a command that somebody gave, for the log.
+pub(super) const fn word_of(command: Command) -> Option<&'static str> {
+    Some(match command {
+        Command::PowerButton => "power_button",
+        Command::RunOn => "run_on",
+        Command::Kill => "kill",
+        Command::Reset => "reset",
+        Command::Interrupt => "interrupt",
+        Command::Pause => "pause",
+        Command::Resume => "resume",
+        Command::Resize { .. } => return None,
+    })
+}
+
+/// A line of the log.
+pub(super) fn line_of(event: &Event) -> Option<(&'static str, Value)> {
+    Some(match event {
+        Event::Consoles(_) => return None,
+        Event::Started { id, name, pid } => (
+            "process_started",
+            json!({ "process": id.to_string(), "name": name, "pid": pid }),
+        ),
+        Event::Locked {
+            id,
+            after,
+            landlock_abi,
+        } => (
+            "process_locked",
+            json!({
+                "process": id.to_string(),
+                "after_us": u64::try_from(after.as_micros()).unwrap_or(u64::MAX),
+                "landlock_abi": landlock_abi,
+            }),
+        ),
+        Event::AllLocked { after } => (
+            "running",
+            json!({ "after_us": u64::try_from(after.as_micros()).unwrap_or(u64::MAX) }),
+        ),
+        Event::Paused => ("paused", json!({})),
+        Event::Resumed => ("resumed", json!({})),
+        Event::Degraded { id, name, reason } => (
+            "device_lost",
+            json!({ "process": id.to_string(), "name": name, "reason": reason }),
+        ),
+        Event::Denied { id, name, denial } => (
+            "denied",
+            json!({
+                "process": id.to_string(),
+                "name": name,
+                "call": denial.call,
+                "thread": denial.thread,
+                "policy": denial.file,
+                "line": denial.line,
+                "said": denial.to_string(),
+            }),
+        ),
+        Event::DeviceFault { name, reason } => {
+            ("device_fault", json!({ "name": name, "reason": reason }))
+        }
+        Event::GuestFault { name, reason } => {
+            ("guest_fault", json!({ "name": name, "reason": reason }))
+        }
+        Event::Ended(outcome) => (
+            "guest_ended",
+            json!({ "outcome": word_of_outcome(*outcome) }),
+        ),
+        Event::Preserved => ("preserved", json!({})),
+        Event::Restarting { count } => ("restarting", json!({ "count": count })),
+    })
+}
+
+const fn word_of_outcome(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::PowerOff => "power_off",
+        Outcome::Reset => "reset",
+        Outcome::GuestPanic => "guest_panic",
+        Outcome::TripleFault => "triple_fault",
+        Outcome::InternalError => "internal_error",
+        Outcome::DebugExit(_) => "debug_exit",
+        Outcome::Killed => "killed",
+    }
+}
+
+/// What an event changes.
+pub(super) fn apply(view: &mut View, event: Event) {
+    match event {
+        Event::Started { id, name, pid } => {
+            let kind = id.kind.name();
+            view.processes
+                .retain(|p| (p.kind.as_str(), p.index) != (kind, id.index));
+            view.processes.push(Process {
+                kind: kind.to_owned(),
+                index: id.index,
+                generation: id.generation,
+                name,
+                pid,
+                locked: false,
+            });
+        }
+        Event::Locked { id, .. } => {
+            let same = |p: &&mut Process| {
+                (p.kind.as_str(), p.index, p.generation)
+                    == (id.kind.name(), id.index, id.generation)
+            };
+            if let Some(process) = view.processes.iter_mut().find(same) {
+                process.locked = true;
+            }
+        }
+        Event::AllLocked { .. } => {
+            if view.state == State::Starting {
+                view.state = State::Running;
+            }
+        }
+        Event::Paused => view.state = State::Paused,
+        Event::Resumed => view.state = State::Running,
+        Event::Degraded { id, name, reason } => {
+            view.processes
+                .retain(|p| (p.kind.as_str(), p.index) != (id.kind.name(), id.index));
+            view.degraded.push(Degraded {
+                device: name,
+                reason,
+            });
+        }
+        Event::Preserved => view.state = State::Preserved,
+        Event::Restarting { count } => {
+            view.restarts = count;
+            view.state = State::Starting;
+            view.processes.clear();
+            view.degraded.clear();
+        }
+        Event::Consoles(_)
+        | Event::Denied { .. }
+        | Event::DeviceFault { .. }
+        | Event::GuestFault { .. }
+        | Event::Ended(_) => {}
+    }
+}
+
+/// How a run ended, for the registry, and why it failed if it could not be started.
+pub(super) fn ended_record(result: Result<Finished, RunError>) -> (Ended, Option<ApiError>) {
+    let (ending, exit_code, message, failure) = match result {
+        Ok(finished) => {
+            let (word, message) = finished.ending.describe();
+            (word, finished.ending.exit_code(), message, None)
+        }
+        Err(error) => {
+            let message = error.to_string();
+            let code = match &error {
+                RunError::Configuration(_) => Code::Configuration,
+                RunError::Host { .. } => Code::Host,
+                RunError::Start { .. } => Code::Start,
+            };
+            let failure = ApiError::new(code, message.clone());
+            (
+                "start_failed",
+                error.exit_code(),
+                Some(message),
+                Some(failure),
+            )
+        }
+    };
+    let ended = Ended {
+        ending: ending.to_owned(),
+        exit_code,
+        message: message.map(|text| crate::escape::excerpt(&text, MESSAGE_BYTES_MAX)),
+        at_ms: now_ms(),
+    };
+    (ended, failure)
+}

@@ -1,0 +1,90 @@
+//! What is known of a machine at a moment: written by its actor alone, read by everybody.
+
+use crate::api::time::rfc3339;
+use crate::api::{
+    ApiError, Changed, Degraded, Details, LastRun, Process, SCHEMA_VERSION, State, Summary,
+};
+use crate::registry::{Ended, VmRecord};
+
+/// One machine.
+#[derive(Debug, Clone)]
+pub(super) struct View {
+    /// What the registry says.
+    pub(super) record: VmRecord,
+    pub(super) state: State,
+    /// Counts the runs since the daemon began to know the machine.
+    pub(super) run: u64,
+    /// When the present run began, in milliseconds since 1970.
+    pub(super) started_at_ms: Option<u64>,
+    pub(super) processes: Vec<Process>,
+    pub(super) degraded: Vec<Degraded>,
+    /// Restarts of the whole machine within the run.
+    pub(super) restarts: u32,
+    /// Why the last start failed.
+    pub(super) failure: Option<ApiError>,
+    /// Whether the machine was removed.
+    pub(super) removed: bool,
+}
+
+/// How a run ended, as the API tells it.
+pub(super) fn last_run(ended: &Ended) -> LastRun {
+    LastRun {
+        ending: ended.ending.clone(),
+        exit_code: ended.exit_code,
+        message: ended.message.clone(),
+        ended_at: rfc3339(ended.at_ms),
+    }
+}
+
+impl View {
+    /// Of a machine that does not run.
+    pub(super) const fn new(record: VmRecord) -> Self {
+        Self {
+            record,
+            state: State::Stopped,
+            run: 0,
+            started_at_ms: None,
+            processes: Vec::new(),
+            degraded: Vec::new(),
+            restarts: 0,
+            failure: None,
+            removed: false,
+        }
+    }
+
+    pub(super) fn summary(&self) -> Summary {
+        let record = &self.record;
+        Summary {
+            schema_version: SCHEMA_VERSION,
+            name: record.name.clone(),
+            id: record.id.clone(),
+            state: self.state,
+            desired: record.desired,
+            autostart: record.autostart,
+            vcpus: record.vcpus,
+            memory_bytes: record.memory_bytes,
+            created_at: rfc3339(record.created_at_ms),
+            started_at: self.started_at_ms.map(rfc3339),
+            last_run: record.last.as_ref().map(last_run),
+            degraded: self.degraded.clone(),
+        }
+    }
+
+    pub(super) fn details(&self) -> Details {
+        Details {
+            summary: self.summary(),
+            vm_file: self.record.vm_file.clone(),
+            processes: self.processes.clone(),
+            restarts: self.restarts,
+        }
+    }
+
+    pub(super) fn changed(&self, changed: bool) -> Changed {
+        Changed {
+            schema_version: SCHEMA_VERSION,
+            name: self.record.name.clone(),
+            changed,
+            state: (!self.removed).then_some(self.state),
+        }
+    }
+}
