@@ -131,6 +131,78 @@ fn files_of_a_machine_are_its_users_alone() {
     assert!(files >= 2, "only {files} files were found");
 }
 
+/// What the file `unified`, or `separate` of the separate hierarchy of `controller`, says of the
+/// process's group or one around it; None without that controller.
+fn group_says(pid: u32, controller: &str, unified: &str, separate: &str) -> Option<String> {
+    let groups = proc_file(pid, "cgroup");
+    let path = |wanted: &str| {
+        groups.lines().find_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (controllers, path) = (fields.next()?, fields.next()?);
+            let has = controllers.split(',').any(|c| c == wanted);
+            has.then(|| path.trim_start_matches('/').to_owned())
+        })
+    };
+    let root = Path::new("/sys/fs/cgroup");
+    let separate_root = root.join(controller);
+    let (mut at, file) = match path(controller) {
+        Some(path) => (separate_root.join(path), separate),
+        None => (root.join(path("")?).parent()?.to_owned(), unified),
+    };
+    if file == unified && !at.join(unified).exists() {
+        at = root.join(path("")?);
+    }
+    fs::read_to_string(at.join(file)).ok()
+}
+
+#[test]
+fn machine_takes_no_more_of_its_host_than_its_file_says() {
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(1 << 20).unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let text = format!(
+        "[boot]\nkernel = {:?}\ncmdline = \"mode=idle\"\n[machine]\nmemory = \"64MiB\"\n\
+         [[disk]]\npath = {:?}\n[limits]\ncpu_percent = 40\ncpu_weight = 50\n\
+         disk_write_per_s = \"1MiB\"\n",
+        bulkhead_tests::path("BULKHEAD_TEST_GUEST"),
+        disk.path(),
+    );
+    fs::write(file.path(), text).unwrap();
+    let mut machine = Machine::run([file.path()]);
+    machine.expect("BH idle ");
+    let groups = || KINDS.map(|kind| proc_file(machine.process(kind), "cgroup"));
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    // Groups are made a moment after the guest has started.
+    while !groups().iter().all(|text| text.contains("/bulkhead-")) {
+        let told = machine.errors();
+        if told.contains("not in force") {
+            assert!(!nix::unistd::geteuid().is_root(), "{told}");
+            return;
+        }
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{:?}\n{told}",
+            groups()
+        );
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    for kind in KINDS {
+        let pid = machine.process(kind);
+        let says = |unified, separate| group_says(pid, "cpu", unified, separate).unwrap();
+        let quota = says("cpu.max", "cpu.cfs_quota_us");
+        assert!(
+            ["40000", "40000 100000"].contains(&quota.trim()),
+            "{kind}: {quota}"
+        );
+        let weight = says("cpu.weight", "cpu.shares");
+        assert!(["50", "512"].contains(&weight.trim()), "{kind}: {weight}");
+    }
+    let blk = machine.process("blk");
+    let write = group_says(blk, "blkio", "io.max", "blkio.throttle.write_bps_device");
+    let on_disk = !machine.errors().contains("no image is on a block device");
+    assert_eq!(write.unwrap_or_default().contains("1048576"), on_disk);
+}
+
 /// The core-scheduling cookie of a process; None where there is no core scheduling.
 fn cookie(pid: u32) -> Option<u64> {
     const PR_SCHED_CORE: i32 = 62;

@@ -2,9 +2,15 @@
 //!
 //! A group for each process, with limits of memory and of tasks, below a place that the broker can
 //! write: `bulkhead/` of a unified hierarchy as root, or the broker's own groups of the separate
-//! `memory` and `pids` hierarchies. Where there is neither, processes have their rlimits only, and
-//! `bulkhead doctor` says so. A group is removed when its process is gone.
+//! hierarchies. Where there is neither, processes have their rlimits only, and `bulkhead doctor` says
+//! so. A machine whose VM file limits what it takes of processors and disks gets a group around
+//! those of its processes; others get none, because a group of its own also changes when the
+//! scheduler lets a process run. A group is removed when its processes are gone.
 
+mod share;
+
+use crate::vm::spec::HostShare;
+pub use share::{Device, device_of};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,6 +26,8 @@ pub enum Place {
         memory: Option<PathBuf>,
         /// Directory for groups with a task limit.
         pids: Option<PathBuf>,
+        /// Groups of a machine that all its processes are put into.
+        around: Vec<PathBuf>,
     },
     /// Nowhere.
     None,
@@ -54,19 +62,66 @@ impl Place {
     #[must_use]
     pub fn find() -> Self {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let unified = mount_of(&mounts, "cgroup2", None);
         if let Some(place) = unified.and_then(|root| unified_place(&root)) {
             return Self::Unified(place);
         }
-        let separate = |controller: &str| {
-            let root = mount_of(&mounts, "cgroup", Some(controller))?;
-            let place = root.join(own_group(&own, controller)?);
-            writable(&place).then_some(place)
-        };
-        match (separate("memory"), separate("pids")) {
+        match (separate_place("memory"), separate_place("pids")) {
             (None, None) => Self::None,
-            (memory, pids) => Self::Separate { memory, pids },
+            (memory, pids) => Self::Separate {
+                memory,
+                pids,
+                around: Vec::new(),
+            },
+        }
+    }
+
+    /// A group `name` for a machine that may take `share` of the host's processors, and of the block
+    /// devices `disks`; with the place for its processes. None when nothing is limited.
+    ///
+    /// # Errors
+    /// The kernel's error, or that there is no controller for what is to be limited; groups that
+    /// were made are removed.
+    pub fn machine(
+        &self,
+        name: &str,
+        share: &HostShare,
+        disks: &[Device],
+    ) -> io::Result<Option<(Self, Group)>> {
+        let mut group = Group {
+            directories: Vec::new(),
+        };
+        match self {
+            _ if *share == HostShare::default() => Ok(None),
+            Self::Unified(place) => {
+                let at = place.join(name);
+                let files = share::unified(share, disks);
+                for controller in ["cpu", "io"] {
+                    if files.iter().any(|(file, _)| file.starts_with(controller)) {
+                        enable(place, &format!("+{controller}"))?;
+                    }
+                }
+                group.create(&at, &files)?;
+                enable(&at, "+memory +pids")?;
+                Ok(Some((Self::Unified(at), group)))
+            }
+            Self::Separate { memory, pids, .. } => {
+                let mut around = Vec::new();
+                for (controller, files) in share::separate(share, disks) {
+                    let parent = separate_place(controller).ok_or_else(|| lacking(controller))?;
+                    let at = parent.join(name);
+                    group.create(&at, &files)?;
+                    around.push(at);
+                }
+                let (memory, pids) = (memory.clone(), pids.clone());
+                let place = Self::Separate {
+                    memory,
+                    pids,
+                    around,
+                };
+                Ok(Some((place, group)))
+            }
+            Self::None => Err(lacking("cpu and io")),
         }
     }
 
@@ -85,7 +140,14 @@ impl Place {
                 let files = [("memory.max", memory.as_str()), ("pids.max", &tasks)];
                 group.make(&place.join(name), pid, &files)?;
             }
-            Self::Separate { memory: at, pids } => {
+            Self::Separate {
+                memory: at,
+                pids,
+                around,
+            } => {
+                for machine in around {
+                    fs::write(machine.join("cgroup.procs"), pid.to_string())?;
+                }
                 if let Some(place) = at {
                     let files = [("memory.limit_in_bytes", memory.as_str())];
                     group.make(&place.join(name), pid, &files)?;
@@ -102,13 +164,39 @@ impl Place {
 
 impl Group {
     fn make(&mut self, at: &Path, pid: i32, files: &[(&str, &str)]) -> io::Result<()> {
+        self.create(at, files)?;
+        fs::write(at.join("cgroup.procs"), pid.to_string())
+    }
+
+    fn create<V: AsRef<str>>(&mut self, at: &Path, files: &[(&str, V)]) -> io::Result<()> {
         fs::create_dir(at)?;
         self.directories.push(at.to_owned());
         for (file, value) in files {
-            fs::write(at.join(file), value)?;
+            // One write a line: each is a command of its own.
+            for line in value.as_ref().lines() {
+                fs::write(at.join(file), line)?;
+            }
         }
-        fs::write(at.join("cgroup.procs"), pid.to_string())
+        Ok(())
     }
+}
+
+fn lacking(controller: &str) -> io::Error {
+    let what = format!("there is no {controller} controller that this process may use");
+    io::Error::new(io::ErrorKind::Unsupported, what)
+}
+
+fn enable(group: &Path, controllers: &str) -> io::Result<()> {
+    fs::write(group.join("cgroup.subtree_control"), controllers)
+}
+
+/// The broker's own group in the separate hierarchy of `controller`, if it may make groups there.
+fn separate_place(controller: &str) -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let root = mount_of(&mounts, "cgroup", Some(controller))?;
+    let place = root.join(own_group(&own, controller)?);
+    writable(&place).then_some(place)
 }
 
 /// Where the file system `kind` (with `option`) is mounted.
@@ -188,5 +276,22 @@ mod tests {
         assert_eq!(read("pids.max"), "2");
         assert_eq!(read("cgroup.procs"), "77");
         assert_eq!(group.directories.len(), 1);
+    }
+
+    #[test]
+    fn machine_without_limits_has_no_group_around_it() {
+        let place = Place::Unified("/nowhere".into());
+        let made = place.machine("m", &HostShare::default(), &[]).unwrap();
+        assert!(made.is_none());
+    }
+
+    #[test]
+    fn limit_that_no_controller_enforces_is_an_error() {
+        let share = HostShare {
+            cpu_percent: Some(50),
+            ..HostShare::default()
+        };
+        let error = Place::None.machine("m", &share, &[]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
     }
 }

@@ -243,7 +243,8 @@ impl Machine<'_> {
 
     fn make_groups(&mut self) {
         self.groups_at = None;
-        self.household.limit(&Place::find());
+        self.household
+            .limit(&Place::find(), &self.nursery.spec.limits.share);
         bulkhead_ipc::shed::start_up_code();
         bulkhead_ipc::shed::free_heap();
         let after = self.all_locked_after;

@@ -9,8 +9,8 @@ use super::devices::DevicePlan;
 use super::home::Home;
 use super::resources::Resources;
 use super::session::RunError;
-use super::spec::VmSpec;
-use crate::launch::cgroup::{Group, GroupLimits, Place};
+use super::spec::{HostShare, VmSpec};
+use crate::launch::cgroup::{Device, Group, GroupLimits, Place, device_of};
 use crate::launch::cores;
 use crate::launch::{Gift, LaunchError, Launched, Launcher};
 use bulkhead_ipc::device_kind::VirtioKind;
@@ -51,6 +51,10 @@ pub(super) struct Member {
 pub(super) struct Household {
     pub(super) members: Vec<Member>,
     groups: Vec<Group>,
+    /// The group around those of the processes: removed after them.
+    machine_group: Option<Group>,
+    /// The host disks that its images are on.
+    devices: Vec<Device>,
     /// What the device processes will be given.
     rest: Option<Rest>,
 }
@@ -161,6 +165,8 @@ impl Household {
         let mut household = Self {
             members: Vec::new(),
             groups: Vec::new(),
+            machine_group: None,
+            devices: Vec::new(),
             rest: None,
         };
         let mut midwife = Midwife {
@@ -171,6 +177,9 @@ impl Household {
         };
         midwife.vcpu(&wirings, &legacy, &resources)?;
         midwife.legacy(&legacy)?;
+        household.devices = resources.disks.iter().filter_map(device_of).collect();
+        household.devices.sort_unstable();
+        household.devices.dedup();
         household.rest = Some(Rest {
             wirings,
             disks: resources.disks,
@@ -204,7 +213,9 @@ impl Household {
 
     /// Puts every process into a control group with the limits of its policy. Not part of the start,
     /// of which the guest's first instruction would be the later.
-    pub(super) fn limit(&mut self, place: &Place) {
+    pub(super) fn limit(&mut self, place: &Place, share: &HostShare) {
+        let around = self.limit_machine(place, share);
+        let place = around.as_ref().unwrap_or(place);
         for member in &self.members {
             let id = member.launched.id;
             let pid = member.launched.pid;
@@ -214,6 +225,32 @@ impl Household {
                 Err(error) => {
                     tracing::warn!(proc = %id, %error, "no control group: only rlimits apply");
                 }
+            }
+        }
+    }
+
+    /// Puts a group around those of the processes, when the machine's share of the host is limited.
+    fn limit_machine(&mut self, place: &Place, share: &HostShare) -> Option<Place> {
+        let first = self.members.first().map_or(0, |m| m.launched.pid);
+        let name = format!("bulkhead-{}-{first}", std::process::id());
+        let limits_disks = *share
+            != HostShare {
+                cpu_weight: share.cpu_weight,
+                cpu_percent: share.cpu_percent,
+                ..HostShare::default()
+            };
+        if limits_disks && self.devices.is_empty() {
+            tracing::warn!("limits of disks are not in force: no image is on a block device");
+        }
+        match place.machine(&name, share, &self.devices) {
+            Ok(made) => {
+                let (place, group) = made?;
+                self.machine_group = Some(group);
+                Some(place)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the [limits] of the VM file are not in force");
+                None
             }
         }
     }

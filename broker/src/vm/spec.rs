@@ -145,6 +145,25 @@ pub struct Limits {
     pub shutdown_timeout: Duration,
     /// Restarts by [`OnEnd::Restart`] within one run before the machine is given up.
     pub restarts_max: u32,
+    /// What the machine may take of the host's processors and disks.
+    pub share: HostShare,
+}
+
+/// What a machine may take of its host at most, all its processes together; `None` for no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HostShare {
+    /// Its weight when processors are short, 1 to 10,000; others have 100.
+    pub cpu_weight: Option<u32>,
+    /// Processor time in percent of one processor, 1 to 100,000.
+    pub cpu_percent: Option<u32>,
+    /// Bytes a second read from each host disk that its images are on.
+    pub disk_read_per_s: Option<u64>,
+    /// The same for writes.
+    pub disk_write_per_s: Option<u64>,
+    /// Reads a second of each host disk that its images are on.
+    pub disk_read_iops: Option<u32>,
+    /// The same for writes.
+    pub disk_write_iops: Option<u32>,
 }
 
 impl Default for Limits {
@@ -154,6 +173,7 @@ impl Default for Limits {
             birth_timeout: Duration::from_secs(20),
             shutdown_timeout: Duration::from_secs(5),
             restarts_max: 1000,
+            share: HostShare::default(),
         }
     }
 }

@@ -141,6 +141,7 @@ impl Checker {
                 *end = wish.value;
             }
         }
+        spec.limits.share = draft.share;
         spec
     }
 

@@ -4,7 +4,7 @@
 //! [`super::check`] turns the result into a [`crate::vm::spec::VmSpec`].
 
 use super::problem::{Located, Place};
-use crate::vm::spec::{ConsoleChoice, OnEnd};
+use crate::vm::spec::{ConsoleChoice, HostShare, OnEnd};
 use bulkhead_ipc::protocol::birth::HugePages;
 use std::path::PathBuf;
 
@@ -31,6 +31,8 @@ pub struct Draft {
     pub on_crash: Option<Located<OnEnd>>,
     pub on_host_shutdown: Option<Located<OnEnd>>,
     pub autostart: Option<Located<bool>>,
+    /// Nothing of it depends on anything else, so no place is kept.
+    pub share: HostShare,
 }
 
 /// A disk, perhaps with gaps.
@@ -88,6 +90,14 @@ impl Draft {
             on_crash: self.on_crash.or(other.on_crash),
             on_host_shutdown: self.on_host_shutdown.or(other.on_host_shutdown),
             autostart: self.autostart.or(other.autostart),
+            share: HostShare {
+                cpu_weight: self.share.cpu_weight.or(other.share.cpu_weight),
+                cpu_percent: self.share.cpu_percent.or(other.share.cpu_percent),
+                disk_read_per_s: self.share.disk_read_per_s.or(other.share.disk_read_per_s),
+                disk_write_per_s: self.share.disk_write_per_s.or(other.share.disk_write_per_s),
+                disk_read_iops: self.share.disk_read_iops.or(other.share.disk_read_iops),
+                disk_write_iops: self.share.disk_write_iops.or(other.share.disk_write_iops),
+            },
         }
     }
 }

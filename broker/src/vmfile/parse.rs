@@ -3,12 +3,14 @@
 use super::draft::{Draft, DraftDisk};
 use super::problem::{Located, Problem, Problems};
 use super::section::{Key, Section, Source, key, later};
-use crate::vm::spec::{ConsoleChoice, DISK_QUEUES_MAX, OnEnd};
+use crate::vm::spec::{ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnEnd};
 use bulkhead_ipc::platform::VCPUS_MAX;
 use bulkhead_ipc::protocol::birth::HugePages;
 use std::path::{Path, PathBuf};
 use toml::de::DeTable;
 
+/// Least bytes a second of a disk: one page, or the kernel would never let one through.
+const RATE_MIN: u64 = 4096;
 /// Largest VM file in bytes.
 pub const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -19,11 +21,11 @@ pub(super) const ROOT_KEYS: &[Key] = &[
     key("disk"),
     key("console"),
     key("lifecycle"),
+    key("limits"),
     key("autostart"),
     later("net"),
     later("share"),
     later("vsock"),
-    later("limits"),
     later("snapshots"),
     later("policy"),
 ];
@@ -61,6 +63,15 @@ pub(super) const LIFECYCLE_KEYS: &[Key] = &[
     key("on_reboot"),
     key("on_crash"),
     key("on_host_shutdown"),
+];
+
+pub(super) const LIMITS_KEYS: &[Key] = &[
+    key("cpu_weight"),
+    key("cpu_percent"),
+    key("disk_read_per_s"),
+    key("disk_write_per_s"),
+    key("disk_read_iops"),
+    key("disk_write_iops"),
 ];
 
 pub(super) const HUGE_PAGES: [(&str, HugePages); 3] = [
@@ -169,7 +180,38 @@ fn read_root(root: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
         draft.on_crash = lifecycle.choice("on_crash", &ON_END, problems);
         draft.on_host_shutdown = lifecycle.choice("on_host_shutdown", &ON_END, problems);
     }
+    if let Some(limits) = root.table("limits", problems) {
+        draft.share = read_limits(&limits, problems);
+    }
     draft
+}
+
+fn read_limits(limits: &Section<'_>, problems: &mut Vec<Problem>) -> HostShare {
+    limits.check_keys(LIMITS_KEYS, problems);
+    let mut number = |key, range| Some(limits.number(key, range, problems)?.value);
+    let (cpu_weight, cpu_percent) = (
+        number("cpu_weight", (1, 10_000)),
+        number("cpu_percent", (1, 100_000)),
+    );
+    let (disk_read_iops, disk_write_iops) = (
+        number("disk_read_iops", (1, u32::MAX)),
+        number("disk_write_iops", (1, u32::MAX)),
+    );
+    let mut rate = |key| {
+        let rate = limits.size(key, problems)?;
+        if rate.value < RATE_MIN {
+            problems.push(rate.problem("expected at least \"4KiB\" a second"));
+        }
+        Some(rate.value)
+    };
+    HostShare {
+        cpu_weight,
+        cpu_percent,
+        disk_read_per_s: rate("disk_read_per_s"),
+        disk_write_per_s: rate("disk_write_per_s"),
+        disk_read_iops,
+        disk_write_iops,
+    }
 }
 
 fn read_disk(disk: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) -> DraftDisk {

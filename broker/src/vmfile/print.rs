@@ -6,7 +6,7 @@
 
 use super::parse::{CONSOLES, HUGE_PAGES, ON_END};
 use super::quantity::show_size;
-use crate::vm::spec::{DiskSpec, KernelSource, VmSpec};
+use crate::vm::spec::{DiskSpec, HostShare, KernelSource, VmSpec};
 use schemars::JsonSchema;
 use serde::Serialize;
 use std::path::Path;
@@ -38,6 +38,8 @@ pub(super) struct VmFile {
     console: Option<Console>,
     /// What happens when the guest ends by itself.
     lifecycle: Option<Lifecycle>,
+    /// What all processes of the machine together may take of the host.
+    limits: Option<Limits>,
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -130,6 +132,40 @@ struct Lifecycle {
     on_host_shutdown: Option<&'static str>,
 }
 
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Limits {
+    /// Weight when processors are short; others have 100. Default: none of its own.
+    #[schemars(range(min = 1, max = 10000))]
+    cpu_weight: Option<u32>,
+    /// Most processor time, in percent of one processor. Default: no limit.
+    #[schemars(range(min = 1, max = 100_000))]
+    cpu_percent: Option<u32>,
+    /// Most bytes a second read from each host disk that its images are on. Default: no limit.
+    #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?(B|[KMGT](iB|B)?|kB)$"))]
+    disk_read_per_s: Option<String>,
+    /// The same for writes.
+    #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?(B|[KMGT](iB|B)?|kB)$"))]
+    disk_write_per_s: Option<String>,
+    /// Most reads a second of each host disk that its images are on. Default: no limit.
+    #[schemars(range(min = 1))]
+    disk_read_iops: Option<u32>,
+    /// The same for writes.
+    #[schemars(range(min = 1))]
+    disk_write_iops: Option<u32>,
+}
+
+fn limits(share: &HostShare) -> Option<Limits> {
+    (*share != HostShare::default()).then(|| Limits {
+        cpu_weight: share.cpu_weight,
+        cpu_percent: share.cpu_percent,
+        disk_read_per_s: share.disk_read_per_s.map(show_size),
+        disk_write_per_s: share.disk_write_per_s.map(show_size),
+        disk_read_iops: share.disk_read_iops,
+        disk_write_iops: share.disk_write_iops,
+    })
+}
+
 /// Why a machine cannot be written as a VM file.
 #[derive(Debug, thiserror::Error)]
 pub enum PrintError {
@@ -193,6 +229,7 @@ pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
             on_crash: word(&ON_END, &spec.lifecycle.on_crash),
             on_host_shutdown: word(&ON_END, &spec.lifecycle.on_host_shutdown),
         }),
+        limits: limits(&spec.limits.share),
     };
     Ok(toml::to_string(&file)?)
 }

@@ -201,6 +201,22 @@ impl<'a> Section<'a> {
         })
     }
 
+    /// A whole number in `range`.
+    pub(super) fn number(
+        &self,
+        key: &str,
+        range: (u32, u32),
+        problems: &mut Vec<Problem>,
+    ) -> Option<Located<u32>> {
+        self.get(key, problems, |value| {
+            value
+                .as_integer()
+                .and_then(|n| u32::from_str_radix(n.as_str(), n.radix()).ok())
+                .filter(|n| (range.0..=range.1).contains(n))
+                .ok_or_else(|| format!("expected a whole number from {} to {}", range.0, range.1))
+        })
+    }
+
     /// A size with a unit.
     pub(super) fn size(&self, key: &str, problems: &mut Vec<Problem>) -> Option<Located<u64>> {
         self.get(key, problems, |value| match value.as_str() {

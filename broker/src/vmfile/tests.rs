@@ -1,6 +1,6 @@
 use super::*;
 use crate::vm::spec::{
-    ConsoleChoice, ConsoleSpec, DiskSpec, KernelSource, Lifecycle, Limits, OnEnd, VmSpec,
+    ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits, OnEnd, VmSpec,
 };
 use bulkhead_ipc::protocol::birth::HugePages;
 use proptest::prelude::*;
@@ -37,6 +37,10 @@ size = "132x43"
 
 [lifecycle]
 on_reboot = "destroy"
+
+[limits]
+cpu_weight = 50
+disk_read_per_s = "1MiB"
 "#;
 
 fn around() -> Surroundings {
@@ -110,6 +114,14 @@ fn every_key_reaches_the_specification() {
             on_reboot: OnEnd::Destroy,
             ..Lifecycle::default()
         },
+        limits: Limits {
+            share: HostShare {
+                cpu_weight: Some(50),
+                disk_read_per_s: Some(1 << 20),
+                ..HostShare::default()
+            },
+            ..Limits::default()
+        },
         ..VmSpec::new("web", kernel)
     };
     assert_eq!(spec, wanted);
@@ -167,6 +179,16 @@ fn keys_of_later_features_are_refused_not_ignored() {
         "[lifecycle]",
         "[snapshots]\n[lifecycle]",
         &format!("vm.toml:28:2: snapshots: {later}"),
+    );
+    fault(
+        "cpu_weight = 50",
+        "cpu_weight = 0",
+        "vm.toml:32:14: limits.cpu_weight = 0: expected a whole number from 1 to 10000",
+    );
+    fault(
+        "disk_read_per_s = \"1MiB\"",
+        "disk_read_per_s = \"1KiB\"",
+        "vm.toml:33:19: limits.disk_read_per_s = \"1KiB\": expected at least \"4KiB\" a second",
     );
     fault(
         "queues = 2",
@@ -421,6 +443,7 @@ fn schema_knows_exactly_the_keys_that_work() {
         ("/$defs/Disk/properties", parse::DISK_KEYS),
         ("/$defs/Console/properties", parse::CONSOLE_KEYS),
         ("/$defs/Lifecycle/properties", parse::LIFECYCLE_KEYS),
+        ("/$defs/Limits/properties", parse::LIMITS_KEYS),
     ] {
         let working = known.iter().filter(|key| key.supported);
         let mut names: Vec<_> = working.map(|key| key.name.to_owned()).collect();
@@ -451,6 +474,20 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn any_share()(
+        cpu_weight in prop::option::of(1u32..=10_000),
+        cpu_percent in prop::option::of(1u32..=100_000),
+        rates in prop::array::uniform2(prop::option::of(4096u64..1 << 40)),
+        iops in prop::array::uniform2(prop::option::of(1u32..)),
+    ) -> HostShare {
+        let ([disk_read_per_s, disk_write_per_s], [disk_read_iops, disk_write_iops]) = (rates, iops);
+        HostShare {
+            cpu_weight, cpu_percent, disk_read_per_s, disk_write_per_s, disk_read_iops, disk_write_iops,
+        }
+    }
+}
+
+prop_compose! {
     fn any_spec()(
         name in "[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}",
         vcpus in 1u8..=32,
@@ -464,6 +501,7 @@ prop_compose! {
         size in (1u16.., 1u16..),
         ends in prop::array::uniform4(0usize..3),
         autostart: bool,
+        share in any_share(),
     ) -> (VmSpec, bool) {
         let end = |n: usize| parse::ON_END[n].1;
         let spec = VmSpec {
@@ -482,7 +520,7 @@ prop_compose! {
                 on_host_shutdown: end(ends[3]),
             },
             autostart,
-            limits: Limits::default(),
+            limits: Limits { share, ..Limits::default() },
         };
         (spec, with_initrd)
     }
