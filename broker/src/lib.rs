@@ -13,6 +13,7 @@ pub mod doctor;
 pub mod escape;
 pub mod image;
 pub mod launch;
+pub mod learn;
 pub mod registry;
 pub mod serve;
 pub mod supervisor;

@@ -376,3 +376,32 @@ fn closed_output_is_no_failure() {
     let done = child.wait_with_output().unwrap();
     assert_eq!((done.status.code(), done.stderr), (Some(0), vec![]));
 }
+
+#[test]
+fn policies_are_compared_line_by_line() {
+    let home = home();
+    let same = succeeds(home.path(), &["policy", "diff"]);
+    assert_eq!(same, "no difference\n");
+    let overrides = home.path().join("config/policies.d");
+    fs::create_dir_all(&overrides).unwrap();
+    let text = "kind = \"rng\"\n[[deny]]\nname = \"read\"\n[limits]\nopen_files = 20\n";
+    fs::write(overrides.join("rng.toml"), text).unwrap();
+    let diff = succeeds(home.path(), &["policy", "diff"]);
+    let expected = "rng:\n  - limit open_files 32\n  - main read\n  + limit open_files 20\n";
+    assert_eq!(diff, expected);
+    let file = overrides.join("rng.toml");
+    let file = file.to_str().unwrap();
+    assert_eq!(
+        succeeds(home.path(), &["policy", "diff", "built-in", file]),
+        expected
+    );
+    let json = succeeds(home.path(), &["policy", "diff", file, "built-in", "--json"]);
+    assert!(json.contains("\"only_second\": [\n"), "{json}");
+    assert!(json.contains("\"main read\""), "{json}");
+    fails(
+        home.path(),
+        &["policy", "diff", "missing.toml"],
+        2,
+        "missing.toml",
+    );
+}

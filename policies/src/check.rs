@@ -114,6 +114,7 @@ pub fn policy(file: &str, text: &str, kind: ProcKind) -> Checked<Policy> {
         sources: vec![file.to_owned()],
     };
     counts(file, &policy)?;
+    checker.repeated(&parsed, &policy)?;
     Ok(policy)
 }
 
@@ -260,6 +261,27 @@ impl Checker<'_> {
 
     fn startup(&self, phase: &Phase) -> Checked<Vec<Permit>> {
         self.phase("startup", phase, false)
+    }
+
+    /// What a thread is permitted when it is locked is permitted in the start-up phase as well: to grant
+    /// it there again says nothing.
+    fn repeated(&self, parsed: &PolicyFile, policy: &Policy) -> Checked<()> {
+        let locked = || policy.locked.iter().flat_map(|thread| &thread.permits);
+        for (n, (permit, call)) in policy.startup.iter().zip(&parsed.startup.call).enumerate() {
+            let twins = || locked().filter(|p| p.name == permit.name);
+            let whole = twins().any(|p| p.requests.is_empty() && p.conditions == permit.conditions);
+            let asked = |r: &&Request| twins().any(|p| p.requests.contains(r));
+            let request = permit.requests.iter().find(asked);
+            if whole || request.is_some() {
+                let which = request.map_or(&permit.name, |request| &request.name);
+                return Err(self.fault(
+                    Some(&call.name.span()),
+                    format!("startup.call[{n}].name"),
+                    format!("{which} is permitted in the locked phase, and so in this one anyway"),
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn locked(&self, parsed: &PolicyFile) -> Checked<Vec<Thread>> {

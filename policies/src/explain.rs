@@ -4,6 +4,7 @@
 //! files as they are. The built-in files are named by their place in the source tree.
 
 use crate::check::{self, PolicyError};
+use crate::grant::STARTUP;
 use crate::plan::Permit;
 use crate::schema::{DenyEntry, OverrideFile, Phase, PolicyFile};
 use crate::{built_in, decode, load, overrides, syscalls};
@@ -148,10 +149,10 @@ fn taken_away(
     let change: OverrideFile = check::parse(&file, &text)?;
     let takes = |entry: &&DenyEntry| {
         entry.name.get_ref() == name
-            && match (&entry.thread, denied.thread) {
-                (Some(of), Some(thread)) => of == thread,
-                _ => true,
-            }
+            && entry
+                .thread
+                .as_ref()
+                .is_none_or(|of| of == denied.thread.unwrap_or(STARTUP))
     };
     Ok(change.deny.iter().find(takes).map(|entry| {
         let what = format!("this [[deny]] of {name} takes it away");

@@ -14,6 +14,7 @@ pub mod constants;
 pub mod decode;
 pub mod evaluate;
 pub mod explain;
+pub mod grant;
 pub mod overrides;
 pub mod plan;
 pub mod schema;

@@ -2,8 +2,10 @@
 //! room; adds system calls or room only when looser policies are allowed.
 
 use crate::check::{self, PolicyError};
-use crate::plan::{Limits, Policy};
-use crate::schema::{DenyEntry, LimitsChange, OverrideFile};
+use crate::constants;
+use crate::grant::STARTUP;
+use crate::plan::{Limits, Permit, Policy, Test};
+use crate::schema::{DenyEntry, LimitsChange, Number, OverrideFile};
 use bulkhead_ipc::ident::ProcKind;
 use std::path::Path;
 
@@ -97,27 +99,31 @@ pub fn apply(
 
 fn deny(policy: &mut Policy, file: &str, key: &str, entry: &DenyEntry) -> Result<(), PolicyError> {
     let name = entry.name.get_ref();
+    let values = values(file, key, entry)?;
+    let part = |permit: &Permit| take(permit, name, &entry.request, &values);
     let mut found = false;
+    let mut taken = Vec::new();
     for thread in &mut policy.locked {
         if entry.thread.as_ref().is_some_and(|t| *t != thread.name) {
             continue;
         }
-        for permit in &mut thread.permits {
-            if permit.name != *name {
-                continue;
-            }
-            if entry.request.is_empty() {
-                found = true;
-            } else {
-                let before = permit.requests.len();
-                permit.requests.retain(|r| !entry.request.contains(&r.name));
-                found |= permit.requests.len() < before;
+        for permit in std::mem::take(&mut thread.permits) {
+            let (left, lost) = part(&permit);
+            thread.permits.extend(left);
+            taken.extend(lost);
+        }
+    }
+    found |= !taken.is_empty();
+    match &entry.thread {
+        // The thread loses it when it is locked. Its start-up keeps what it was permitted.
+        Some(thread) if thread != STARTUP => policy.startup.extend(taken),
+        _ => {
+            for permit in std::mem::take(&mut policy.startup) {
+                let (left, lost) = part(&permit);
+                policy.startup.extend(left);
+                found |= lost.is_some();
             }
         }
-        let whole = entry.request.is_empty();
-        thread.permits.retain(|p| {
-            p.name != *name || (!whole && (p.name != "ioctl" || !p.requests.is_empty()))
-        });
     }
     if found {
         return Ok(());
@@ -127,6 +133,76 @@ fn deny(policy: &mut Policy, file: &str, key: &str, entry: &DenyEntry) -> Result
         &format!("{key}.name"),
         format!("{name} is not granted anyway"),
     ))
+}
+
+/// The values of arguments that an entry takes away.
+fn values(file: &str, key: &str, entry: &DenyEntry) -> Result<Vec<(u8, u32)>, PolicyError> {
+    let mut values = Vec::new();
+    for arg in &entry.arg {
+        let list = match (&arg.is, &arg.bits_clear, &arg.at_most) {
+            (Some(list), None, None) => list,
+            _ => {
+                return Err(fault(
+                    file,
+                    &format!("{key}.arg"),
+                    "expected is, and nothing else",
+                ));
+            }
+        };
+        for number in list {
+            let value = match number {
+                Number::Value(value) => Some(*value),
+                Number::Name(name) => constants::flag(name),
+            };
+            let unknown = || fault(file, &format!("{key}.arg"), "has a name of no known number");
+            values.push((arg.index, value.ok_or_else(unknown)?));
+        }
+    }
+    Ok(values)
+}
+
+/// What is left of a permit, and what it has lost, when requests and values (all of it, if there are
+/// none) are taken from the calls of `name`.
+fn take(
+    permit: &Permit,
+    name: &str,
+    requests: &[String],
+    values: &[(u8, u32)],
+) -> (Option<Permit>, Option<Permit>) {
+    if permit.name != name {
+        return (Some(permit.clone()), None);
+    }
+    if requests.is_empty() && values.is_empty() {
+        return (None, Some(permit.clone()));
+    }
+    let (mut left, mut lost) = (permit.clone(), permit.clone());
+    let mut any = false;
+    if !requests.is_empty() {
+        left.requests.retain(|r| !requests.contains(&r.name));
+        lost.requests.retain(|r| requests.contains(&r.name));
+        any |= !lost.requests.is_empty();
+    }
+    let mut empty = left.requests.is_empty() && !permit.requests.is_empty();
+    for (left, lost) in left.conditions.iter_mut().zip(&mut lost.conditions) {
+        let index = left.index;
+        let (Test::Is(left), Test::Is(lost)) = (&mut left.test, &mut lost.test) else {
+            continue;
+        };
+        if !values
+            .iter()
+            .any(|(i, value)| *i == index && left.contains(value))
+        {
+            continue;
+        }
+        left.retain(|value| !values.contains(&(index, *value)));
+        lost.retain(|value| values.contains(&(index, *value)));
+        any = true;
+        empty |= left.is_empty();
+    }
+    match any {
+        true => ((!empty).then_some(left), Some(lost)),
+        false => (Some(permit.clone()), None),
+    }
 }
 
 /// The new limits, and the first that is looser than before.
@@ -200,6 +276,33 @@ mod tests {
         let error = rng(text, true).unwrap_err();
         assert!(error.fault.contains("never permitted"), "{error}");
         assert_eq!(error.line, Some(3));
+    }
+
+    #[test]
+    fn locked_thread_loses_a_call_that_its_start_up_keeps() {
+        let text = "kind = \"rng\"\n[[deny]]\nname = \"write\"\nthread = \"main\"\n";
+        let after = rng(text, false).unwrap();
+        let write = crate::syscalls::number("write").unwrap();
+        assert!(!after.permits("main", write, &[0; 6]));
+        assert!(after.permits(STARTUP, write, &[0; 6]));
+        let everywhere = "kind = \"rng\"\n[[deny]]\nname = \"write\"\n";
+        assert!(
+            !rng(everywhere, false)
+                .unwrap()
+                .permits(STARTUP, write, &[0; 6])
+        );
+    }
+
+    #[test]
+    fn single_value_of_an_argument_is_taken_away() {
+        let text = "kind = \"rng\"\n[[deny]]\nname = \"fcntl\"\nthread = \"startup\"\n\
+            arg = [{ index = 1, is = [\"F_GETFD\"] }]\n";
+        let after = rng(text, false).unwrap();
+        let fcntl = crate::syscalls::number("fcntl").unwrap();
+        let asks = |command: u64| after.permits(STARTUP, fcntl, &[5, command, 0, 0, 0, 0]);
+        assert!(!asks(1) && asks(1034));
+        let odd = text.replace("is = [\"F_GETFD\"]", "at_most = 7");
+        assert_eq!(rng(&odd, false).unwrap_err().key, "deny[0].arg");
     }
 
     #[test]

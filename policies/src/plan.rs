@@ -239,7 +239,24 @@ impl Condition {
         }
     }
 
-    fn in_words(&self) -> String {
+    /// Whether it lists values.
+    #[must_use]
+    pub const fn is_list(&self) -> bool {
+        matches!(self.test, Test::Is(_))
+    }
+
+    /// The values that it lists, each with the argument.
+    #[must_use]
+    pub fn values(&self) -> Vec<(u8, u32)> {
+        match &self.test {
+            Test::Is(values) => values.iter().map(|&value| (self.index, value)).collect(),
+            Test::BitsClear(_) | Test::AtMost(_) => Vec::new(),
+        }
+    }
+
+    /// The condition as a reader would say it.
+    #[must_use]
+    pub fn in_words(&self) -> String {
         let n = self.index;
         match &self.test {
             Test::Is(values) => {

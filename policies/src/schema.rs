@@ -438,12 +438,16 @@ pub struct DenyEntry {
     /// Its name.
     #[schemars(with = "String")]
     pub name: Spanned<String>,
-    /// The thread, or every one.
+    /// A thread, which loses the call once it is locked; or `startup`, for what only the start-up is
+    /// granted; or every thread and phase.
     #[serde(default)]
     pub thread: Option<String>,
     /// For `ioctl`: only these request codes.
     #[serde(default)]
     pub request: Vec<String>,
+    /// Only these values (`is`) of these arguments.
+    #[serde(default)]
+    pub arg: Vec<ArgCondition>,
 }
 
 /// Limits that an operator replaces.

@@ -17,7 +17,7 @@ mod machine;
 
 pub use daemon::{Daemon, Done};
 pub use intruder::{Fate, Intruder};
-pub use machine::{Ended, Machine, Processes, is_alive};
+pub use machine::{Ended, Machine, Processes, bulkhead, is_alive};
 
 use std::path::PathBuf;
 

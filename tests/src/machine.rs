@@ -404,7 +404,8 @@ impl Drop for Machine {
     clippy::disallowed_methods,
     reason = "tests start the product as a user does"
 )]
-pub(crate) fn bulkhead(scratch: &Path) -> Command {
+#[must_use]
+pub fn bulkhead(scratch: &Path) -> Command {
     let binaries: PathBuf = super::path("BULKHEAD_BIN_DIR");
     let mut command = Command::new(binaries.join("bulkhead"));
     command.env("BULKHEAD_LIBEXEC_DIR", &binaries);

@@ -13,6 +13,8 @@ mod image_command;
 mod machine_commands;
 mod paths;
 mod policy_command;
+mod policy_diff;
+mod policy_learn;
 mod run_args;
 mod run_command;
 mod run_session;
@@ -104,7 +106,7 @@ enum Command {
     Wait(machine_commands::Names),
     ShutdownHost(serve_command::ShutdownHostArgs),
     Doctor(doctor_command::DoctorArgs),
-    /// Check and show what processes are granted
+    /// Check, show, learn and compare what processes are granted
     #[command(subcommand)]
     Policy(policy_command::PolicyCommand),
     /// Make and inspect disk images

@@ -3,6 +3,7 @@
 use super::failure::{Failure, HOST, USAGE};
 use clap::Args;
 use std::env;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 /// File name of the built-in guest.
@@ -31,6 +32,23 @@ pub(super) struct PathOptions {
     #[arg(long, global = true, value_name = "DIR", env = "BULKHEAD_LIBEXEC_DIR")]
     #[arg(hide_env_values = true)]
     libexec_dir: Option<PathBuf>,
+}
+
+impl PathOptions {
+    /// The same options for another invocation of this program.
+    pub(super) fn as_arguments(&self) -> Vec<OsString> {
+        let given = [
+            ("--config-dir", &self.config_dir),
+            ("--state-dir", &self.state_dir),
+            ("--runtime-dir", &self.runtime_dir),
+            ("--libexec-dir", &self.libexec_dir),
+        ];
+        let given = given.into_iter().filter_map(|(name, path)| {
+            let path = path.as_ref()?;
+            Some([OsString::from(name), path.clone().into_os_string()])
+        });
+        given.flatten().collect()
+    }
 }
 
 /// What the defaults depend on.

@@ -20,6 +20,8 @@ pub(super) enum PolicyCommand {
     Show(KindArgs),
     /// Show every grant with its reason and its conditions
     Explain(KindArgs),
+    Learn(super::policy_learn::LearnArgs),
+    Diff(super::policy_diff::DiffArgs),
 }
 
 /// Options of all policy commands.
@@ -27,7 +29,7 @@ pub(super) enum PolicyCommand {
 pub(super) struct CommonArgs {
     /// Accept overrides that grant more than the built-in policies
     #[arg(long)]
-    allow_looser_policy: bool,
+    pub(super) allow_looser_policy: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -112,6 +114,8 @@ pub(super) fn run(command: &PolicyCommand, options: &PathOptions) -> Result<u8, 
     let (common, kind) = match command {
         PolicyCommand::Check(common) => (common, None),
         PolicyCommand::Show(args) | PolicyCommand::Explain(args) => (&args.common, args.kind),
+        PolicyCommand::Learn(args) => return super::policy_learn::run(args, options),
+        PolicyCommand::Diff(args) => return super::policy_diff::run(args, options),
     };
     let directory = Paths::new(options)?.policies();
     let mut reports = Vec::new();
@@ -130,7 +134,9 @@ pub(super) fn run(command: &PolicyCommand, options: &PathOptions) -> Result<u8, 
         match command {
             PolicyCommand::Check(_) => check_line(&mut text, &report),
             PolicyCommand::Show(_) => show(&mut text, &report),
-            PolicyCommand::Explain(_) => explain(&mut text, &report),
+            PolicyCommand::Explain(_) | PolicyCommand::Learn(_) | PolicyCommand::Diff(_) => {
+                explain(&mut text, &report);
+            }
         }
         reports.push(report);
     }
