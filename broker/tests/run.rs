@@ -219,12 +219,11 @@ fn losing(kind: ProcKind, guest: Guest, then: Option<Command>) -> Seen {
     let seen = watch(&spec, &options(dir.path()), |event, to| match event {
         Event::Started { id, pid, .. } if id.kind == kind => victim = *pid,
         Event::AllLocked { .. } => {
-            let pid = nix::unistd::Pid::from_raw(victim);
-            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+            kill(victim);
         }
         Event::Degraded { .. } => {
-            if let Some(command) = then {
-                to.try_send(command).unwrap();
+            if let Some(command) = &then {
+                to.try_send(command.clone()).unwrap();
             }
         }
         _ => {}
@@ -233,14 +232,89 @@ fn losing(kind: ProcKind, guest: Guest, then: Option<Command>) -> Seen {
     seen
 }
 
+fn kill(pid: i32) {
+    let pid = nix::unistd::Pid::from_raw(pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
+#[test]
+fn killed_device_is_followed_by_another_and_the_machine_is_whole() {
+    for kind in [ProcKind::Blk, ProcKind::Rng] {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = spec(dir.path(), Guest::Spin);
+        let mut pid_now = 0;
+        let mut left = 5;
+        let seen = watch(&spec, &options(dir.path()), |event, to| match event {
+            Event::Started { id, pid, .. } if id.kind == kind => pid_now = *pid,
+            Event::AllLocked { .. } => kill(pid_now),
+            Event::Restarted(_) => {
+                left -= 1;
+                match left {
+                    0 => to.try_send(Command::Kill).unwrap(),
+                    _ => kill(pid_now),
+                }
+            }
+            _ => {}
+        });
+        assert_eq!(*ending(&seen), Ending::Killed);
+        no_process_is_left(&seen);
+        let finished = seen.result.unwrap();
+        assert!(finished.degraded.is_empty(), "{finished:?}");
+        assert_eq!(finished.restarts.len(), 5);
+        for (restart, generation) in finished.restarts.iter().zip(2..) {
+            println!("{} serves after {:?}", restart.id, restart.after);
+            assert_eq!((restart.id.kind, restart.id.generation), (kind, generation));
+            let expected = format!("bulkhead-{kind} was killed by SIGKILL, while serving");
+            assert_eq!(restart.reason, expected);
+            assert_eq!(restart.program, env!("CARGO_PKG_VERSION"));
+        }
+    }
+}
+
+#[test]
+fn device_that_dies_too_often_is_given_up_and_comes_back_when_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec(dir.path(), Guest::Spin);
+    let mut pid_now = 0;
+    let mut given_up = false;
+    let seen = watch(&spec, &options(dir.path()), |event, to| match event {
+        Event::Started { id, pid, .. } if id.kind == ProcKind::Blk => pid_now = *pid,
+        Event::AllLocked { .. } => kill(pid_now),
+        Event::Restarted(_) if given_up => to.try_send(Command::Kill).unwrap(),
+        Event::Restarted(_) => {
+            // Not at once: a process that dies before it has served for a while waits for its successor.
+            let victim = pid_now;
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(12));
+                kill(victim);
+            });
+        }
+        Event::Degraded { name, .. } => {
+            given_up = true;
+            to.try_send(Command::RestartDevice("rgn".into())).unwrap();
+            to.try_send(Command::RestartDevice(name.clone())).unwrap();
+        }
+        _ => {}
+    });
+    assert_eq!(*ending(&seen), Ending::Killed);
+    no_process_is_left(&seen);
+    let refused =
+        |e: &&Event| matches!(e, Event::Refused { command, .. } if command == "restart rgn");
+    assert_eq!(seen.events.iter().filter(refused).count(), 1);
+    let finished = seen.result.unwrap();
+    let [(name, reason)] = finished.degraded.as_slice() else {
+        panic!("{finished:?}");
+    };
+    assert!(
+        name == "disk" && reason.contains("restarted 100 times"),
+        "{reason}"
+    );
+    assert_eq!(finished.restarts.len(), 101);
+}
+
 #[test]
 fn lost_device_degrades_the_machine() {
-    for kind in [
-        ProcKind::Blk,
-        ProcKind::Rng,
-        ProcKind::Console,
-        ProcKind::Legacy,
-    ] {
+    for kind in [ProcKind::Console, ProcKind::Legacy] {
         let seen = losing(kind, Guest::Spin, Some(Command::Kill));
         assert_eq!(*ending(&seen), Ending::Killed);
         let finished = seen.result.unwrap();

@@ -39,6 +39,10 @@ pub struct Framing {
     /// The gate puts the stream position (u64, little endian) of the request's first byte in front
     /// of the readable bytes.
     pub positioned: bool,
+    /// Requests are buffers that wait for something from outside (what is typed). The gate counts
+    /// the bytes that the guest is given, and a request that was in flight when its device died
+    /// had nothing to do with that.
+    pub waits_for_input: bool,
 }
 
 /// Bytes of one head slot: the head at 0, the tail at [`TAIL_OFFSET`].
@@ -79,16 +83,19 @@ impl VirtioKind {
                 head_bytes: 16,
                 tail_bytes: 1,
                 positioned: false,
+                waits_for_input: false,
             },
             Self::Console => Framing {
                 head_bytes: 0,
                 tail_bytes: 0,
                 positioned: queue % 2 == 1,
+                waits_for_input: queue.is_multiple_of(2),
             },
             Self::Rng => Framing {
                 head_bytes: 0,
                 tail_bytes: 0,
                 positioned: false,
+                waits_for_input: false,
             },
         }
     }
@@ -110,6 +117,13 @@ impl VirtioKind {
             Self::Console => 12,
             Self::Rng => 0,
         }
+    }
+
+    /// Whether what only the device knows stays the same as long as the guest runs, so that a new
+    /// process that publishes something else serves another resource.
+    #[must_use]
+    pub const fn fields_are_fixed(self) -> bool {
+        matches!(self, Self::Blk)
     }
 
     /// Ranges (offset, length in bytes) of the configuration that only the device knows. Guest

@@ -8,7 +8,9 @@
 
 use crate::shared::{SharedError, SharedMemory};
 use crate::sync::Ordering;
-use std::os::fd::OwnedFd;
+use nix::errno::Errno;
+use nix::sys::uio::pread;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 /// Size of the shared memory in bytes.
 pub const INPUT_RING_BYTES: u64 = 0x2000;
@@ -16,6 +18,16 @@ const CAPACITY: u64 = 4096;
 const OFFSET_PRODUCED: usize = 0x00;
 const OFFSET_CONSUMED: usize = 0x40;
 const OFFSET_DATA: usize = 0x1000;
+
+/// Bytes that the last reader says it has taken, from a ring that is not mapped. A reader may lie.
+///
+/// # Errors
+/// The kernel's error.
+pub fn taken(ring: BorrowedFd<'_>) -> Result<u64, Errno> {
+    let mut bytes = [0; 8];
+    pread(ring, &mut bytes, 0x40)?;
+    Ok(u64::from_le_bytes(bytes))
+}
 
 /// The writing end (broker).
 #[derive(Debug)]
@@ -66,29 +78,39 @@ impl InputWriter {
 #[derive(Debug)]
 pub struct InputReader {
     memory: SharedMemory,
+    consumed: u64,
 }
 
 impl InputReader {
-    /// Maps a ring and goes on where the last reader stopped.
+    /// Maps a ring of which `position` bytes have been taken. What a slower reader has missed by more
+    /// than the ring holds is lost.
     ///
     /// # Errors
     /// As [`SharedMemory::map`].
-    pub fn map(fd: OwnedFd) -> Result<Self, SharedError> {
-        SharedMemory::map(fd, INPUT_RING_BYTES).map(Self::over)
+    pub fn map(fd: OwnedFd, position: u64) -> Result<Self, SharedError> {
+        SharedMemory::map(fd, INPUT_RING_BYTES).map(|memory| Self::over(memory, position))
     }
 
-    pub(crate) const fn over(memory: SharedMemory) -> Self {
-        Self { memory }
+    pub(crate) fn over(memory: SharedMemory, position: u64) -> Self {
+        let produced = memory.load::<u64>(OFFSET_PRODUCED, Ordering::Acquire);
+        let consumed = position.clamp(produced.saturating_sub(CAPACITY), produced);
+        memory.store(OFFSET_CONSUMED, consumed, Ordering::Release);
+        Self { memory, consumed }
+    }
+
+    /// Bytes taken so far.
+    #[must_use]
+    pub const fn position(&self) -> u64 {
+        self.consumed
     }
 
     /// Copies what is there, up to the buffer's length, without taking it.
     #[must_use]
     pub fn peek(&self, buffer: &mut [u8]) -> usize {
         let produced = self.memory.load::<u64>(OFFSET_PRODUCED, Ordering::Acquire);
-        let consumed = self.memory.load::<u64>(OFFSET_CONSUMED, Ordering::Relaxed);
-        let there = produced.saturating_sub(consumed).min(CAPACITY);
+        let there = produced.saturating_sub(self.consumed).min(CAPACITY);
         let n = buffer.len().min(usize::try_from(there).unwrap_or(0));
-        for (place, byte) in buffer.iter_mut().take(n).zip(consumed..) {
+        for (place, byte) in buffer.iter_mut().take(n).zip(self.consumed..) {
             let at = usize::try_from(byte % CAPACITY).unwrap_or(0);
             *place = self.memory.read(OFFSET_DATA + at);
         }
@@ -96,10 +118,10 @@ impl InputReader {
     }
 
     /// Takes `n` bytes that [`InputReader::peek`] showed, once their effect is safe.
-    pub fn take(&self, n: usize) {
-        let consumed = self.memory.load::<u64>(OFFSET_CONSUMED, Ordering::Relaxed);
+    pub fn take(&mut self, n: usize) {
+        self.consumed = self.consumed.saturating_add(n as u64);
         self.memory
-            .store(OFFSET_CONSUMED, consumed + n as u64, Ordering::Release);
+            .store(OFFSET_CONSUMED, self.consumed, Ordering::Release);
     }
 }
 
@@ -108,16 +130,17 @@ impl InputReader {
 mod tests {
     use super::*;
     use crate::shared::sealed_memfd;
+    use std::os::fd::AsFd;
 
     fn pair() -> (InputWriter, InputReader) {
         let fd = sealed_memfd("i", INPUT_RING_BYTES).unwrap();
-        let reader = InputReader::map(fd.try_clone().unwrap()).unwrap();
+        let reader = InputReader::map(fd.try_clone().unwrap(), 0).unwrap();
         (InputWriter::map(fd).unwrap(), reader)
     }
 
     #[test]
     fn keys_arrive_in_order_and_only_what_fits_is_taken() {
-        let (mut w, r) = pair();
+        let (mut w, mut r) = pair();
         let mut buffer = [0u8; 8192];
         for round in 0..5 {
             let keys: Vec<u8> = (0..5000u32)
@@ -128,6 +151,24 @@ mod tests {
             assert_eq!(buffer[..4096], keys[..4096]);
             r.take(4096);
             assert_eq!(r.peek(&mut buffer), 0);
+        }
+    }
+
+    #[test]
+    fn successor_reads_on_from_where_it_is_told_and_nothing_is_read_twice() {
+        let (mut w, mut r) = pair();
+        w.write(b"abcdef");
+        r.take(4);
+        let fd = r.memory.descriptor().unwrap().try_clone_to_owned().unwrap();
+        assert_eq!(taken(fd.as_fd()), Ok(4));
+        // The guest was given two bytes only: the other two are typed again.
+        let next = InputReader::map(fd.try_clone().unwrap(), 2).unwrap();
+        let mut buffer = [0; 8];
+        assert_eq!(next.peek(&mut buffer), 4);
+        assert_eq!(buffer[..4], *b"cdef");
+        for lie in [7, u64::MAX] {
+            let next = InputReader::map(fd.try_clone().unwrap(), lie).unwrap();
+            assert_eq!((next.position(), next.peek(&mut buffer)), (6, 0));
         }
     }
 

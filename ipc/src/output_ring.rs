@@ -54,27 +54,18 @@ pub struct OutputRing {
     file: File,
     capacity: u64,
     head: u64,
-    base: u64,
 }
 
 impl OutputRing {
-    /// Takes over a ring of known `capacity` that holds `head` bytes so far, without reading it.
+    /// Takes over a ring of known `capacity` in which everything before `head` is stored, without reading
+    /// it: a dead process may have written anything there.
     #[must_use]
     pub const fn new(file: File, capacity: u64, head: u64) -> Self {
         Self {
             file,
             capacity,
             head,
-            base: 0,
         }
-    }
-
-    /// Position 0 of what is written from now on is byte `base` of the ring: a machine that starts
-    /// again goes on behind its last life's output.
-    #[must_use]
-    pub const fn based_at(mut self, base: u64) -> Self {
-        self.base = base;
-        self
     }
 
     /// Bytes written so far.
@@ -88,7 +79,6 @@ impl OutputRing {
     /// # Errors
     /// The file system's error (disk full); the stream then has a hole.
     pub fn write_at(&mut self, position: u64, bytes: &[u8]) -> io::Result<()> {
-        let position = position.saturating_add(self.base);
         let end = position.saturating_add(bytes.len() as u64);
         let kept = bytes
             .len()
@@ -230,13 +220,18 @@ mod tests {
     }
 
     #[test]
-    fn next_life_goes_on_behind_the_last_one() {
+    fn successor_repeats_what_may_be_missing_and_nothing_is_read_twice() {
         let (mut w, mut r) = ring(64);
         w.write_at(0, b"first ").unwrap();
-        let mut w = OutputRing::new(w.file, 64, 6).based_at(6);
-        w.write_at(0, b"second").unwrap();
-        w.write_at(0, b"second").unwrap();
-        assert_eq!(all(&mut r), (b"first second".to_vec(), 0));
+        w.write_at(6, b"second ").unwrap();
+        assert_eq!(all(&mut r), (b"first second ".to_vec(), 0));
+        // All that is known to be stored is the first word.
+        let mut w = OutputRing::new(w.file, 64, 6);
+        w.write_at(6, b"sec").unwrap();
+        assert_eq!(all(&mut r), (vec![], 0));
+        w.write_at(9, b"ond ").unwrap();
+        w.write_at(13, b"third").unwrap();
+        assert_eq!(all(&mut r), (b"third".to_vec(), 0));
     }
 
     #[test]

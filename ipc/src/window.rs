@@ -219,6 +219,21 @@ impl Window {
         self.memory.store(OFFSET_MAGIC, MAGIC, Ordering::Release);
     }
 
+    /// Gate: makes the window of a dead process ready for its successor: nothing of what the dead one wrote
+    /// into header and rings is left. The data area is the gate's to hand out and stays as it is.
+    pub fn renew(&self, generation: u32, view: DriverView) {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        let mut at = 0;
+        while at < self.layout.data {
+            let len = ZEROES.len().min(self.layout.data - at);
+            self.memory
+                .copy_in(at, ZEROES.get(..len).unwrap_or(&ZEROES));
+            at += len;
+        }
+        self.set_driver(view);
+        self.initialise(generation);
+    }
+
     /// Gate: tells the device what was negotiated. The caller rings the kick doorbell.
     pub fn set_driver(&self, view: DriverView) {
         self.memory
@@ -378,6 +393,26 @@ mod tests {
         stamp(fd.as_fd(), 7).unwrap();
         let w = Window::map(fd, layout).unwrap();
         assert!(w.is_generation(7) && !w.is_generation(8));
+    }
+
+    #[test]
+    fn renewed_window_has_nothing_of_the_dead_process() {
+        let w = window();
+        let junk = vec![0xeeu8; w.layout.bytes];
+        w.memory.slice(0, junk.len()).copy_from(&junk[..]);
+        let view = DriverView {
+            features: 5,
+            epoch: 3,
+        };
+        w.renew(2, view);
+        assert!(w.is_generation(2));
+        assert_eq!((w.driver(), w.published(0)), (view, None));
+        assert_eq!(w.device_state(), DeviceState::Starting);
+        let mut rings = vec![1u8; w.layout.data - HEADER_BYTES];
+        w.memory
+            .slice(HEADER_BYTES, rings.len())
+            .copy_to(&mut rings[..]);
+        assert!(rings.iter().all(|&byte| byte == 0));
     }
 
     #[test]

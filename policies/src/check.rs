@@ -5,7 +5,8 @@ use crate::plan::{
     Condition, FdGrant, Limits, MadeGrant, OpcodeGrant, Permit, Policy, Request, Test, Thread,
 };
 use crate::schema::{
-    ArgCondition, Call, FdType, LandlockDeny, Namespace, Number, Opcode, Phase, PolicyFile,
+    ArgCondition, Call, FdType, HeartbeatEntry, LandlockDeny, Namespace, Number, OnDeath, Opcode,
+    Phase, PolicyFile, RestartEntry, SupervisionEntry,
 };
 use crate::syscalls;
 use bulkhead_ipc::ident::ProcKind;
@@ -17,6 +18,10 @@ pub const DEVICE_REQUESTS_MAX: usize = 25;
 pub const THREAD_REQUESTS_MAX: usize = 20;
 /// Most permitted requests of `vcpu` over all its threads in the locked phase.
 pub const VCPU_REQUESTS_MAX: usize = 35;
+
+/// Shortest time between two heartbeats in milliseconds: answers count as messages, of which a
+/// process has few.
+pub const HEARTBEAT_MS_MIN: u32 = 200;
 
 /// A policy file that is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -110,6 +115,8 @@ pub fn policy(file: &str, text: &str, kind: ProcKind) -> Checked<Policy> {
         limits: checker.limits(&parsed)?,
         on_death: parsed.supervision.on_death,
         birth_timeout_ms: parsed.supervision.birth_timeout_ms,
+        restart: checker.restart(&parsed.supervision)?,
+        heartbeat: checker.heartbeat(&parsed.supervision)?,
         purpose: checker.said(None, "purpose", &parsed.purpose)?,
         sources: vec![file.to_owned()],
     };
@@ -181,6 +188,45 @@ pub(crate) fn line_of(text: &str, span: &Range<usize>) -> usize {
 }
 
 impl Checker<'_> {
+    fn restart(&self, entry: &SupervisionEntry) -> Checked<Option<RestartEntry>> {
+        let fault = |key: &str, fault: &str| Err(self.fault(None, key, fault));
+        match (entry.on_death, entry.restart) {
+            (OnDeath::Restart, None) => fault(
+                "supervision.restart",
+                "is missing, expected for a process that is restarted",
+            ),
+            (OnDeath::Degrade | OnDeath::EndMachine, Some(_)) => fault(
+                "supervision.restart",
+                "is given for a process that is not restarted",
+            ),
+            (_, Some(rule)) if rule.restarts_max == 0 || rule.window_ms == 0 => fault(
+                "supervision.restart",
+                "allows no restart, expected restarts_max and window_ms of at least 1",
+            ),
+            (_, Some(rule))
+                if rule.backoff_ms_min == 0 || rule.backoff_ms_min > rule.backoff_ms_max =>
+            {
+                fault(
+                    "supervision.restart",
+                    "expected 1 <= backoff_ms_min <= backoff_ms_max",
+                )
+            }
+            (_, rule) => Ok(rule),
+        }
+    }
+
+    fn heartbeat(&self, entry: &SupervisionEntry) -> Checked<Option<HeartbeatEntry>> {
+        match entry.heartbeat {
+            Some(beat) if beat.interval_ms < HEARTBEAT_MS_MIN || beat.misses_max == 0 => {
+                let fault = format!(
+                    "expected interval_ms of at least {HEARTBEAT_MS_MIN} and misses_max of at least 1"
+                );
+                Err(self.fault(None, "supervision.heartbeat", fault))
+            }
+            beat => Ok(beat),
+        }
+    }
+
     fn fault(
         &self,
         span: Option<&Range<usize>>,

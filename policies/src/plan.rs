@@ -2,7 +2,8 @@
 //! compiles, shows or explains a policy works on this.
 
 use crate::schema::{
-    Access, FdType, Held, LandlockDeny, MadeType, Namespace, OnDeath, Speculation,
+    Access, FdType, HeartbeatEntry, Held, LandlockDeny, MadeType, Namespace, OnDeath, RestartEntry,
+    Speculation,
 };
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::birth::FdRole;
@@ -37,6 +38,10 @@ pub struct Policy {
     pub on_death: OnDeath,
     /// Time it has from its start to being locked, in milliseconds.
     pub birth_timeout_ms: u32,
+    /// How it is restarted, if it is.
+    pub restart: Option<RestartEntry>,
+    /// How it shows that it is not stuck, if it is asked.
+    pub heartbeat: Option<HeartbeatEntry>,
     /// Files that the policy was read from: the built-in one, then overrides.
     pub sources: Vec<String>,
 }

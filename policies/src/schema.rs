@@ -397,12 +397,46 @@ pub struct SupervisionEntry {
     pub on_death: OnDeath,
     /// Time it has from its start to being locked, in milliseconds.
     pub birth_timeout_ms: u32,
+    /// How often and how soon; given exactly when it is restarted.
+    #[serde(default)]
+    pub restart: Option<RestartEntry>,
+    /// How it is found out to be stuck; absent for a process that is never asked.
+    #[serde(default)]
+    pub heartbeat: Option<HeartbeatEntry>,
+}
+
+/// How a process is restarted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RestartEntry {
+    /// Most restarts within `window_ms`; one more and the machine goes on without the device.
+    pub restarts_max: u16,
+    /// Time in which restarts are counted, in milliseconds.
+    pub window_ms: u32,
+    /// Pause before a restart when the process before died within this time of serving, or never
+    /// served, in milliseconds. Doubled each time.
+    pub backoff_ms_min: u32,
+    /// Longest pause in milliseconds.
+    pub backoff_ms_max: u32,
+}
+
+/// How a process shows that it is not stuck.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HeartbeatEntry {
+    /// Time between two questions in milliseconds.
+    pub interval_ms: u32,
+    /// Questions in a row without an answer after which it is killed.
+    pub misses_max: u16,
 }
 
 /// What is done when a process dies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDeath {
+    /// Another process takes its place; when that has been tried too often, the machine goes on
+    /// without the device.
+    Restart,
     /// The machine goes on without the device.
     Degrade,
     /// The machine has ended.

@@ -91,46 +91,18 @@ fn nonsense_from_the_guest_harms_nothing() {
 }
 
 #[test]
-fn dead_device_degrades_the_machine_and_hangs_nothing() {
-    for kind in ["rng", "blk", "console"] {
-        let disk = disk(1 << 20);
-        let path = disk.path().to_str().unwrap();
-        let mut machine = Machine::test_guest("mode=idle seconds=5", &["--disk", path]);
-        machine.expect("BH idle ");
-        let victim = machine.process(kind);
-        kill(
-            Pid::from_raw(i32::try_from(victim).unwrap()),
-            Signal::SIGKILL,
-        )
-        .unwrap();
-        machine.expect_error("degraded");
-        let ended = machine.wait();
-        assert_eq!(
-            ended.code, 0,
-            "{kind}: the guest powers off as ever: {ended:?}"
-        );
-    }
-}
-
-#[test]
-fn disk_that_dies_under_load_gives_errors_and_no_hang() {
-    let disk = disk(64 << 20);
-    let path = disk.path().to_str().unwrap();
-    let load = "mode=bench-blk op=rand_read bs=4k qd=8 seconds=20 timeout=5";
-    let mut machine = Machine::test_guest(load, &["--disk", path]);
-    machine.expect("BH bench-blk.begin");
-    std::thread::sleep(std::time::Duration::from_millis(200));
-    let victim = machine.process("blk");
+fn dead_console_degrades_the_machine_and_hangs_nothing() {
+    let mut machine = Machine::test_guest("mode=idle seconds=5", &[]);
+    machine.expect("BH idle ");
+    let victim = machine.process("console");
     kill(
         Pid::from_raw(i32::try_from(victim).unwrap()),
         Signal::SIGKILL,
     )
     .unwrap();
+    machine.expect_error("degraded");
     let ended = machine.wait();
-    assert!(
-        ended.console.contains("BH done errors="),
-        "the guest ends by itself: {ended:?}"
-    );
+    assert_eq!(ended.code, 0, "the guest powers off as ever: {ended:?}");
 }
 
 #[test]

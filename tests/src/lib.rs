@@ -14,10 +14,20 @@
 mod daemon;
 mod intruder;
 mod machine;
+#[path = "../guests/src/pattern.rs"]
+pub mod pattern;
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the test guest's own, for whose CPU the width is known"
+)]
+#[path = "../guests/src/prng.rs"]
+pub mod prng;
+mod spoil;
 
 pub use daemon::{Daemon, Done};
 pub use intruder::{Fate, Intruder};
 pub use machine::{Ended, Machine, Processes, bulkhead, is_alive};
+pub use spoil::{Restart, kill, signal_process, window_of};
 
 use std::path::PathBuf;
 

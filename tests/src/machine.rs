@@ -275,6 +275,22 @@ impl Machine {
         }
     }
 
+    /// Waits until `count` processes have taken another's place.
+    ///
+    /// # Panics
+    /// When that does not come within a minute.
+    pub fn expect_restarts(&self, count: usize) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while super::Restart::all(&self.errors()).len() < count {
+            assert!(
+                Instant::now() < deadline,
+                "no {count} restarts on stderr:\n{}",
+                self.errors()
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// The sandboxed processes of the machine as they are now.
     #[must_use]
     pub fn processes(&self) -> Processes {

@@ -20,6 +20,7 @@ use crate::legacy_client::LegacyClient;
 use crate::lifecycle::{Action, Event, Lifecycle};
 use crate::outbox::Outbox;
 use crate::ports::Ports;
+use crate::slot_news::News;
 use crate::virtio::VirtioBus;
 use crate::wait;
 
@@ -49,6 +50,8 @@ pub struct Control<'a> {
     pub lines: Lines,
     /// What a crash report is made from.
     pub scene: CrashScene,
+    /// What the broker has been told of device processes.
+    pub news: News,
 }
 
 impl Control<'_> {
@@ -158,6 +161,11 @@ impl Control<'_> {
                 self.ports.press_power_button();
                 self.lines.raise_events();
             }
+            Action::PrepareSlot(slot, generation, blame) => {
+                self.news.forget(slot, generation);
+                self.virtio.prepare_slot(slot, generation, blame);
+                self.news.tell(&mut self.outbox, &self.virtio);
+            }
             Action::LoseDevice(slot) => self.virtio.device_lost(slot),
             Action::LoseLegacy => self.legacy.set_lost(),
             Action::Conclude(ending) => {
@@ -174,6 +182,7 @@ impl Control<'_> {
 
     fn pass_faults_on(&mut self) {
         let _rung = self.virtio.fault_bell().read();
+        self.news.tell(&mut self.outbox, &self.virtio);
         for fault in self.virtio.take_faults() {
             self.outbox.tell(fault);
         }

@@ -70,16 +70,24 @@ pub struct LegacyClient {
 }
 
 impl LegacyClient {
-    /// The client of a fresh page; writes its identity.
+    /// The client of a fresh page; writes its identity. Output goes on at `output_position`.
     #[must_use]
-    pub fn new(wiring: LegacyWiring, generation: u32, group: Arc<Group>) -> Self {
+    pub fn new(
+        wiring: LegacyWiring,
+        generation: u32,
+        output_position: u64,
+        group: Arc<Group>,
+    ) -> Self {
         wiring.page.initialise(generation);
         Self {
             wiring,
             group,
             lost: AtomicBool::new(false),
             fault: OnceLock::new(),
-            turn: Mutex::new(Turn::default()),
+            turn: Mutex::new(Turn {
+                stream_position: output_position,
+                ..Turn::default()
+            }),
         }
     }
 

@@ -25,6 +25,7 @@ pub mod quirks;
 pub mod report;
 pub mod run_loop;
 pub mod setup;
+pub mod slot_news;
 pub mod start;
 pub mod virtio;
 pub mod wait;

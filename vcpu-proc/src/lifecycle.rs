@@ -37,6 +37,9 @@ pub enum Action {
     Send(FromVcpu),
     /// Press the power button.
     PressPowerButton,
+    /// Make this slot ready for a device process of this generation; the last value is whether a
+    /// request may have killed the one before.
+    PrepareSlot(u8, u32, bool),
     /// Answer the requests of this slot with errors.
     LoseDevice(u8),
     /// Let the legacy registers read as all ones.
@@ -99,6 +102,11 @@ impl Lifecycle {
             ToVcpu::Kill => self.kill(),
             ToVcpu::Ping(number) => vec![Action::Send(FromVcpu::Pong(number))],
             ToVcpu::PowerButton => vec![Action::PressPowerButton],
+            ToVcpu::PrepareSlot {
+                slot,
+                generation,
+                blame,
+            } => vec![Action::PrepareSlot(slot, generation, blame)],
             ToVcpu::DeviceLost { slot } => vec![Action::LoseDevice(slot)],
             ToVcpu::LegacyLost => vec![Action::LoseLegacy],
             ToVcpu::Pause => match self.phase {

@@ -7,6 +7,10 @@
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use crate::virtio::VirtioBus;
 
 /// Most text that is kept in bytes: a whole crash report, and what the gates say besides.
 const TEXT_BYTES_MAX: usize = 2 << 20;
@@ -17,6 +21,8 @@ const PLAIN_BYTES: usize = 64;
 #[derive(Debug)]
 pub struct Outbox<'a> {
     channel: &'a Channel,
+    /// Lends the descriptors that go with some messages.
+    bus: Option<Arc<VirtioBus>>,
     waiting: VecDeque<FromVcpu>,
     bytes: usize,
     lost: u64,
@@ -28,9 +34,19 @@ impl<'a> Outbox<'a> {
     pub const fn new(channel: &'a Channel) -> Self {
         Self {
             channel,
+            bus: None,
             waiting: VecDeque::new(),
             bytes: 0,
             lost: 0,
+        }
+    }
+
+    /// Descriptors that go with messages are those of `bus`.
+    #[must_use]
+    pub fn lending(self, bus: Arc<VirtioBus>) -> Self {
+        Self {
+            bus: Some(bus),
+            ..self
         }
     }
 
@@ -58,7 +74,12 @@ impl<'a> Outbox<'a> {
     /// Sends what there is room for.
     pub fn flush(&mut self) {
         while let Some(message) = self.waiting.front() {
-            match self.channel.send(message, &[]) {
+            let lent = match (message, &self.bus) {
+                (FromVcpu::SlotPrepared { slot, .. }, Some(bus)) => bus.descriptors(*slot),
+                _ => None,
+            };
+            let descriptors: &[BorrowedFd<'_>] = lent.as_ref().map_or(&[], |lent| lent);
+            match self.channel.send(message, descriptors) {
                 Err(ChannelError::Full) => return,
                 Ok(()) | Err(ChannelError::Closed) => {}
                 Err(error) => tracing::warn!(%error, "a message to the broker is lost"),
@@ -73,6 +94,7 @@ fn text_bytes(message: &FromVcpu) -> usize {
     match message {
         FromVcpu::DeviceFault { reason, .. }
         | FromVcpu::GuestFault { reason, .. }
+        | FromVcpu::RequestGivenUp { reason, .. }
         | FromVcpu::LegacyFault { reason } => reason.len(),
         FromVcpu::Report { text } => text.len(),
         _ => 0,

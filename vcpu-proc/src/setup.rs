@@ -232,7 +232,12 @@ pub fn build(
         reply: resources.legacy.reply.into(),
         interrupt: resources.legacy.interrupt.into(),
     };
-    let legacy = LegacyClient::new(wiring, config.legacy_generation, Arc::clone(&group));
+    let legacy = LegacyClient::new(
+        wiring,
+        config.legacy_generation,
+        config.legacy_output_position,
+        Arc::clone(&group),
+    );
     let legacy = Arc::new(legacy);
     let ports = Arc::new(Ports::new(Arc::clone(&legacy), Arc::clone(&virtio)));
     let make_loop = |(index, mut vcpu): (u8, Vcpu)| {

@@ -23,6 +23,7 @@ use crate::irq::Lines;
 use crate::kvm::Vm;
 use crate::outbox::Outbox;
 use crate::setup::{self, Groundwork, Machine, Resources, SetupError};
+use crate::slot_news::News;
 
 /// Stack of a vCPU or gate thread in bytes.
 const STACK_BYTES: usize = 128 * 1024;
@@ -157,7 +158,7 @@ pub fn run<W: Walls>(
     walls.announce().map_err(StartError::Walls)?;
     let mut control = Control {
         channel,
-        outbox: Outbox::new(channel),
+        outbox: Outbox::new(channel).lending(Arc::clone(&virtio)),
         adoption,
         group,
         legacy,
@@ -165,6 +166,7 @@ pub fn run<W: Walls>(
         ports,
         lines,
         scene,
+        news: News::default(),
     };
     control.serve();
     Ok(Remains {

@@ -5,7 +5,7 @@ use super::SCHEMA_VERSION;
 use super::failure::{Failure, START, print_json};
 use crate::console::attach::{Attachment, Streams, Summary, UserEvent, attach, notice};
 use crate::vm::session::{
-    Command, Consoles, EVENTS_CAPACITY, Event, Finished, RunError, RunOptions,
+    Command, Consoles, EVENTS_CAPACITY, Event, Finished, Restart, RunError, RunOptions,
 };
 use crate::vm::spec::{ConsoleChoice, VmSpec};
 use serde::Serialize;
@@ -62,6 +62,32 @@ struct Report<'a> {
     message: Option<String>,
     report: Option<&'a str>,
     degraded: Vec<Degraded<'a>>,
+    restarts: Vec<Restarted<'a>>,
+}
+
+#[derive(Serialize)]
+struct Restarted<'a> {
+    device: &'a str,
+    kind: &'static str,
+    generation: u32,
+    pid: i32,
+    program: &'a str,
+    reason: &'a str,
+    after_us: u64,
+}
+
+impl<'a> From<&'a Restart> for Restarted<'a> {
+    fn from(restart: &'a Restart) -> Self {
+        Self {
+            device: &restart.name,
+            kind: restart.id.kind.name(),
+            generation: restart.id.generation,
+            pid: restart.pid,
+            program: &restart.program,
+            reason: &restart.reason,
+            after_us: restart.after.as_micros().try_into().unwrap_or(u64::MAX),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -153,6 +179,7 @@ impl Session {
                     .iter()
                     .map(|(device, reason)| Degraded { device, reason })
                     .collect(),
+                restarts: finished.restarts.iter().map(Restarted::from).collect(),
             })?;
             return Ok(exit_code);
         }
@@ -193,6 +220,23 @@ impl Watcher {
             }
             Event::GuestFault { name, reason } => {
                 notice(&format!("bulkhead: the guest misused {name}: {reason}"));
+            }
+            Event::Restarted(restart) => {
+                notice(&format!(
+                    "bulkhead: restarted: {} is served by process {} (generation {}, version {}) after {} us: {}",
+                    restart.name,
+                    restart.pid,
+                    restart.id.generation,
+                    restart.program,
+                    restart.after.as_micros(),
+                    restart.reason
+                ));
+            }
+            Event::RequestGivenUp { name, reason } => {
+                notice(&format!("bulkhead: {name} gave up {reason}"));
+            }
+            Event::Refused { command, reason } => {
+                notice(&format!("bulkhead: {command}: {reason}"));
             }
             Event::Restarting { count } => {
                 notice(&format!("bulkhead: the machine restarts (number {count})"));
@@ -278,6 +322,7 @@ mod tests {
             ending,
             report: None,
             degraded: vec![],
+            restarts: vec![],
         };
         run_with(Ok(finished)).unwrap()
     }

@@ -31,7 +31,7 @@ fn console() -> (Guest, ConsoleEnds) {
     let guest = Guest {
         output: OutputRing::new(file.try_clone().unwrap(), CAPACITY, 0),
         output_bell: output_bell.try_clone().unwrap(),
-        keys: InputReader::map(keys.try_clone().unwrap()).unwrap(),
+        keys: InputReader::map(keys.try_clone().unwrap(), 0).unwrap(),
     };
     let ends = ConsoleEnds {
         output: OutputReader::new(file).unwrap(),
@@ -48,7 +48,7 @@ impl Guest {
         self.output_bell.ring();
     }
 
-    fn typed(&self, wanted: usize) -> Vec<u8> {
+    fn typed(&mut self, wanted: usize) -> Vec<u8> {
         let (mut all, mut buffer) = (Vec::new(), [0; 4096]);
         let start = Instant::now();
         while all.len() < wanted && start.elapsed() < Duration::from_secs(10) {

@@ -111,6 +111,12 @@ impl<'a> Gift<'a> {
         Self { role, index: 0, fd }
     }
 
+    /// A disk.
+    #[must_use]
+    pub fn disk(file: &'a File) -> Self {
+        Self::new(FdRole::Disk, file.as_fd())
+    }
+
     /// One of several of its role.
     #[must_use]
     pub const fn numbered(role: FdRole, index: u16, fd: BorrowedFd<'a>) -> Self {
@@ -212,6 +218,17 @@ impl Launcher {
             }
             Err(cause) => Err(LaunchError::Program { path, cause }),
         }
+    }
+
+    /// Forgets the program of `kind` and opens what is there now, for the next process of the kind.
+    ///
+    /// # Errors
+    /// [`LaunchError::Program`]; the program is then the one that it was.
+    pub fn renew_program(&mut self, kind: ProcKind) -> Result<(), LaunchError> {
+        let before = self.programs.remove(&kind);
+        self.find_program(kind).inspect_err(|_| {
+            self.programs.extend(before.map(|program| (kind, program)));
+        })
     }
 
     /// Starts a process of `policy` that is given `gifts` and can be found at `adoption` later. Does

@@ -6,6 +6,7 @@
 use super::allowance::Allowance;
 use super::fault;
 use super::relay::Relay;
+use crate::escape::excerpt;
 use crate::launch::Launched;
 use bulkhead_ipc::channel::ChannelError;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
@@ -13,6 +14,7 @@ use bulkhead_ipc::protocol::PROTOCOL_VERSION;
 use bulkhead_ipc::protocol::birth::Born;
 use bulkhead_ipc::protocol::device::FromDevice;
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
+use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::de::DeserializeOwned;
 use std::io;
@@ -27,22 +29,29 @@ use tokio::sync::mpsc;
 const MESSAGES_PER_TURN: usize = 32;
 /// How long a process may live after it has closed its control channel.
 const SILENCE: Duration = Duration::from_secs(1);
+/// Longest version of a program that is shown, in bytes.
+const VERSION_BYTES_MAX: usize = 32;
 /// Notices that wait for the machine's driver.
 pub const NOTICES_CAPACITY: usize = 64;
 
 /// What a process said or what became of it.
 #[derive(Debug)]
 pub enum Notice {
-    /// It is locked, with this Landlock ABI.
-    Locked(u8),
+    /// It is locked, with this Landlock ABI, and is of this version.
+    Locked(u8, String),
     /// A device process said something.
     Device(FromDevice),
-    /// The vCPU process said something.
-    Vcpu(FromVcpu),
+    /// The vCPU process said something, and attached descriptors.
+    Vcpu(FromVcpu, Vec<OwnedFd>),
     /// It cannot start, or broke its protocol. It is still there.
     Broke(String),
     /// It is dead and reaped.
-    Died(String),
+    Died {
+        /// How, in words.
+        reason: String,
+        /// Whether SIGKILL ended it.
+        killed: bool,
+    },
 }
 
 /// One of the descriptors of a process, for the runtime's poller.
@@ -190,9 +199,9 @@ impl Watcher {
     async fn listen(launched: &Launched, notices: &Notices, said: &mut Said) -> Turn {
         for _ in 0..MESSAGES_PER_TURN {
             let heard = match (said.born, launched.id.kind) {
-                (false, _) => hear(launched, |message| first(message, &mut said.born)),
+                (false, _) => hear(launched, |message, _| first(message, &mut said.born)),
                 (true, ProcKind::Vcpu) => hear(launched, Notice::Vcpu),
-                (true, _) => hear(launched, Notice::Device),
+                (true, _) => hear(launched, |message, _| Notice::Device(message)),
             };
             let notice = match heard {
                 Ok(Some(notice)) => notice,
@@ -218,17 +227,19 @@ impl Watcher {
         ) {}
         while matches!(read_log(&self.launched, &mut self.relay), Read::Some) {}
         self.relay.finish(Instant::now());
-        let reason = fault::describe(&self.launched, reap(&self.launched));
-        self.tell(Notice::Died(reason)).await;
+        let status = reap(&self.launched);
+        let killed = matches!(status, Some(WaitStatus::Signaled(_, Signal::SIGKILL, _)));
+        let reason = fault::describe(&self.launched, status);
+        self.tell(Notice::Died { reason, killed }).await;
     }
 }
 
 fn hear<T: DeserializeOwned>(
     launched: &Launched,
-    notice: impl FnOnce(T) -> Notice,
+    notice: impl FnOnce(T, Vec<OwnedFd>) -> Notice,
 ) -> Result<Option<Notice>, ChannelError> {
     let heard = launched.control.try_recv::<T>()?;
-    Ok(heard.map(|(message, _no_descriptors)| notice(message)))
+    Ok(heard.map(|(message, descriptors)| notice(message, descriptors)))
 }
 
 fn first(message: Born, born: &mut bool) -> Notice {
@@ -236,9 +247,10 @@ fn first(message: Born, born: &mut bool) -> Notice {
         Born::Locked {
             version: PROTOCOL_VERSION,
             landlock_abi,
+            program,
         } => {
             *born = true;
-            Notice::Locked(landlock_abi)
+            Notice::Locked(landlock_abi, excerpt(&program, VERSION_BYTES_MAX))
         }
         Born::Locked { version, .. } => Notice::Broke(format!(
             "speaks protocol version {version}, expected {PROTOCOL_VERSION}"

@@ -5,6 +5,7 @@
 
 mod allowance;
 pub mod driver;
+mod entry;
 pub mod fault;
 mod relay;
 pub mod state;

@@ -3,27 +3,61 @@
 //! ```text
 //!            locked              end                gone
 //!   Starting ──────▶ Serving ──────────▶ Ending ──────────▶ Gone
-//!      │ dies, fails,   │ dies, breaks protocol     ▲ dies, or is killed after its time
-//!      ▼ overdue        ▼                           │
-//!   the start fails   degraded, or the machine is lost
+//!      │ dies, fails,   │ dies, breaks protocol, is stuck   ▲ dies, or is killed after its time
+//!      ▼ overdue        ▼                                   │
+//!   the start fails   its policy says: the machine is lost, or goes on without it (Lost), or
+//!
+//!   Dying ──dead──▶ Waiting ──pause over──▶ Reviving ──launched──▶ Starting ──serves──▶ Serving
+//!                      ▲ dies or fails again, unless too often: Lost ◀───────┘
 //! ```
 //!
-//! Invariants: every process that was added is reported gone exactly once; after
-//! [`Event::End`] nothing is reported as degraded or lost; nothing waits without a deadline.
-//! A restart will be a new generation of a gone entry that is added again.
+//! Invariants: of each slot at most one process is alive; every death is handled once; restarts never
+//! exceed the policy's intensity; after [`Event::End`] nothing is reported as degraded or lost and
+//! nothing is restarted; nothing waits here without a deadline, except for a revival, whose steps
+//! have deadlines of their own.
 
+use super::entry::{Entry, Phase};
 use bulkhead_ipc::ident::ProcId;
-use bulkhead_policies::schema::OnDeath;
+use bulkhead_policies::plan::Policy;
+use bulkhead_policies::schema::{HeartbeatEntry, OnDeath, RestartEntry};
 use std::time::Duration;
 
 /// A moment: time since the machine was started.
 pub type Moment = Duration;
+
+/// What the policy says of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rule {
+    /// What its death means.
+    pub on_death: OnDeath,
+    /// Time from start to lock.
+    pub birth_timeout: Duration,
+    /// How it is restarted.
+    pub restart: Option<RestartEntry>,
+    /// How it shows that it is not stuck.
+    pub heartbeat: Option<HeartbeatEntry>,
+}
+
+impl Rule {
+    /// The rule of `policy`; births may take `longest` at most.
+    #[must_use]
+    pub fn of(policy: &Policy, longest: Duration) -> Self {
+        Self {
+            on_death: policy.on_death,
+            birth_timeout: longest.min(Duration::from_millis(policy.birth_timeout_ms.into())),
+            restart: policy.restart,
+            heartbeat: policy.heartbeat,
+        }
+    }
+}
 
 /// What has happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// A process says that it is locked.
     Locked(ProcId),
+    /// A process has taken its predecessor's place.
+    Serving(ProcId),
     /// A process says that it cannot start, or broke its protocol; it is still there.
     Broke {
         /// Who.
@@ -37,7 +71,29 @@ pub enum Event {
         id: ProcId,
         /// How, in words.
         reason: String,
+        /// Whether SIGKILL ended it.
+        killed: bool,
     },
+    /// A process answered a heartbeat.
+    Pong {
+        /// Who.
+        id: ProcId,
+        /// Which.
+        number: u64,
+    },
+    /// The successor that [`Action::Revive`] asked for was started.
+    Launched(ProcId),
+    /// It could not be.
+    NotRevived {
+        /// Who.
+        id: ProcId,
+        /// Why.
+        reason: String,
+        /// Whether trying again makes no sense.
+        hopeless: bool,
+    },
+    /// The owner wants another process in the place of this one, whether it is alive or given up.
+    Replace(ProcId),
     /// The machine is to end.
     End,
     /// Time has passed.
@@ -56,6 +112,24 @@ pub enum Action {
         /// Why.
         reason: String,
     },
+    /// Start this process in the place of the generation before it, which is dead.
+    Revive {
+        /// The new process.
+        id: ProcId,
+        /// Why the one before is dead.
+        reason: String,
+        /// Whether what it was working on may have killed it.
+        blame: bool,
+    },
+    /// A restart is complete.
+    Revived {
+        /// The new process.
+        id: ProcId,
+        /// Why the one before had died.
+        reason: String,
+        /// Time from the first death to service.
+        after: Duration,
+    },
     /// A device is lost and the machine goes on.
     Degraded {
         /// Which process.
@@ -70,29 +144,19 @@ pub enum Action {
         /// How.
         reason: String,
     },
+    /// Ask the process for a sign of life.
+    Ping {
+        /// Who.
+        id: ProcId,
+        /// To be repeated in the answer.
+        number: u64,
+    },
     /// Ask the process to end.
     Ask(ProcId),
     /// Kill the process.
     Kill(ProcId),
     /// Every process is gone.
     AllGone,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    Starting { until: Moment },
-    Serving,
-    Ending { until: Moment, killed: bool },
-    Gone,
-}
-
-#[derive(Debug)]
-struct Entry {
-    id: ProcId,
-    on_death: OnDeath,
-    phase: Phase,
-    /// Why it is being killed, if it broke something before it died.
-    broke: Option<String>,
 }
 
 /// The processes of one machine.
@@ -116,43 +180,63 @@ impl Supervisor {
         }
     }
 
-    /// Adds a process that was just started and has to be locked until `until`.
-    pub fn add(&mut self, id: ProcId, on_death: OnDeath, until: Moment) {
-        self.entries.push(Entry {
-            id,
-            on_death,
-            phase: Phase::Starting { until },
-            broke: None,
-        });
+    /// Adds a process that was just started.
+    pub fn add(&mut self, id: ProcId, rule: Rule, now: Moment) {
+        self.entries.push(Entry::new(id, rule, now));
     }
 
     /// When [`Event::Tick`] is wanted next.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Moment> {
-        let deadlines = self.entries.iter().filter_map(|entry| match entry.phase {
-            Phase::Starting { until }
-            | Phase::Ending {
-                until,
-                killed: false,
-            } => Some(until),
-            Phase::Serving | Phase::Ending { killed: true, .. } | Phase::Gone => None,
-        });
-        deadlines.min()
+        self.entries.iter().filter_map(Entry::deadline).min()
     }
 
-    /// Whether every process is gone.
+    /// The newest process in the place of `id`.
+    #[must_use]
+    pub fn current(&self, id: ProcId) -> Option<ProcId> {
+        let mut ids = self.entries.iter().map(|entry| entry.id);
+        ids.find(|other| (other.kind, other.index) == (id.kind, id.index))
+    }
+
+    /// Whether [`Event::Replace`] would do anything.
+    #[must_use]
+    pub fn can_replace(&self, id: ProcId) -> bool {
+        let mut entries = self.entries.iter();
+        let entry = entries.find(|entry| entry.id == id);
+        !self.ending
+            && self.all_locked
+            && entry.is_some_and(|entry| {
+                entry.rule.on_death != OnDeath::EndMachine
+                    && matches!(entry.phase, Phase::Serving | Phase::Lost)
+            })
+    }
+
+    /// Whether no process is left, and none will be started.
     #[must_use]
     pub fn all_gone(&self) -> bool {
-        self.entries.iter().all(|e| e.phase == Phase::Gone)
+        self.entries
+            .iter()
+            .all(|e| matches!(e.phase, Phase::Gone | Phase::Lost))
     }
 
     /// Takes one event at `now`.
     pub fn step(&mut self, event: Event, now: Moment) -> Vec<Action> {
         let mut actions = Vec::new();
         match event {
-            Event::Locked(id) => self.locked(id, &mut actions),
+            Event::Locked(id) => self.locked(id, now, &mut actions),
+            Event::Serving(id) => self.serving(id, now, &mut actions),
             Event::Broke { id, reason } => self.broke(id, reason, now, &mut actions),
-            Event::Died { id, reason } => self.died(id, reason, &mut actions),
+            Event::Died { id, reason, killed } => {
+                self.died(id, reason, killed, now, &mut actions);
+            }
+            Event::Pong { id, number } => self.pong(id, number),
+            Event::Launched(id) => self.launched(id, now),
+            Event::NotRevived {
+                id,
+                reason,
+                hopeless,
+            } => self.not_revived(id, reason, hopeless, now, &mut actions),
+            Event::Replace(id) => self.replace(id, now, &mut actions),
             Event::End => self.end(now, &mut actions),
             Event::Tick => self.tick(now, &mut actions),
         }
@@ -161,17 +245,20 @@ impl Supervisor {
 
     fn entry(&mut self, id: ProcId) -> Option<&mut Entry> {
         // An old generation's news find no entry.
-        self.entries
-            .iter_mut()
-            .find(|entry| entry.id == id && entry.phase != Phase::Gone)
+        self.entries.iter_mut().find(|entry| entry.id == id)
     }
 
-    fn locked(&mut self, id: ProcId, actions: &mut Vec<Action>) {
-        let Some(entry) = self.entry(id) else { return };
-        if !matches!(entry.phase, Phase::Starting { .. }) {
+    fn living(&mut self, id: ProcId) -> Option<&mut Entry> {
+        self.entry(id).filter(|entry| !entry.is_dead())
+    }
+
+    fn locked(&mut self, id: ProcId, now: Moment, actions: &mut Vec<Action>) {
+        let Some(entry) = self.living(id) else { return };
+        // One that follows another serves when it has taken its place, and not before.
+        if !matches!(entry.phase, Phase::Starting { .. }) || entry.vacancy.is_some() {
             return;
         }
-        entry.phase = Phase::Serving;
+        entry.serve(now, actions);
         let all = self.entries.iter().all(|e| e.phase == Phase::Serving);
         if all && !self.all_locked && !self.ending {
             self.all_locked = true;
@@ -179,49 +266,131 @@ impl Supervisor {
         }
     }
 
+    fn serving(&mut self, id: ProcId, now: Moment, actions: &mut Vec<Action>) {
+        let Some(entry) = self.living(id) else { return };
+        if matches!(entry.phase, Phase::Starting { .. }) && entry.vacancy.is_some() {
+            entry.serve(now, actions);
+        }
+    }
+
+    fn pong(&mut self, id: ProcId, number: u64) {
+        if let Some(entry) = self.living(id)
+            && entry.beat.number == number
+        {
+            entry.beat.answered = true;
+            entry.beat.misses = 0;
+        }
+    }
+
     fn broke(&mut self, id: ProcId, reason: String, now: Moment, actions: &mut Vec<Action>) {
         let timeout = self.shutdown_timeout;
-        let Some(entry) = self.entry(id) else { return };
+        let ending = self.ending;
+        let Some(entry) = self.living(id) else { return };
         if entry.broke.is_some() {
             return;
         }
         entry.broke = Some(reason.clone());
-        let (before, on_death) = (entry.phase, entry.on_death);
-        entry.phase = Phase::Ending {
-            until: now + timeout,
-            killed: true,
-        };
+        let before = entry.phase;
+        let until = now + timeout;
+        let killed = true;
         actions.push(Action::Kill(id));
-        self.consequence(id, before, on_death, reason, actions);
+        if ending {
+            entry.phase = Phase::Ending { until, killed };
+        } else if entry.is_replaceable() {
+            entry.phase = Phase::Dying { until, killed };
+        } else {
+            // What its death means is known, and it must not be waited for.
+            entry.phase = Phase::Ending { until, killed };
+            entry.consequence(before, reason, actions);
+        }
     }
 
-    fn died(&mut self, id: ProcId, reason: String, actions: &mut Vec<Action>) {
-        let Some(entry) = self.entry(id) else { return };
-        let (before, on_death) = (entry.phase, entry.on_death);
-        entry.phase = Phase::Gone;
-        self.consequence(id, before, on_death, reason, actions);
+    fn died(
+        &mut self,
+        id: ProcId,
+        reason: String,
+        killed: bool,
+        now: Moment,
+        actions: &mut Vec<Action>,
+    ) {
+        let ending = self.ending;
+        let Some(entry) = self.living(id) else { return };
+        let before = entry.phase;
+        if before == Phase::Undead {
+            entry.phase = Phase::Lost;
+        } else if !ending && entry.is_replaceable() {
+            // Whoever kills it from outside does not do so for what it is working on.
+            let outside = killed && entry.broke.is_none();
+            let blame = !outside && !entry.planned;
+            let reason = entry.broke.take().unwrap_or(reason);
+            entry.vacate(reason, blame, now, actions);
+        } else {
+            let lost = !ending && entry.rule.on_death != OnDeath::EndMachine;
+            entry.phase = if lost { Phase::Lost } else { Phase::Gone };
+            if !ending {
+                entry.consequence(before, reason, actions);
+            }
+        }
         if self.all_gone() {
             actions.push(Action::AllGone);
         }
     }
 
-    fn consequence(
-        &self,
+    fn launched(&mut self, id: ProcId, now: Moment) {
+        let (ending, timeout) = (self.ending, self.shutdown_timeout);
+        let Some(entry) = self.entry(id) else { return };
+        if ending {
+            entry.phase = Phase::Ending {
+                until: now + timeout,
+                killed: false,
+            };
+        } else if entry.phase == Phase::Reviving {
+            entry.phase = Phase::Starting {
+                until: now + entry.rule.birth_timeout,
+            };
+        }
+    }
+
+    fn not_revived(
+        &mut self,
         id: ProcId,
-        before: Phase,
-        on_death: OnDeath,
         reason: String,
+        hopeless: bool,
+        now: Moment,
         actions: &mut Vec<Action>,
     ) {
-        if self.ending {
+        let Some(entry) = self.entry(id) else { return };
+        if entry.phase != Phase::Reviving {
             return;
         }
-        actions.push(match (before, on_death) {
-            (Phase::Starting { .. }, _) => Action::StartFailed { id, reason },
-            (Phase::Serving, OnDeath::Degrade) => Action::Degraded { id, reason },
-            (Phase::Serving, OnDeath::EndMachine) => Action::MachineLost { id, reason },
-            (Phase::Ending { .. } | Phase::Gone, _) => return,
-        });
+        if hopeless {
+            entry.lose(reason, actions);
+        } else {
+            entry.vacate(reason, false, now, actions);
+        }
+    }
+
+    fn replace(&mut self, id: ProcId, now: Moment, actions: &mut Vec<Action>) {
+        let until = now + self.shutdown_timeout;
+        if !self.can_replace(id) {
+            return;
+        }
+        let Some(entry) = self.entry(id) else { return };
+        entry.planned = true;
+        match entry.phase {
+            Phase::Serving => {
+                actions.push(Action::Ask(id));
+                entry.phase = Phase::Dying {
+                    until,
+                    killed: false,
+                };
+            }
+            Phase::Lost => {
+                entry.restarts.clear();
+                entry.vacate("a restart was asked for".to_owned(), false, now, actions);
+            }
+            _ => {}
+        }
     }
 
     fn end(&mut self, now: Moment, actions: &mut Vec<Action>) {
@@ -229,6 +398,7 @@ impl Supervisor {
             return;
         }
         self.ending = true;
+        let until = now + self.shutdown_timeout;
         for entry in &mut self.entries {
             match entry.phase {
                 // One that is still starting finds the message when it serves: what the guest has
@@ -236,10 +406,18 @@ impl Supervisor {
                 Phase::Starting { .. } | Phase::Serving => {
                     actions.push(Action::Ask(entry.id));
                     entry.phase = Phase::Ending {
-                        until: now + self.shutdown_timeout,
+                        until,
                         killed: false,
                     };
                 }
+                Phase::Undead => {
+                    entry.phase = Phase::Ending {
+                        until,
+                        killed: true,
+                    };
+                }
+                Phase::Dying { killed, .. } => entry.phase = Phase::Ending { until, killed },
+                Phase::Waiting { .. } | Phase::Reviving | Phase::Lost => entry.phase = Phase::Gone,
                 Phase::Ending { .. } | Phase::Gone => {}
             }
         }
@@ -249,172 +427,38 @@ impl Supervisor {
     }
 
     fn tick(&mut self, now: Moment, actions: &mut Vec<Action>) {
-        let overdue: Vec<ProcId> = self
-            .entries
-            .iter()
-            .filter(|e| matches!(e.phase, Phase::Starting { until } if until <= now))
-            .map(|e| e.id)
-            .collect();
-        for id in overdue {
-            let reason = "was not ready in time".to_owned();
-            self.broke(id, reason, now, actions);
-        }
+        let mut faults = Vec::new();
         for entry in &mut self.entries {
-            if let Phase::Ending { until, killed } = &mut entry.phase
-                && !*killed
-                && *until <= now
-            {
-                *killed = true;
-                actions.push(Action::Kill(entry.id));
+            if entry.deadline().is_none_or(|deadline| deadline > now) {
+                continue;
             }
+            match &mut entry.phase {
+                Phase::Starting { .. } => {
+                    faults.push((entry.id, "was not ready in time".to_owned()));
+                }
+                Phase::Serving => faults.extend(entry.beat(now, actions)),
+                Phase::Waiting { .. } => entry.revive_in_time(now, actions),
+                Phase::Dying { until, killed } if !*killed => {
+                    (*until, *killed) = (now + self.shutdown_timeout, true);
+                    actions.push(Action::Kill(entry.id));
+                }
+                Phase::Dying { .. } => {
+                    entry.lose("was killed and does not die".to_owned(), actions);
+                    entry.phase = Phase::Undead;
+                }
+                Phase::Ending { killed, .. } => {
+                    *killed = true;
+                    actions.push(Action::Kill(entry.id));
+                }
+                Phase::Reviving | Phase::Undead | Phase::Lost | Phase::Gone => {}
+            }
+        }
+        for (id, reason) in faults {
+            self.broke(id, reason, now, actions);
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use bulkhead_ipc::ident::ProcKind;
-    use proptest::prelude::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    fn id(n: u16) -> ProcId {
-        ProcId {
-            kind: match n {
-                0 => ProcKind::Vcpu,
-                _ => ProcKind::Blk,
-            },
-            index: n,
-            generation: 1,
-        }
-    }
-
-    fn supervisor(count: u16) -> Supervisor {
-        let mut s = Supervisor::new(SECOND);
-        for n in 0..count {
-            let on_death = match n {
-                0 => OnDeath::EndMachine,
-                _ => OnDeath::Degrade,
-            };
-            s.add(id(n), on_death, 10 * SECOND);
-        }
-        s
-    }
-
-    fn died(n: u16) -> Event {
-        Event::Died {
-            id: id(n),
-            reason: "x".into(),
-        }
-    }
-
-    #[test]
-    fn machine_is_up_when_the_last_process_is_locked() {
-        let mut s = supervisor(3);
-        assert_eq!(s.step(Event::Locked(id(0)), SECOND), []);
-        assert_eq!(s.step(Event::Locked(id(2)), SECOND), []);
-        assert_eq!(s.step(Event::Locked(id(1)), SECOND), [Action::AllLocked]);
-        assert_eq!(s.next_deadline(), None);
-    }
-
-    #[test]
-    fn process_that_is_not_ready_in_time_fails_the_start() {
-        let mut s = supervisor(2);
-        s.step(Event::Locked(id(0)), SECOND);
-        assert_eq!(s.next_deadline(), Some(10 * SECOND));
-        let actions = s.step(Event::Tick, 10 * SECOND);
-        assert_eq!(actions[0], Action::Kill(id(1)));
-        assert!(matches!(actions[1], Action::StartFailed { .. }));
-    }
-
-    #[test]
-    fn dead_device_degrades_and_dead_vcpu_ends() {
-        let mut s = supervisor(2);
-        s.step(Event::Locked(id(0)), SECOND);
-        s.step(Event::Locked(id(1)), SECOND);
-        assert!(matches!(
-            s.step(died(1), SECOND)[..],
-            [Action::Degraded { .. }]
-        ));
-        let actions = s.step(died(0), SECOND);
-        assert!(matches!(
-            actions[..],
-            [Action::MachineLost { .. }, Action::AllGone]
-        ));
-    }
-
-    #[test]
-    fn news_of_an_old_generation_change_nothing() {
-        let mut s = supervisor(1);
-        let mut old = id(0);
-        old.generation = 0;
-        assert_eq!(s.step(Event::Locked(old), SECOND), []);
-        let reason = String::new();
-        assert_eq!(s.step(Event::Died { id: old, reason }, SECOND), []);
-    }
-
-    #[test]
-    fn process_that_does_not_end_is_killed() {
-        let mut s = supervisor(1);
-        s.step(Event::Locked(id(0)), SECOND);
-        assert_eq!(s.step(Event::End, SECOND), [Action::Ask(id(0))]);
-        assert_eq!(s.next_deadline(), Some(2 * SECOND));
-        assert_eq!(s.step(Event::Tick, 2 * SECOND), [Action::Kill(id(0))]);
-        assert_eq!(s.step(died(0), 3 * SECOND), [Action::AllGone]);
-    }
-
-    fn any_event() -> impl Strategy<Value = Event> {
-        let who = (0u16..5).prop_map(id);
-        prop_oneof![
-            4 => who.clone().prop_map(Event::Locked),
-            1 => who.clone().prop_map(|id| Event::Broke { id, reason: "b".into() }),
-            2 => who.prop_map(|id| Event::Died { id, reason: "d".into() }),
-            1 => Just(Event::End),
-            3 => Just(Event::Tick),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn in_any_order_everything_ends_and_nothing_is_told_twice(
-            events in prop::collection::vec((any_event(), 0u64..5), 0..60)
-        ) {
-            let mut s = supervisor(5);
-            let mut now = Duration::ZERO;
-            let mut said = Vec::new();
-            let mut ended = false;
-            for (event, seconds) in events {
-                now += Duration::from_secs(seconds);
-                ended |= event == Event::End;
-                let actions = s.step(event, now);
-                let told = actions.iter().any(|a| matches!(
-                    a,
-                    Action::Degraded { .. } | Action::MachineLost { .. } | Action::AllLocked
-                ));
-                prop_assert!(!(ended && told), "a planned end is no loss");
-                said.extend(actions);
-            }
-            said.extend(s.step(Event::End, now));
-            // Whoever is told to end or killed dies, sooner or later.
-            while let Some(deadline) = s.next_deadline() {
-                said.extend(s.step(Event::Tick, deadline));
-            }
-            for n in 0..5 {
-                said.extend(s.step(died(n), now));
-            }
-            prop_assert!(s.all_gone());
-            let count = |f: &dyn Fn(&Action) -> bool| said.iter().filter(|a| f(a)).count();
-            prop_assert!(count(&|a| *a == Action::AllLocked) <= 1);
-            prop_assert!(count(&|a| *a == Action::AllGone) >= 1);
-            for n in 0..5 {
-                let lost = |a: &Action| matches!(
-                    a,
-                    Action::Degraded { id: who, .. } | Action::MachineLost { id: who, .. }
-                        | Action::StartFailed { id: who, .. } if *who == id(n)
-                );
-                prop_assert!(count(&lost) <= 1);
-            }
-        }
-    }
-}
+#[path = "state_tests.rs"]
+mod tests;

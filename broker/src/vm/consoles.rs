@@ -1,10 +1,11 @@
 //! The consoles' rings: made by the broker, written and read by device processes, attached to by
 //! the owner. They outlive the processes and the machine's restarts.
 
+use super::household::Positions;
 use super::session::{ConsoleEnds, Consoles, RunError};
 use super::spec::VmSpec;
 use crate::launch::Gift;
-use bulkhead_ipc::input_ring::{INPUT_RING_BYTES, InputWriter};
+use bulkhead_ipc::input_ring::{self, INPUT_RING_BYTES, InputWriter};
 use bulkhead_ipc::output_ring::{self, OutputReader};
 use bulkhead_ipc::protocol::birth::FdRole;
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
@@ -88,9 +89,12 @@ impl Ring {
         Ok((ring, ends))
     }
 
-    /// Bytes that were written so far, as the file claims.
-    pub(super) fn head(&self) -> u64 {
-        output_ring::head(&self.output).unwrap_or(0)
+    /// Where a machine that starts now goes on, as the rings claim.
+    pub(super) fn positions(&self) -> Positions {
+        Positions {
+            output: output_ring::head(&self.output).unwrap_or(0),
+            input: input_ring::taken(self.input.as_fd()).unwrap_or(0),
+        }
     }
 
     /// The descriptors for the process that serves it.

@@ -1,6 +1,7 @@
 //! Which virtio devices a machine has, where, and with which features: plain data from the
 //! specification, the same for the gates and for the device processes.
 
+use super::household::Positions;
 use super::session::default_name;
 use super::spec::{ConsoleSpec, DiskSpec, VmSpec};
 use bulkhead_ipc::device_kind::VirtioKind;
@@ -88,8 +89,8 @@ fn console(spec: &ConsoleSpec) -> DevicePlan {
         config: config.0,
         own: DeviceOwn::Console {
             output_capacity: spec.history_bytes,
-            output_head: 0,
-            output_base: 0,
+            output_position: 0,
+            input_position: 0,
             size: spec.size,
         },
     }
@@ -173,9 +174,9 @@ impl Image {
 }
 
 impl DevicePlan {
-    /// As the gates see it.
+    /// As the gates see it; a console's streams go on at `positions`.
     #[must_use]
-    pub fn as_slot(&self, generation: u32) -> VirtioSlot {
+    pub(super) fn as_slot(&self, generation: u32, positions: Positions) -> VirtioSlot {
         VirtioSlot {
             slot: self.slot,
             name: self.name.clone(),
@@ -185,20 +186,25 @@ impl DevicePlan {
             window_bytes: self.window_bytes,
             features: self.features,
             config: self.config.clone(),
+            output_position: positions.output,
+            input_position: positions.input,
         }
     }
 
-    /// As its process sees it; `output_head` is where a console's output goes on.
+    /// As its process sees it; a console's streams go on at `positions`, and its terminal has `size`
+    /// unless it was never resized.
     #[must_use]
-    pub fn as_device(&self, output_head: u64) -> DeviceConfig {
+    pub(super) fn as_device(&self, positions: Positions, size: Option<(u16, u16)>) -> DeviceConfig {
         let mut own = self.own.clone();
         if let DeviceOwn::Console {
-            output_head: head,
-            output_base: base,
+            output_position,
+            input_position,
+            size: at_start,
             ..
         } = &mut own
         {
-            (*head, *base) = (output_head, output_head);
+            (*output_position, *input_position) = (positions.output, positions.input);
+            *at_start = size.unwrap_or(*at_start);
         }
         DeviceConfig {
             kind: self.kind,

@@ -3,17 +3,18 @@
 //! The broker is on no data path: all it does while a guest runs is to sleep on control channels,
 //! pidfds, logs, its owner's commands and deadlines.
 
+mod revival;
+
 use super::consoles::Rings;
 use super::devices;
 use super::home::Home;
-use super::household::{Household, Member, Nursery};
+use super::household::{Household, Member, Nursery, Positions};
 use super::report::Report;
 use super::resources::{Fence, Resources};
-use super::session::{Command, Event, Finished, RunError, RunOptions};
+use super::session::{Command, Event, Finished, Restart, RunError, RunOptions};
 use super::spec::VmSpec;
 use super::state::{Input, Life, Output, Verdict};
 use crate::launch::Launcher;
-use crate::launch::cgroup::Place;
 use crate::supervisor::driver::{NOTICES_CAPACITY, Notice, watch};
 use crate::supervisor::fault;
 use crate::supervisor::state::{self as supervision, Action, Supervisor};
@@ -22,8 +23,10 @@ use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, ToVcpu};
 use bulkhead_policies::cache::Compiled;
+use revival::{LateLock, Revival};
 use serde::Serialize;
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -85,7 +88,9 @@ async fn run_at(
     let timeout = spec.limits.run_timeout;
     let until = timeout.map(|after| (tokio::time::Instant::now() + after, after));
     let mut degraded = Vec::new();
+    let mut replaced = VecDeque::new();
     let mut restarts = 0;
+    let mut generation = 0;
     loop {
         let may_restart = options.reboot && restarts < spec.limits.restarts_max;
         let fence = Fence::new(spec, &resources).map_err(|cause| RunError::Host {
@@ -100,7 +105,9 @@ async fn run_at(
             rings: &rings,
             home,
         };
-        let household = Household::start(&mut nursery, resources, restarts + 1)?;
+        // No process has the identity of one of an earlier life.
+        generation += 1;
+        let household = Household::start(&mut nursery, resources, generation)?;
         let (notices, heard) = mpsc::channel(NOTICES_CAPACITY);
         let mut machine = Machine {
             nursery,
@@ -110,14 +117,20 @@ async fn run_at(
             household,
             report: Report::default(),
             degraded: &mut degraded,
+            replaced: &mut replaced,
+            revivals: Vec::new(),
+            unlocked: Vec::new(),
+            size: None,
+            watchers: notices.downgrade(),
             tell: &mut tell,
             inputs: VecDeque::new(),
             notices: Some(notices),
             groups_at: None,
-            all_locked_after: Duration::ZERO,
+            all_locked_after: None,
         };
         machine.watch_from(0)?;
         let verdict = machine.live(heard, &mut commands, until).await;
+        generation = machine.household.newest_generation();
         let report = machine.report.finish();
         drop(machine);
         free_disks(&fence).await;
@@ -127,6 +140,7 @@ async fn run_at(
                     ending,
                     report,
                     degraded,
+                    restarts: replaced.into(),
                 });
             }
             Verdict::StartFailed(who, reason) => return Err(RunError::Start { who, reason }),
@@ -187,6 +201,14 @@ struct Machine<'a> {
     household: Household,
     report: Report,
     degraded: &'a mut Vec<(String, String)>,
+    replaced: &'a mut VecDeque<Restart>,
+    /// Processes on their way into the place of dead ones.
+    revivals: Vec<Revival>,
+    unlocked: Vec<LateLock>,
+    /// The terminal's size, once it was told.
+    size: Option<(u16, u16)>,
+    /// For watchers of processes that are started later. It keeps nobody waiting who listens.
+    watchers: mpsc::WeakSender<(ProcId, Notice)>,
     tell: &'a mut Teller,
     /// What the life has still to be told.
     inputs: VecDeque<Input>,
@@ -195,30 +217,37 @@ struct Machine<'a> {
     /// When processes get their control groups.
     groups_at: Option<tokio::time::Instant>,
     /// Time from the start until every process was locked.
-    all_locked_after: Duration,
+    all_locked_after: Option<Duration>,
 }
 
 impl Machine<'_> {
     /// Watches the members from number `first` on.
     fn watch_from(&mut self, first: usize) -> Result<(), RunError> {
-        let Some(notices) = &self.notices else {
+        let now = self.began.elapsed();
+        let members = self.household.members.iter().skip(first);
+        let born: Vec<_> = members.map(|m| (m.launched.id, m.rule)).collect();
+        for (id, rule) in born {
+            self.supervisor.add(id, rule, now);
+            self.watch(id)?;
+        }
+        Ok(())
+    }
+
+    /// Watches one process.
+    fn watch(&mut self, id: ProcId) -> Result<(), RunError> {
+        let notices = self.notices.clone().or_else(|| self.watchers.upgrade());
+        let (Some(notices), Some(member)) = (notices, self.household.member(id)) else {
             return Ok(());
         };
-        let now = self.began.elapsed();
-        for member in self.household.members.iter().skip(first) {
-            let id = member.launched.id;
-            let until = now + member.birth_timeout;
-            self.supervisor.add(id, member.on_death, until);
-            let name = &self.nursery.spec.name;
-            watch(&member.launched, name, notices.clone()).map_err(|cause| RunError::Host {
-                lacks: format!("a way to watch processes: {cause}"),
-            })?;
-            self.tell.event(Event::Started {
-                id,
-                name: member.name.clone(),
-                pid: member.launched.pid,
-            });
-        }
+        let name = &self.nursery.spec.name;
+        watch(&member.launched, name, notices).map_err(|cause| RunError::Host {
+            lacks: format!("a way to watch processes: {cause}"),
+        })?;
+        self.tell.event(Event::Started {
+            id,
+            name: member.name.clone(),
+            pid: member.launched.pid,
+        });
         Ok(())
     }
 
@@ -243,12 +272,12 @@ impl Machine<'_> {
 
     fn make_groups(&mut self) {
         self.groups_at = None;
-        self.household
-            .limit(&Place::find(), &self.nursery.spec.limits.share);
-        bulkhead_ipc::shed::start_up_code();
-        bulkhead_ipc::shed::free_heap();
-        let after = self.all_locked_after;
-        self.tell.event(Event::AllLocked { after });
+        self.household.limit(&self.nursery.spec.limits.share);
+        if let Some(after) = self.all_locked_after.take() {
+            bulkhead_ipc::shed::start_up_code();
+            bulkhead_ipc::shed::free_heap();
+            self.tell.event(Event::AllLocked { after });
+        }
     }
 
     async fn live(
@@ -279,6 +308,7 @@ impl Machine<'_> {
                 () = sleep_until(tick.map(Into::into)) => {
                     self.supervise(supervision::Event::Tick);
                 }
+                () = sleep_until(self.next_push()) => self.push_revivals(),
                 () = sleep_until(self.groups_at) => self.make_groups(),
                 () = sleep_until(until.map(|(at, _)| at)), if !timed_out => {
                     timed_out = true;
@@ -298,7 +328,11 @@ impl Machine<'_> {
         for output in outputs {
             match output {
                 Output::Tell(message) => self.tell_vcpu(&message),
-                Output::End => self.supervise(supervision::Event::End),
+                Output::End => {
+                    self.revivals.clear();
+                    self.unlocked.clear();
+                    self.supervise(supervision::Event::End);
+                }
                 Output::Over(verdict) => return Some(verdict),
             }
         }
@@ -306,42 +340,53 @@ impl Machine<'_> {
     }
 
     fn command(&mut self, command: Command) {
-        if let Command::Resize { columns, rows } = command
-            && let Some(console) = self.household.of_kind(ProcKind::Console)
-        {
-            let id = console.launched.id;
-            self.send(id, &ToDevice::Resize { columns, rows });
+        match &command {
+            Command::Resize { columns, rows } => {
+                let (columns, rows) = (*columns, *rows);
+                self.size = Some((columns, rows));
+                if let Some(console) = self.household.of_kind(ProcKind::Console) {
+                    let id = console.launched.id;
+                    self.send(id, &ToDevice::Resize { columns, rows });
+                }
+            }
+            Command::RestartDevice(name) => self.replace(name, false),
+            Command::UpgradeDevice(name) => self.replace(name, true),
+            _ => {}
         }
         self.inputs.push_back(Input::Command(command));
     }
 
     fn notice(&mut self, id: ProcId, notice: Notice) {
         match notice {
-            Notice::Locked(landlock_abi) => {
+            Notice::Locked(landlock_abi, program) => {
                 let after = self.began.elapsed();
                 tracing::debug!(proc = %id, after_us = after.as_micros(), "locked");
                 self.tell.event(Event::Locked {
                     id,
                     after,
                     landlock_abi,
+                    program: program.clone(),
                 });
                 self.start_devices();
                 self.supervise(supervision::Event::Locked(id));
+                self.learn_version(id, program);
             }
             Notice::Broke(reason) => self.supervise(supervision::Event::Broke { id, reason }),
-            Notice::Died(reason) => {
+            Notice::Died { reason, killed } => {
                 tracing::debug!(proc = %id, reason, "gone");
                 self.tell_of_denial(id);
-                self.supervise(supervision::Event::Died { id, reason });
+                self.supervise(supervision::Event::Died { id, reason, killed });
             }
-            Notice::Device(FromDevice::Pong(_)) | Notice::Vcpu(FromVcpu::Pong(_)) => {}
+            Notice::Device(FromDevice::Pong(number)) => {
+                self.supervise(supervision::Event::Pong { id, number });
+            }
             Notice::Device(FromDevice::Fault { reason }) => {
                 let name = self.name(id);
                 let reason = fault::said(&reason);
                 tracing::warn!(proc = %id, name, reason, "device fault");
                 self.tell.event(Event::DeviceFault { name, reason });
             }
-            Notice::Vcpu(message) => self.hear_vcpu(message),
+            Notice::Vcpu(message, descriptors) => self.hear_vcpu(message, descriptors),
         }
     }
 
@@ -356,7 +401,7 @@ impl Machine<'_> {
         }
     }
 
-    fn hear_vcpu(&mut self, message: FromVcpu) {
+    fn hear_vcpu(&mut self, message: FromVcpu, descriptors: Vec<OwnedFd>) {
         match message {
             FromVcpu::Pong(_) => {}
             FromVcpu::Paused => {
@@ -366,6 +411,31 @@ impl Machine<'_> {
             FromVcpu::Resumed => {
                 self.tell.event(Event::Resumed);
                 self.inputs.push_back(Input::Resumed);
+            }
+            FromVcpu::SlotPrepared {
+                slot,
+                generation,
+                output_position,
+                input_position,
+            } => {
+                let positions = Positions {
+                    output: output_position,
+                    input: input_position,
+                };
+                self.prepared(slot, generation, positions, descriptors);
+            }
+            FromVcpu::SlotServing { slot, generation } => {
+                let mut members = self.household.members.iter();
+                let serving = members
+                    .find(|m| m.slot == Some(slot) && m.launched.id.generation == generation);
+                if let Some(id) = serving.map(|m| m.launched.id) {
+                    self.supervise(supervision::Event::Serving(id));
+                }
+            }
+            FromVcpu::RequestGivenUp { slot, reason } => {
+                let (name, reason) = (self.name_of_slot(slot), fault::said(&reason));
+                tracing::error!(name, reason, "a request is given up");
+                self.tell.event(Event::RequestGivenUp { name, reason });
             }
             FromVcpu::DeviceFault { slot, reason } => {
                 let (name, reason) = (self.name_of_slot(slot), fault::said(&reason));
@@ -413,7 +483,7 @@ impl Machine<'_> {
     fn act(&mut self, action: Action) {
         match action {
             Action::AllLocked => {
-                self.all_locked_after = self.began.elapsed();
+                self.all_locked_after = Some(self.began.elapsed());
                 self.groups_at = Some(tokio::time::Instant::now() + GROUPS_AFTER);
                 self.inputs.push_back(Input::AllLocked);
             }
@@ -421,6 +491,12 @@ impl Machine<'_> {
                 let name = self.name(id);
                 self.inputs.push_back(Input::StartFailed(name, reason));
             }
+            Action::Revive { id, reason, blame } => {
+                tracing::warn!(proc = %id, reason, "a device process is dead; the next one takes its place");
+                self.revive(id, blame);
+            }
+            Action::Revived { id, reason, after } => self.revived(id, reason, after),
+            Action::Ping { id, number } => self.send(id, &ToDevice::Ping(number)),
             Action::Degraded { id, reason } => self.degrade(id, reason),
             Action::MachineLost { id, reason } => {
                 tracing::error!(proc = %id, reason, "lost");
@@ -441,7 +517,7 @@ impl Machine<'_> {
     }
 
     fn degrade(&mut self, id: ProcId, reason: String) {
-        let Some(member) = self.household.member(id) else {
+        let Some(member) = self.household.in_place_of(id) else {
             return;
         };
         let (name, slot) = (member.name.clone(), member.slot);
@@ -476,8 +552,10 @@ impl Machine<'_> {
     }
 
     fn name(&self, id: ProcId) -> String {
-        let member = self.household.member(id);
-        member.map_or_else(|| id.kind.name().to_owned(), |m: &Member| m.name.clone())
+        let mut members = self.household.members.iter();
+        let same = |m: &&Member| (m.launched.id.kind, m.launched.id.index) == (id.kind, id.index);
+        let member = members.find(same);
+        member.map_or_else(|| id.kind.name().to_owned(), |m| m.name.clone())
     }
 
     fn name_of_slot(&self, slot: u8) -> String {

@@ -2,17 +2,20 @@
 //! to talk to and kill them.
 //!
 //! Windows, the legacy page and doorbells are made here and forgotten as soon as the processes have
-//! them: the broker maps none and keeps none.
+//! them: the broker maps none and keeps none. A process that takes another's place gets the window that
+//! the vCPU process hands back, and is born like the first one.
 
-use super::consoles::Rings;
+use super::consoles::{Ring, Rings};
 use super::devices::DevicePlan;
+use super::disk_hold::{Claimed, DiskHold};
 use super::home::Home;
 use super::resources::Resources;
-use super::session::RunError;
-use super::spec::{HostShare, VmSpec};
+use super::session::{Restart, RunError};
+use super::spec::{DiskSpec, HostShare, VmSpec};
 use crate::launch::cgroup::{Device, Group, GroupLimits, Place, device_of};
 use crate::launch::cores;
 use crate::launch::{Gift, LaunchError, Launched, Launcher};
+use crate::supervisor::state::Rule;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::legacy_page::{self, LEGACY_PAGE_BYTES};
@@ -24,13 +27,11 @@ use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window;
 use bulkhead_policies::cache::Compiled;
 use bulkhead_policies::plan::Limits;
-use bulkhead_policies::schema::OnDeath;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// A process of the machine.
 #[derive(Debug)]
@@ -40,23 +41,29 @@ pub(super) struct Member {
     pub(super) name: String,
     /// virtio-mmio slot of a device.
     pub(super) slot: Option<u8>,
-    pub(super) on_death: OnDeath,
-    pub(super) birth_timeout: Duration,
+    pub(super) rule: Rule,
+    /// Version of its program, once it is locked.
+    pub(super) program: Option<String>,
+    /// A restart that will be told of when the version is known.
+    pub(super) restart: Option<Restart>,
     /// Limits of its control group.
     group_limits: GroupLimits,
+    group: Option<Group>,
 }
 
 /// All of them, the vCPU process first. Dropped, it leaves no process behind.
 #[derive(Debug)]
 pub(super) struct Household {
     pub(super) members: Vec<Member>,
-    groups: Vec<Group>,
     /// The group around those of the processes: removed after them.
     machine_group: Option<Group>,
     /// The host disks that its images are on.
     devices: Vec<Device>,
-    /// What the device processes will be given.
+    /// What the first device processes will be given.
     rest: Option<Rest>,
+    /// What their successors will be given.
+    standing: Standing,
+    place: Option<Place>,
 }
 
 /// What every birth of a machine needs.
@@ -76,13 +83,31 @@ pub(super) struct Nursery<'a> {
 struct Rest {
     wirings: Vec<DeviceWiring>,
     disks: Vec<File>,
-    entropy: File,
     generation: u32,
+    console: Positions,
+}
+
+/// What device processes are given, whichever generation they are.
+#[derive(Debug)]
+struct Standing {
+    disks: Vec<DiskHold>,
+    entropy: File,
+    /// Size of all disks together.
+    disk_bytes: u64,
+}
+
+/// Where the streams of a console go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Positions {
+    /// Position in the output ring up to which everything is stored.
+    pub(super) output: u64,
+    /// Bytes of input that the guest has been given.
+    pub(super) input: u64,
 }
 
 /// Between gate and device.
 #[derive(Debug)]
-struct DeviceWiring {
+pub(super) struct DeviceWiring {
     window: OwnedFd,
     kick: Doorbell,
     call: Doorbell,
@@ -107,12 +132,29 @@ impl DeviceWiring {
         })
     }
 
+    /// Takes the rings of a dead process, which may have filled the doorbells so that they would never
+    /// ring again.
+    pub(super) fn silence(&self) {
+        self.kick.take();
+        self.call.take();
+    }
+
     fn gifts(&self, index: u16) -> [Gift<'_>; 3] {
         [
             Gift::numbered(FdRole::Window, index, self.window.as_fd()),
             Gift::numbered(FdRole::Kick, index, self.kick.as_fd()),
             Gift::numbered(FdRole::Call, index, self.call.as_fd()),
         ]
+    }
+}
+
+impl From<[OwnedFd; 3]> for DeviceWiring {
+    fn from([window, kick, call]: [OwnedFd; 3]) -> Self {
+        Self {
+            window,
+            kick: kick.into(),
+            call: call.into(),
+        }
     }
 }
 
@@ -141,10 +183,7 @@ impl LegacyWiring {
 /// What the births of one life have in common.
 struct Midwife<'m, 'n> {
     nursery: &'m mut Nursery<'n>,
-    generation: u32,
     household: &'m mut Household,
-    /// Size of all disks together.
-    disk_bytes: u64,
 }
 
 impl Household {
@@ -162,29 +201,47 @@ impl Household {
         let wiring = |device| DeviceWiring::new(device, generation);
         let wirings: io::Result<Vec<_>> = nursery.devices.iter().map(wiring).collect();
         let wirings = wirings.map_err(host)?;
+        let holds = nursery.spec.disks.iter().zip(&resources.disks);
+        let in_use = |spec: &DiskSpec, cause: io::Error| {
+            let name = &spec.name;
+            RunError::Configuration(format!(
+                "disk {name}: is in use by another machine: {cause}"
+            ))
+        };
+        let holds = holds
+            .map(|(spec, file)| DiskHold::new(spec, file).map_err(|cause| in_use(spec, cause)));
+        let console = nursery.rings.console.as_ref();
+        let console = console.map(Ring::positions).unwrap_or_default();
+        let disk_bytes = resources.disks.iter().map(|mut file| {
+            // The length of a block device is where its end is.
+            file.seek(SeekFrom::End(0)).unwrap_or(0)
+        });
         let mut household = Self {
             members: Vec::new(),
-            groups: Vec::new(),
             machine_group: None,
             devices: Vec::new(),
             rest: None,
+            standing: Standing {
+                disks: holds.collect::<Result<_, _>>()?,
+                entropy: resources.entropy.try_clone().map_err(host)?,
+                disk_bytes: disk_bytes.fold(0, u64::saturating_add),
+            },
+            place: None,
         };
-        let mut midwife = Midwife {
-            nursery,
-            generation,
-            household: &mut household,
-            disk_bytes: 0,
-        };
-        midwife.vcpu(&wirings, &legacy, &resources)?;
-        midwife.legacy(&legacy)?;
         household.devices = resources.disks.iter().filter_map(device_of).collect();
         household.devices.sort_unstable();
         household.devices.dedup();
+        let mut midwife = Midwife {
+            nursery,
+            household: &mut household,
+        };
+        midwife.vcpu(generation, &wirings, &legacy, &resources, console)?;
+        midwife.legacy(generation, &legacy)?;
         household.rest = Some(Rest {
             wirings,
             disks: resources.disks,
-            entropy: resources.entropy,
             generation,
+            console,
         });
         Ok(household)
     }
@@ -195,38 +252,73 @@ impl Household {
         let Some(rest) = self.rest.take() else {
             return Ok(());
         };
-        let disk_bytes = rest.disks.iter().map(|mut file| {
-            // The length of a block device is where its end is.
-            file.seek(SeekFrom::End(0)).unwrap_or(0)
-        });
         let mut midwife = Midwife {
-            disk_bytes: disk_bytes.fold(0, u64::saturating_add),
             nursery,
-            generation: rest.generation,
             household: self,
         };
         for (device, wiring) in midwife.nursery.devices.iter().zip(&rest.wirings) {
-            midwife.device(device, wiring, &rest)?;
+            let disk = (device.kind == VirtioKind::Blk)
+                .then(|| rest.disks.get(usize::from(device.index)))
+                .flatten();
+            let disk = disk.map(Gift::disk);
+            midwife.device(device, rest.generation, wiring, disk, rest.console, None)?;
         }
         Ok(())
     }
 
+    /// Tries to have the disk of process `id` for it. `None` while something of the process before it
+    /// may still reach the disk; a device without a disk is always free.
+    pub(super) fn claim_disk(&self, id: ProcId) -> io::Result<Option<Option<Claimed>>> {
+        if id.kind != ProcKind::Blk {
+            return Ok(Some(None));
+        }
+        let disk = self.standing.disks.get(usize::from(id.index));
+        let disk = disk.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        disk.claim().map(|free| free.map(Some))
+    }
+
+    /// Starts `id` in the place of the generation before it, which is dead.
+    pub(super) fn launch_again(
+        &mut self,
+        nursery: &mut Nursery<'_>,
+        id: ProcId,
+        wiring: &DeviceWiring,
+        disk: Option<Gift<'_>>,
+        positions: Positions,
+        size: Option<(u16, u16)>,
+    ) -> Result<(), RunError> {
+        let mut devices = nursery.devices.iter();
+        let device = devices.find(|d| (d.kind.proc_kind(), d.index) == (id.kind, id.index));
+        let device = device.ok_or_else(|| RunError::Start {
+            who: id.to_string(),
+            reason: "there is no such device".to_owned(),
+        })?;
+        let mut midwife = Midwife {
+            nursery,
+            household: self,
+        };
+        midwife.device(device, id.generation, wiring, disk, positions, size)
+    }
+
     /// Puts every process into a control group with the limits of its policy. Not part of the start,
     /// of which the guest's first instruction would be the later.
-    pub(super) fn limit(&mut self, place: &Place, share: &HostShare) {
-        let around = self.limit_machine(place, share);
-        let place = around.as_ref().unwrap_or(place);
-        for member in &self.members {
+    pub(super) fn limit(&mut self, share: &HostShare) {
+        let place = self.place.take().unwrap_or_else(|| {
+            let place = Place::find();
+            self.limit_machine(&place, share).unwrap_or(place)
+        });
+        for member in self.members.iter_mut().filter(|m| m.group.is_none()) {
             let id = member.launched.id;
             let pid = member.launched.pid;
             let name = format!("bulkhead-{}-{}-{pid}", std::process::id(), id.kind);
             match place.put(&name, pid, member.group_limits) {
-                Ok(group) => self.groups.push(group),
+                Ok(group) => member.group = Some(group),
                 Err(error) => {
                     tracing::warn!(proc = %id, %error, "no control group: only rlimits apply");
                 }
             }
         }
+        self.place = Some(place);
     }
 
     /// Puts a group around those of the processes, when the machine's share of the host is limited.
@@ -259,6 +351,21 @@ impl Household {
         self.members.iter().find(|m| m.launched.id == id)
     }
 
+    /// The member in the place of `id`, whichever its generation.
+    pub(super) fn in_place_of(&mut self, id: ProcId) -> Option<&mut Member> {
+        let same = |m: &&mut Member| {
+            let member = m.launched.id;
+            (member.kind, member.index) == (id.kind, id.index)
+        };
+        self.members.iter_mut().find(same)
+    }
+
+    /// The newest generation of any process.
+    pub(super) fn newest_generation(&self) -> u32 {
+        let generations = self.members.iter().map(|m| m.launched.id.generation);
+        generations.max().unwrap_or(0)
+    }
+
     pub(super) fn of_kind(&self, kind: ProcKind) -> Option<&Member> {
         self.members.iter().find(|m| m.launched.id.kind == kind)
     }
@@ -276,9 +383,11 @@ impl Drop for Household {
 impl Midwife<'_, '_> {
     fn vcpu(
         &mut self,
+        generation: u32,
         wirings: &[DeviceWiring],
         legacy: &LegacyWiring,
         resources: &Resources,
+        console: Positions,
     ) -> Result<(), RunError> {
         let (devices, spec) = (self.nursery.devices, self.nursery.spec);
         let mut gifts = vec![
@@ -296,7 +405,11 @@ impl Midwife<'_, '_> {
             gifts.extend(wiring.gifts(device.slot.into()));
         }
         gifts.extend(legacy.gifts());
-        let slots = devices.iter().map(|d| d.as_slot(self.generation));
+        let positions = |device: &DevicePlan| match device.kind {
+            VirtioKind::Console => console,
+            VirtioKind::Blk | VirtioKind::Rng => Positions::default(),
+        };
+        let slots = devices.iter().map(|d| d.as_slot(generation, positions(d)));
         let config = VcpuConfig {
             vcpus: spec.vcpus,
             memory_bytes: spec.memory_bytes,
@@ -304,19 +417,18 @@ impl Midwife<'_, '_> {
             cmdline: spec.cmdline_in_full(),
             quirks: resources.quirks,
             devices: slots.collect(),
-            legacy_generation: self.generation,
+            legacy_generation: generation,
+            legacy_output_position: self.nursery.rings.serial.positions().output,
         };
-        self.birth(
-            ProcKind::Vcpu,
-            0,
-            "vcpu",
-            None,
-            &gifts,
-            KindConfig::Vcpu(config),
-        )
+        let id = ProcId {
+            kind: ProcKind::Vcpu,
+            index: 0,
+            generation,
+        };
+        self.birth(id, "vcpu", None, &gifts, KindConfig::Vcpu(config))
     }
 
-    fn legacy(&mut self, wiring: &LegacyWiring) -> Result<(), RunError> {
+    fn legacy(&mut self, generation: u32, wiring: &LegacyWiring) -> Result<(), RunError> {
         let rings = self.nursery.rings;
         let gifts: Vec<Gift<'_>> = rings
             .serial
@@ -324,43 +436,54 @@ impl Midwife<'_, '_> {
             .into_iter()
             .chain(wiring.gifts())
             .collect();
-        let head = rings.serial.head();
+        let positions = rings.serial.positions();
         let config = LegacyConfig {
             output_capacity: self.nursery.spec.console.history_bytes,
-            output_head: head,
-            output_base: head,
+            output_position: positions.output,
+            input_position: positions.input,
             rtc_offset_s: 0,
         };
         let config = KindConfig::Legacy(config);
-        self.birth(ProcKind::Legacy, 0, "legacy", None, &gifts, config)
+        let id = ProcId {
+            kind: ProcKind::Legacy,
+            index: 0,
+            generation,
+        };
+        self.birth(id, "legacy", None, &gifts, config)
     }
 
+    /// The first process of a device as well as any later one.
     fn device(
         &mut self,
         device: &DevicePlan,
+        generation: u32,
         wiring: &DeviceWiring,
-        rest: &Rest,
+        disk: Option<Gift<'_>>,
+        positions: Positions,
+        size: Option<(u16, u16)>,
     ) -> Result<(), RunError> {
         let rings = self.nursery.rings;
+        let standing = &self.household.standing;
+        let entropy = standing
+            .entropy
+            .try_clone()
+            .map_err(|cause| RunError::Host {
+                lacks: format!("a descriptor: {cause}"),
+            })?;
         let mut gifts = Vec::from(wiring.gifts(0));
-        let mut head = 0;
         match (device.kind, &rings.console) {
-            (VirtioKind::Blk, _) => {
-                let disk = rest.disks.get(usize::from(device.index));
-                gifts.extend(disk.map(|file| Gift::new(FdRole::Disk, file.as_fd())));
-            }
-            (VirtioKind::Rng, _) => {
-                gifts.push(Gift::new(FdRole::Entropy, rest.entropy.as_fd()));
-            }
-            (VirtioKind::Console, Some(ring)) => {
-                gifts.extend(ring.gifts());
-                head = ring.head();
-            }
+            (VirtioKind::Blk, _) => gifts.extend(disk),
+            (VirtioKind::Rng, _) => gifts.push(Gift::new(FdRole::Entropy, entropy.as_fd())),
+            (VirtioKind::Console, Some(ring)) => gifts.extend(ring.gifts()),
             (VirtioKind::Console, None) => {}
         }
-        let config = KindConfig::Device(device.as_device(head));
-        let (kind, slot) = (device.kind.proc_kind(), Some(device.slot));
-        self.birth(kind, device.index, &device.name, slot, &gifts, config)
+        let config = KindConfig::Device(device.as_device(positions, size));
+        let id = ProcId {
+            kind: device.kind.proc_kind(),
+            index: device.index,
+            generation,
+        };
+        self.birth(id, &device.name, Some(device.slot), &gifts, config)
     }
 
     /// Lets only this machine's processes run beside each other on one core.
@@ -401,15 +524,14 @@ impl Midwife<'_, '_> {
             DeviceOwn::Console {
                 output_capacity, ..
             } => *output_capacity,
-            DeviceOwn::Blk { .. } => self.disk_bytes,
+            DeviceOwn::Blk { .. } => self.household.standing.disk_bytes,
             DeviceOwn::Rng => 0,
         }
     }
 
     fn birth(
         &mut self,
-        kind: ProcKind,
-        index: u16,
+        id: ProcId,
         name: &str,
         slot: Option<u8>,
         gifts: &[Gift<'_>],
@@ -419,13 +541,9 @@ impl Midwife<'_, '_> {
             who: name.to_owned(),
             reason: cause.to_string(),
         };
-        let Some((policy, filters)) = self.nursery.compiled.get(kind) else {
-            return Err(RunError::Configuration(format!("no policy for {kind}")));
-        };
-        let id = ProcId {
-            kind,
-            index,
-            generation: self.generation,
+        let Some((policy, filters)) = self.nursery.compiled.get(id.kind) else {
+            let lacking = format!("no policy for {}", id.kind);
+            return Err(RunError::Configuration(lacking));
         };
         let adoption = self.nursery.home.adoption_socket(id);
         let adoption = adoption.map_err(|cause| {
@@ -440,15 +558,20 @@ impl Midwife<'_, '_> {
         // From here on it is killed when anything goes wrong.
         let launched = Arc::new(launched);
         let group_limits = self.group_limits(&policy.limits, &config);
-        let policy_timeout = Duration::from_millis(policy.birth_timeout_ms.into());
-        self.household.members.push(Member {
+        let member = Member {
             launched: Arc::clone(&launched),
             name: name.to_owned(),
             slot,
-            on_death: policy.on_death,
-            birth_timeout: policy_timeout.min(self.nursery.spec.limits.birth_timeout),
+            rule: Rule::of(policy, self.nursery.spec.limits.birth_timeout),
+            program: None,
+            restart: None,
             group_limits,
-        });
+            group: None,
+        };
+        match self.household.in_place_of(id) {
+            Some(place) => *place = member,
+            None => self.household.members.push(member),
+        }
         let birth = Birth {
             version: PROTOCOL_VERSION,
             id,

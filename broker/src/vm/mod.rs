@@ -3,6 +3,7 @@
 
 mod consoles;
 pub mod devices;
+mod disk_hold;
 mod driver;
 pub mod home;
 mod household;

@@ -59,10 +59,13 @@ impl Resources {
         let initrd = initrd.map(|path| read_only("initrd", path)).transpose()?;
         let open_disk = |spec: &DiskSpec| {
             let file = disk(spec)?;
-            match spec.ephemeral {
-                true => private_copy(spec, &file, &options.state),
-                false => Ok(file),
+            if !spec.ephemeral {
+                return Ok(file);
             }
+            let copy = private_copy(spec, &file, &options.state)?;
+            lock(&copy, Part::Use, true)
+                .map_err(|e| configuration("copy of disk", &spec.path, e))?;
+            Ok(copy)
         };
         let disks: Result<_, _> = spec.disks.iter().map(open_disk).collect();
         Ok(Self {
@@ -108,6 +111,33 @@ impl Fence {
             asked.is_err() || i32::from(lock.l_type) == libc::F_UNLCK
         })
     }
+}
+
+/// First byte of the part of a disk's lock that its broker holds. Disks end before it.
+const GUARD_FROM: i64 = 1 << 62;
+
+/// The two parts of a disk's lock. Whoever uses a disk takes both, on two file descriptions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    /// On the file description that does the I/O: given up with its last reference.
+    Use,
+    /// On a file description of the broker's, so that nobody else has the disk while one process
+    /// takes the other's place.
+    Guard,
+}
+
+/// Takes a part of the lock of a disk on its file description: one writer, or any number of readers.
+///
+/// # Errors
+/// EAGAIN or EACCES when it is taken.
+pub(super) fn lock(file: &File, part: Part, writes: bool) -> Result<(), Errno> {
+    let kind = if writes { libc::F_WRLCK } else { libc::F_RDLCK };
+    let mut lock = whole_file(kind);
+    match part {
+        Part::Use => lock.l_len = GUARD_FROM,
+        Part::Guard => lock.l_start = GUARD_FROM,
+    }
+    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)).map(drop)
 }
 
 fn whole_file(kind: i32) -> libc::flock {
@@ -201,14 +231,8 @@ fn disk(spec: &DiskSpec) -> Result<File, RunError> {
             "was replaced while it was opened",
         ));
     }
-    let kind = if read_only {
-        libc::F_RDLCK
-    } else {
-        libc::F_WRLCK
-    };
-    let lock = whole_file(kind);
-    match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)) {
-        Ok(_) => Ok(file),
+    match lock(&file, Part::Use, !read_only) {
+        Ok(()) => Ok(file),
         Err(Errno::EAGAIN | Errno::EACCES) => {
             let holder = holder(now.dev(), now.ino()).map_or_else(
                 || "another process".to_owned(),
@@ -230,9 +254,11 @@ fn private_copy(spec: &DiskSpec, from: &File, directory: &Path) -> Result<File, 
         .map_err(|e| configuration(&what, directory, e.to_string()))
 }
 
-/// A process that has the file open, as "pid (name)", where `/proc` tells.
+/// A process that has the file open, as "pid (name)", where `/proc` tells: a device process rather
+/// than its broker.
 fn holder(device: u64, inode: u64) -> Option<String> {
     let me = std::process::id();
+    let mut found = None;
     for entry in fs::read_dir("/proc").ok()?.flatten() {
         let name = entry.file_name();
         let Some(pid) = name.to_str().and_then(|n| n.parse::<u32>().ok()) else {
@@ -249,10 +275,14 @@ fn holder(device: u64, inode: u64) -> Option<String> {
         if fds.flatten().any(|fd| same(&fd.path())) {
             let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let command = command.split(|&b| b == 0).next().unwrap_or_default();
-            return Some(format!("{pid} ({})", escaped(command)));
+            let holder = format!("{pid} ({})", escaped(command));
+            if command.starts_with(b"bulkhead-") {
+                return Some(holder);
+            }
+            found.get_or_insert(holder);
         }
     }
-    None
+    found
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ use std::time::Duration;
 /// Capacity that suits the channel of events. An event that does not fit is dropped and counted in
 /// the log, because a caller that does not listen must not hold up the machine.
 pub const EVENTS_CAPACITY: usize = 256;
+/// Restarts that [`Finished`] tells of.
+pub const RESTARTS_KEPT_MAX: usize = 1000;
 /// Longest crash report that is kept, in bytes.
 pub const REPORT_BYTES_MAX: usize = 1 << 20;
 
@@ -39,7 +41,7 @@ pub struct RunOptions {
 }
 
 /// What a caller may ask of a running machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
     /// Press the ACPI power button. A guest that powers itself off after this is not started again,
     /// whatever its life cycle says.
@@ -56,6 +58,11 @@ pub enum Command {
     Pause,
     /// Undo [`Command::Pause`].
     Resume,
+    /// Have another process serve this device (its name in the VM file, or its kind): the one that
+    /// serves it finishes what it is doing and goes, or there is none any more. The guest sees a delay.
+    RestartDevice(String),
+    /// The same with the program that is on disk now.
+    UpgradeDevice(String),
     /// The attached terminal has this size.
     Resize {
         /// Columns.
@@ -88,6 +95,24 @@ pub enum Event {
         after: Duration,
         /// Landlock ABI in force, 0 for none.
         landlock_abi: u8,
+        /// Version of its program, as it says.
+        program: String,
+    },
+    /// A device is served again, by another process.
+    Restarted(Restart),
+    /// A request that three processes of a device died with was answered with an error.
+    RequestGivenUp {
+        /// Name in the VM file.
+        name: String,
+        /// Which request.
+        reason: String,
+    },
+    /// A command was not carried out.
+    Refused {
+        /// What was wanted of what.
+        command: String,
+        /// Why not.
+        reason: String,
     },
     /// Every process is locked.
     AllLocked {
@@ -142,6 +167,23 @@ pub enum Event {
     },
 }
 
+/// One process that took another's place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Restart {
+    /// The new process; its generation counts.
+    pub id: ProcId,
+    /// Name of the device in the VM file, or the kind's.
+    pub name: String,
+    /// Process id of the new process on the host.
+    pub pid: i32,
+    /// Version of its program, as it says.
+    pub program: String,
+    /// Why the one before had died.
+    pub reason: String,
+    /// Time from the death until the device served again.
+    pub after: Duration,
+}
+
 /// The consoles' ends on the broker's side.
 #[derive(Debug)]
 pub struct Consoles {
@@ -173,6 +215,8 @@ pub struct Finished {
     pub report: Option<String>,
     /// Devices that were lost on the way: name and reason.
     pub degraded: Vec<(String, String)>,
+    /// Processes that took another's place, the last [`RESTARTS_KEPT_MAX`] of them.
+    pub restarts: Vec<Restart>,
 }
 
 /// How a run ended.

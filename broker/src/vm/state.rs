@@ -203,8 +203,8 @@ impl Life {
             (Command::Resume, State::Starting | State::Running | State::Paused) => {
                 vec![Output::Tell(ToVcpu::Resume)]
             }
-            // The size concerns the console's process, which the driver tells.
-            (Command::Resize { .. }, _)
+            // These concern device processes, of which the driver knows.
+            (Command::Resize { .. } | Command::RestartDevice(_) | Command::UpgradeDevice(_), _)
             | (Command::PowerButton | Command::Pause | Command::Resume, _) => Vec::new(),
         }
     }

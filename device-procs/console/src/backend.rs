@@ -54,7 +54,7 @@ impl Line {
     }
 
     /// Takes bytes that are in the guest's hands.
-    pub(crate) fn take(&self, n: usize) {
+    pub(crate) fn take(&mut self, n: usize) {
         self.input.take(n);
     }
 }

@@ -39,8 +39,8 @@ impl Device for Console {
     fn start(setup: &mut Setup<'_>) -> Result<Self, Stillbirth> {
         let &DeviceOwn::Console {
             output_capacity,
-            output_head,
-            output_base,
+            output_position,
+            input_position,
             size,
         } = &setup.config.own
         else {
@@ -54,10 +54,9 @@ impl Device for Console {
             });
         }
         let output = setup.grants.take(FdRole::Output, 0)?;
-        let ring =
-            OutputRing::new(output.into(), output_capacity, output_head).based_at(output_base);
+        let ring = OutputRing::new(output.into(), output_capacity, output_position);
         let bell = Doorbell::from(setup.grants.take(FdRole::OutputBell, 0)?);
-        let input = InputReader::map(setup.grants.take(FdRole::Input, 0)?)?;
+        let input = InputReader::map(setup.grants.take(FdRole::Input, 0)?, input_position)?;
         let input_bell = Doorbell::from(setup.grants.take(FdRole::InputBell, 0)?);
         setup.watch(&input_bell, TOKEN_INPUT)?;
         let slots = setup.config.queue_sizes.first().copied().unwrap_or(0);
@@ -180,8 +179,8 @@ mod tests {
             config: Vec::new(),
             own: DeviceOwn::Console {
                 output_capacity: CAPACITY,
-                output_head: 0,
-                output_base: 0,
+                output_position: 0,
+                input_position: 0,
                 size: (80, 25),
             },
         };

@@ -35,8 +35,8 @@ fn process_carries_text_both_ways_resizes_and_ends() {
         config: Vec::new(),
         own: DeviceOwn::Console {
             output_capacity: CAPACITY,
-            output_head: 0,
-            output_base: 0,
+            output_position: 0,
+            input_position: 0,
             size: (80, 25),
         },
     };

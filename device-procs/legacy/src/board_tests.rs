@@ -36,7 +36,7 @@ impl Machine {
             reply: Doorbell::new().unwrap(),
             interrupt: interrupt.try_clone().unwrap(),
             transcript: Transcript::new(OutputRing::new(file, 65536, 0), Doorbell::new().unwrap()),
-            input: InputReader::map(input_fd).unwrap(),
+            input: InputReader::map(input_fd, 0).unwrap(),
         };
         Self {
             board: Board::new(wiring, Rtc::new(0, NOW)),

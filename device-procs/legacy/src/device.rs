@@ -91,9 +91,12 @@ fn prepare(newborn: &mut Newborn, waiter: &Waiter) -> Result<(Board, [Doorbell; 
     let (reply, interrupt) = (bell(FdRole::LegacyReply)?, bell(FdRole::LegacyInterrupt)?);
     let output_bell = bell(FdRole::OutputBell)?;
     let output = grants.take(FdRole::Output, 0)?;
-    let ring = OutputRing::new(output.into(), config.output_capacity, config.output_head)
-        .based_at(config.output_base);
-    let input = InputReader::map(grants.take(FdRole::Input, 0)?)?;
+    let ring = OutputRing::new(
+        output.into(),
+        config.output_capacity,
+        config.output_position,
+    );
+    let input = InputReader::map(grants.take(FdRole::Input, 0)?, config.input_position)?;
     for (fd, token) in [
         (std::os::fd::AsFd::as_fd(&kick), TOKEN_KICK),
         (std::os::fd::AsFd::as_fd(&input_bell), TOKEN_INPUT),

@@ -57,8 +57,8 @@ impl Machine {
         ];
         let config = LegacyConfig {
             output_capacity: CAPACITY,
-            output_head: 0,
-            output_base: 0,
+            output_position: 0,
+            input_position: 0,
             rtc_offset_s: 0,
         };
         let upbringing = Upbringing::new(ProcKind::Legacy, KindConfig::Legacy(config));

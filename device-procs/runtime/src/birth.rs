@@ -32,6 +32,8 @@ use std::time::Duration;
 const BIRTH_WITHIN: Duration = Duration::from_secs(10);
 /// Exit status of a process that could not start.
 pub const EXIT_STILLBORN: i32 = 70;
+/// The program's version as it stands in the file, behind a mark by which it can be found there.
+const PROGRAM: &str = concat!("bulkhead-program=", env!("CARGO_PKG_VERSION"));
 /// Longest VM name in bytes.
 const VM_NAME_BYTES_MAX: usize = 64;
 
@@ -254,11 +256,19 @@ impl Newborn {
 /// what its queues keep.
 const HEAP_BYTES: i32 = 1 << 20;
 
+/// Version of this program.
+fn program_version() -> &'static str {
+    // Read from the file as it is, mark included.
+    let text = std::hint::black_box(PROGRAM);
+    text.split_once('=').map_or(text, |(_, version)| version)
+}
+
 fn announce(channel: &Channel, page: &ControlPage, landlock_abi: u8) -> Result<(), Stillbirth> {
     page.set_phase(Phase::Locked);
     let born = Born::Locked {
         version: PROTOCOL_VERSION,
         landlock_abi,
+        program: program_version().to_owned(),
     };
     Ok(channel.send(&born, &[])?)
 }

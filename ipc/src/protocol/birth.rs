@@ -166,6 +166,8 @@ pub struct VcpuConfig {
     pub devices: Vec<VirtioSlot>,
     /// Generation of the legacy process that the page belongs to.
     pub legacy_generation: u32,
+    /// Position in the ring file at which the serial port's output goes on.
+    pub legacy_output_position: u64,
 }
 
 /// A virtio device as the gates see it.
@@ -187,6 +189,10 @@ pub struct VirtioSlot {
     pub features: u64,
     /// Configuration image; the fields only the device knows are filled in by it.
     pub config: Vec<u8>,
+    /// Position in the ring file at which the guest's output goes on (consoles only).
+    pub output_position: u64,
+    /// Bytes of the input ring that were taken before the guest started (consoles only).
+    pub input_position: u64,
 }
 
 /// Configuration of `bulkhead-legacy`.
@@ -194,10 +200,10 @@ pub struct VirtioSlot {
 pub struct LegacyConfig {
     /// Capacity in bytes of the output ring.
     pub output_capacity: u64,
-    /// Bytes in the output ring at birth.
-    pub output_head: u64,
-    /// Bytes in the output ring when the vCPU process was born: where its stream begins.
-    pub output_base: u64,
+    /// Position in the output ring up to which everything is stored.
+    pub output_position: u64,
+    /// Bytes of the input ring that the guest has been given.
+    pub input_position: u64,
     /// Offset of the guest's real-time clock from the host's in seconds.
     pub rtc_offset_s: i64,
 }
@@ -233,10 +239,10 @@ pub enum DeviceOwn {
     Console {
         /// Capacity in bytes of the output ring.
         output_capacity: u64,
-        /// Bytes in the output ring at birth.
-        output_head: u64,
-        /// Bytes in the output ring when the vCPU process was born: where its stream begins.
-        output_base: u64,
+        /// Position in the output ring up to which everything is stored.
+        output_position: u64,
+        /// Bytes of the input ring that the guest has been given.
+        input_position: u64,
         /// Columns and rows at birth.
         size: (u16, u16),
     },
@@ -253,6 +259,8 @@ pub enum Born {
         version: u32,
         /// Landlock ABI in force, 0 for none.
         landlock_abi: u8,
+        /// Version of the program, at most 32 bytes.
+        program: String,
     },
     /// It could not start and exits now.
     Failed {

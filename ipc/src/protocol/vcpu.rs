@@ -15,7 +15,19 @@ pub enum ToVcpu {
     Pause,
     /// Undo [`ToVcpu::Pause`]. Answered by [`FromVcpu::Resumed`].
     Resume,
-    /// The device process in this virtio slot is gone; its requests will not be answered.
+    /// The device process in this virtio slot is dead, and nothing of its I/O is left in the kernel: the
+    /// window is made ready for its successor. Answered by [`FromVcpu::SlotPrepared`]; what the
+    /// guest asks of the device meanwhile waits.
+    PrepareSlot {
+        /// virtio-mmio slot.
+        slot: u8,
+        /// Generation of the successor.
+        generation: u32,
+        /// Whether what the dead process was working on may have killed it.
+        blame: bool,
+    },
+    /// The device process in this virtio slot is gone and will have no successor; its requests are
+    /// answered with errors.
     DeviceLost {
         /// virtio-mmio slot.
         slot: u8,
@@ -53,7 +65,33 @@ pub enum FromVcpu {
     Paused,
     /// The vCPUs run again.
     Resumed,
-    /// A device broke its protocol or said it failed; the guest sees DEVICE_NEEDS_RESET.
+    /// Answer to [`ToVcpu::PrepareSlot`], with the descriptors of window, kick and call doorbell.
+    SlotPrepared {
+        /// virtio-mmio slot.
+        slot: u8,
+        /// Generation that the window is ready for.
+        generation: u32,
+        /// Position in the output stream up to which everything is stored, for positioned queues.
+        output_position: u64,
+        /// Bytes of input that the guest has been given.
+        input_position: u64,
+    },
+    /// The device process of this generation has published its configuration, and its requests are with it.
+    SlotServing {
+        /// virtio-mmio slot.
+        slot: u8,
+        /// Its generation.
+        generation: u32,
+    },
+    /// A request was in the hands of three device processes that died, the last time alone; it was
+    /// answered with an error.
+    RequestGivenUp {
+        /// virtio-mmio slot.
+        slot: u8,
+        /// Which; one line.
+        reason: String,
+    },
+    /// A device broke its protocol or said it failed. Its requests wait until the broker has decided.
     DeviceFault {
         /// virtio-mmio slot.
         slot: u8,

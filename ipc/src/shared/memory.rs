@@ -5,7 +5,7 @@ use crate::sync::Ordering;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use vm_memory::{
     AtomicAccess, ByteValued, Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice,
 };
@@ -47,6 +47,12 @@ impl SharedMemory {
             .map_err(|e| SharedError::Map(e.to_string()))?;
         keep_out_of_dumps(&map)?;
         Ok(Self { map })
+    }
+
+    /// The memfd, to be handed to a successor of the peer.
+    #[must_use]
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.map.file_offset().map(|file| file.file().as_fd())
     }
 
     /// Size in bytes.

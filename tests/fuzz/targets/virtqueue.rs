@@ -35,6 +35,8 @@ fuzz_target!(|data: &[u8]| {
         window_bytes: WINDOW_BYTES,
         features: 1 << 9,
         config: vec![0; 60],
+        output_position: 0,
+        input_position: 0,
     };
     let (bus, thread) = build(memory.clone(), vec![(slot, fds)], Cpus { host: 1, guest: 1 }).unwrap();
     let gate = std::thread::spawn(move || thread.run().unwrap());

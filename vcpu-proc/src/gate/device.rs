@@ -1,17 +1,17 @@
 //! One virtio device behind its gates: all its queues, its window, and what its device process has
 //! published.
 //!
-//! Called by the gate thread alone. What vCPU threads need of it is in [`GateLink`], which both
-//! hold: a few atomics, and the configuration image under a lock that is only ever held for a copy.
+//! Called by the gate thread alone. What other threads need of it is in [`GateLink`]. What happens
+//! when the device process dies is in [`super::succession`].
 
+use super::link::{Attachment, ConfigImage, GateLink, INTERRUPT_CONFIG, INTERRUPT_VRING, Phase};
 use super::queue::{Backing, GateQueue, GuestFault, Taken};
 use bulkhead_ipc::device_kind::{CONFIG_BYTES_MAX, VirtioKind};
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::ring::WindowPages;
-use bulkhead_ipc::window::{DeviceState, Doorbells, DriverView, Published, Window};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use bulkhead_ipc::window::{DeviceState, Doorbells, Published, Window};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -19,91 +19,6 @@ use vmm_sys_util::eventfd::EventFd;
 /// Requests and completions that one device may take up in one pass, so that a flood on one device
 /// does not starve the others on the same thread.
 const PASS_BUDGET: u32 = 256;
-/// Bit in the interrupt status register: used ring.
-const INTERRUPT_VRING: u32 = 1;
-/// Bit in the interrupt status register: configuration or status.
-const INTERRUPT_CONFIG: u32 = 2;
-
-/// The configuration space as the guest reads it.
-#[derive(Debug, Clone)]
-pub(crate) struct ConfigImage {
-    /// Configuration bytes.
-    pub(crate) bytes: Vec<u8>,
-    /// Device feature bits on offer, without the transport's.
-    pub(crate) features: u64,
-    /// Counts changes (virtio-mmio ConfigGeneration).
-    pub(crate) generation: u32,
-    /// Whether the device has published its own fields, or never will.
-    pub(crate) settled: bool,
-    /// Guest resets that the gate has carried out.
-    pub(crate) resets_done: u64,
-}
-
-/// What vCPU threads and the gate thread share about one device.
-#[derive(Debug)]
-pub(crate) struct GateLink {
-    /// InterruptStatus register.
-    pub(crate) interrupt_status: AtomicU32,
-    /// Nonzero when the device needs a reset by the driver.
-    pub(crate) needs_reset: AtomicU32,
-    /// The irqfd.
-    pub(crate) interrupt: EventFd,
-    config: Mutex<ConfigImage>,
-    changed: Condvar,
-}
-
-impl GateLink {
-    pub(crate) fn new(slot: &VirtioSlot, interrupt: EventFd) -> Self {
-        let mut bytes = slot.config.clone();
-        bytes.resize(slot.kind.config_bytes(), 0);
-        let config = ConfigImage {
-            bytes,
-            features: slot.features,
-            generation: 0,
-            settled: false,
-            resets_done: 0,
-        };
-        Self {
-            interrupt_status: AtomicU32::new(0),
-            needs_reset: AtomicU32::new(0),
-            interrupt,
-            config: Mutex::new(config),
-            changed: Condvar::new(),
-        }
-    }
-
-    pub(crate) fn config(&self) -> MutexGuard<'_, ConfigImage> {
-        self.config.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until `done`, at most `within`; woken by every change. Returns the image as it is then.
-    pub(crate) fn wait_config(
-        &self,
-        within: Duration,
-        mut done: impl FnMut(&ConfigImage) -> bool,
-    ) -> MutexGuard<'_, ConfigImage> {
-        let guard = self.config();
-        let waited = self
-            .changed
-            .wait_timeout_while(guard, within, |image| !done(image));
-        waited.unwrap_or_else(PoisonError::into_inner).0
-    }
-
-    pub(crate) fn notify(&self) {
-        self.changed.notify_all();
-    }
-
-    /// Tells the driver to look at configuration and status.
-    pub(crate) fn raise_config(&self) {
-        self.raise(INTERRUPT_CONFIG);
-    }
-
-    fn raise(&self, bits: u32) {
-        self.interrupt_status.fetch_or(bits, Ordering::AcqRel);
-        // An irqfd that cannot count further has an interrupt pending already.
-        let _already_pending = self.interrupt.write(1);
-    }
-}
 
 /// What a pass over a device left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,63 +34,114 @@ pub(crate) enum Pass {
 pub(crate) enum Fault {
     Guest(String),
     Device(String),
+    /// A request that killed too many device processes.
+    GivenUp(String),
+}
+
+/// What a gate shares with the device process, whichever it is: it outlives all of them.
+#[derive(Debug)]
+pub(crate) struct DeviceChannel {
+    /// The window.
+    pub(crate) window: Window,
+    /// The doorbells.
+    pub(crate) bells: Doorbells,
 }
 
 /// One device.
 #[derive(Debug)]
 pub(crate) struct Gate {
-    kind: VirtioKind,
-    window: Window,
-    bells: Doorbells,
-    pages: WindowPages,
-    queues: Vec<GateQueue>,
-    streams: Vec<u64>,
-    link: std::sync::Arc<GateLink>,
+    pub(super) kind: VirtioKind,
+    pub(super) channel: Arc<DeviceChannel>,
+    pub(super) pages: WindowPages,
+    pub(super) queues: Vec<GateQueue>,
+    pub(super) streams: Vec<u64>,
+    pub(super) link: Arc<GateLink>,
+    /// Generation of the device process that the window is for.
+    pub(super) generation: u32,
+    pub(super) phase: Phase,
+    /// Whether that process has published its configuration.
+    pub(super) published: bool,
+    /// Whether any process of this device has.
+    known: bool,
     /// Sequence number of the last publication taken.
-    known_seq: u32,
+    pub(super) known_seq: u32,
     /// Feature bits negotiated; meaningful while running.
-    features: u64,
+    pub(super) features: u64,
     /// Guest resets so far; requests of earlier epochs are leftovers.
-    epoch: u64,
-    running: bool,
+    pub(super) epoch: u64,
+    /// Requests so far.
+    pub(super) order: u64,
+    pub(super) running: bool,
+    /// The guest broke the protocol and has not reset the device since.
+    pub(super) guest_at_fault: bool,
+    /// A suspicious request is alone with the device.
+    pub(super) alone: bool,
     /// Queues that start once the leftovers of the last epoch have come back.
     starting: Option<Vec<Option<Queue>>>,
-    dead: bool,
-    faults: Vec<Fault>,
+    pub(super) faults: Vec<Fault>,
+    news: bool,
 }
 
 impl Gate {
-    pub(crate) fn new(
-        slot: &VirtioSlot,
-        window: Window,
-        bells: Doorbells,
-        link: std::sync::Arc<GateLink>,
-    ) -> Self {
-        window.initialise(slot.generation);
+    pub(crate) fn new(slot: &VirtioSlot, channel: Arc<DeviceChannel>, link: Arc<GateLink>) -> Self {
+        channel.window.initialise(slot.generation);
         let queues: Vec<_> = (0..slot.queue_sizes.len())
-            .filter_map(|n| GateQueue::new(n, slot.kind.framing(n), &window))
+            .filter_map(|n| GateQueue::new(n, slot.kind.framing(n), &channel.window))
             .collect();
+        let streams = (0..queues.len()).map(|n| match slot.kind.framing(n) {
+            framing if framing.positioned => slot.output_position,
+            framing if framing.waits_for_input => slot.input_position,
+            _ => 0,
+        });
         Self {
             kind: slot.kind,
-            pages: WindowPages::new(window.layout.data_pages),
-            streams: vec![0; queues.len()],
+            pages: WindowPages::new(channel.window.layout.data_pages),
+            streams: streams.collect(),
             queues,
-            window,
-            bells,
+            channel,
             link,
+            generation: slot.generation,
+            phase: Phase::Starting,
+            published: false,
+            known: false,
             known_seq: 0,
             features: 0,
             epoch: 0,
+            order: 0,
             running: false,
+            guest_at_fault: false,
+            alone: false,
             starting: None,
-            dead: false,
             faults: Vec::new(),
+            news: false,
         }
+    }
+
+    /// Whether a device process serves, or the first one is about to.
+    pub(super) const fn is_attached(&self) -> bool {
+        matches!(self.phase, Phase::Starting | Phase::Serving)
+    }
+
+    /// Lets the control thread know which process there is.
+    pub(super) fn tell(&mut self, attachment: Attachment) {
+        self.link.set_attachment(attachment);
+        self.news = true;
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+        let before = self.link.attachment();
+        self.tell(Attachment { phase, ..before });
+    }
+
+    /// Whether [`GateLink::attachment`] has changed since the last call.
+    pub(crate) fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.news)
     }
 
     /// The doorbell that the device rings.
     pub(crate) fn call_bell(&self) -> &EventFd {
-        self.bells.call.eventfd()
+        self.channel.bells.call.eventfd()
     }
 
     /// Faults since the last call.
@@ -188,9 +154,10 @@ impl Gate {
     pub(crate) fn reset(&mut self) {
         self.epoch += 1;
         self.running = false;
+        self.guest_at_fault = false;
         self.starting = None;
         self.queues.iter_mut().for_each(GateQueue::detach);
-        self.tell_driver(0);
+        self.tell_driver();
         self.link.needs_reset.store(0, Ordering::Release);
         self.link.interrupt_status.store(0, Ordering::Release);
         self.link.config().resets_done += 1;
@@ -209,19 +176,18 @@ impl Gate {
         self.start_if_drained(memory);
     }
 
-    /// The device process is gone.
+    /// The device process is gone for good, or until somebody asks for a new one.
     pub(crate) fn lost(&mut self) {
-        if !self.dead {
-            self.dead = true;
+        if self.phase != Phase::Lost {
+            self.enter(Phase::Lost);
             self.settle(|_| {});
             self.need_reset();
         }
     }
 
-    fn tell_driver(&self, features: u64) {
-        let epoch = self.epoch * 2 + u64::from(self.running);
-        self.window.set_driver(DriverView { features, epoch });
-        self.bells.kick.ring();
+    fn tell_driver(&self) {
+        self.channel.window.set_driver(self.driver_view());
+        self.channel.bells.kick.ring();
     }
 
     /// Returns whether queues were started.
@@ -229,14 +195,14 @@ impl Gate {
         if self.starting.is_none() {
             return false;
         }
-        if !self.dead && self.queues.iter().any(|q| q.in_flight() > 0) {
+        if self.phase != Phase::Lost && self.queues.iter().any(|q| q.in_flight() > 0) {
             return false;
         }
         let Some(queues) = self.starting.take() else {
             return false;
         };
         self.running = true;
-        self.tell_driver(self.features);
+        self.tell_driver();
         let started: Result<(), GuestFault> = self
             .queues
             .iter_mut()
@@ -251,6 +217,7 @@ impl Gate {
 
     fn guest_fault(&mut self, fault: &GuestFault) {
         self.faults.push(Fault::Guest(fault.to_string()));
+        self.guest_at_fault = true;
         self.need_reset();
         self.running = false;
         self.queues.iter_mut().for_each(GateQueue::detach);
@@ -258,7 +225,7 @@ impl Gate {
 
     fn device_fault(&mut self, reason: String) {
         self.faults.push(Fault::Device(reason));
-        self.lost();
+        self.enter(Phase::Broken);
     }
 
     fn need_reset(&self) {
@@ -279,17 +246,28 @@ impl Gate {
 
     /// Takes over what the device published: its own fields, and fewer features.
     fn take_publication(&mut self) {
-        if self.dead {
+        if matches!(self.phase, Phase::Broken | Phase::Lost) {
             return;
         }
-        if self.window.device_state() == DeviceState::Failed {
+        if self.channel.window.device_state() == DeviceState::Failed {
             self.device_fault("the device says that it failed".to_owned());
             return;
         }
-        let Some(published) = self.window.published(self.known_seq) else {
+        let Some(published) = self.channel.window.published(self.known_seq) else {
             return;
         };
         self.known_seq = published.seq;
+        if self.known
+            && !self.published
+            && let Err(difference) = self.compare(&published)
+        {
+            self.device_fault(difference);
+            return;
+        }
+        self.known = true;
+        if !std::mem::replace(&mut self.published, true) {
+            self.enter(Phase::Serving);
+        }
         let fields = self.kind.device_fields();
         let mut changed = false;
         self.settle(|image| {
@@ -311,15 +289,18 @@ impl Gate {
     pub(crate) fn pass(&mut self, memory: &GuestMemoryMmap) -> Pass {
         self.take_publication();
         self.start_if_drained(memory);
-        if self.dead {
+        if self.phase == Phase::Lost {
             return self.dead_pass(memory);
         }
         for queue in &mut self.queues {
-            queue.quiet(memory, &self.window.memory);
+            queue.quiet(memory, &self.channel.window.memory);
+        }
+        if !self.is_attached() {
+            return Pass::Quiet;
         }
         let mut budget = PASS_BUDGET;
-        while self.turn(memory, &mut budget) && !self.dead && budget > 0 {}
-        if self.dead || budget < PASS_BUDGET {
+        while self.turn(memory, &mut budget) && self.is_attached() && budget > 0 {}
+        if !self.is_attached() || budget < PASS_BUDGET {
             Pass::Again
         } else {
             Pass::Quiet
@@ -329,13 +310,14 @@ impl Gate {
     /// Asks guest and device to ring at the next request or completion. Returns whether there is
     /// something to do already, in which case the caller must not sleep.
     pub(crate) fn arm(&mut self, memory: &GuestMemoryMmap) -> bool {
-        let window = &self.window.memory;
-        let dead = self.dead;
+        let window = &self.channel.window.memory;
+        let phase = self.phase;
         self.queues.iter_mut().fold(false, |more, queue| {
-            let here = if dead {
-                queue.listen_guest(memory)
-            } else {
-                queue.listen(memory, window)
+            let here = match phase {
+                Phase::Lost => queue.listen_guest(memory),
+                // A successor rings when it is there, and everything is looked at then.
+                Phase::Broken | Phase::Prepared => false,
+                Phase::Starting | Phase::Serving => queue.listen(memory, window),
             };
             more | here
         })
@@ -343,15 +325,14 @@ impl Gate {
 
     /// Whether there is something to do. Cheap, and changes nothing.
     pub(crate) fn has_work(&self, memory: &GuestMemoryMmap) -> bool {
-        self.queues
-            .iter()
-            .any(|queue| queue.has_work(memory, &self.window.memory))
+        let window = &self.channel.window.memory;
+        self.is_attached() && self.queues.iter().any(|q| q.has_work(memory, window))
     }
 
     /// Whether a driver is likely to be waiting for this device's answers, so that looking for its
     /// next request for a moment pays.
     pub(crate) const fn is_latency_bound(&self) -> bool {
-        matches!(self.kind, VirtioKind::Blk) && self.running && !self.dead
+        matches!(self.kind, VirtioKind::Blk) && self.running && self.is_attached()
     }
 
     /// Whether the device process is working on requests.
@@ -366,32 +347,38 @@ impl Gate {
         let mut guest_fault = None;
         let mut device_fault = None;
         let mut kick = false;
-        let mut interrupt = false;
+        let alone = self.alone;
         for (queue, stream) in self.queues.iter_mut().zip(&mut self.streams) {
             let mut backing = Backing {
                 memory,
-                window: &self.window,
+                window: &self.channel.window,
                 pages: &mut self.pages,
                 stream,
+                order: &mut self.order,
                 epoch: self.epoch,
             };
             if let Err(fault) = queue.complete(&mut backing, budget) {
                 device_fault = Some(fault.to_string());
                 break;
             }
-            match queue.take(&mut backing, budget) {
-                Ok(Taken::All | Taken::Some) => {}
-                Err(fault) => guest_fault = Some(fault),
+            if !alone {
+                match queue.take(&mut backing, budget) {
+                    Ok(Taken::All | Taken::Some) => {}
+                    Err(fault) => guest_fault = Some(fault),
+                }
             }
-            kick |= queue.announce(&self.window.memory);
-            interrupt |= queue.wants_interrupt(memory);
+        }
+        if alone && device_fault.is_none() {
+            let tried = self.try_suspects(memory, budget);
+            guest_fault = tried.err();
+        }
+        for queue in &mut self.queues {
+            kick |= queue.announce(&self.channel.window.memory);
         }
         if kick {
-            self.bells.kick.ring();
+            self.channel.bells.kick.ring();
         }
-        if interrupt {
-            self.link.raise(INTERRUPT_VRING);
-        }
+        self.raise_if_wanted(memory);
         if let Some(fault) = guest_fault {
             self.guest_fault(&fault);
         }
@@ -402,28 +389,34 @@ impl Gate {
         started || *budget != before
     }
 
+    pub(super) fn raise_if_wanted(&mut self, memory: &GuestMemoryMmap) {
+        let queues = self.queues.iter_mut();
+        let wanted = queues.fold(false, |wanted, queue| {
+            wanted | queue.wants_interrupt(memory)
+        });
+        if wanted {
+            self.link.raise(INTERRUPT_VRING);
+        }
+    }
+
     /// A device without a process answers with errors, so that nothing hangs.
     fn dead_pass(&mut self, memory: &GuestMemoryMmap) -> Pass {
         let mut budget = PASS_BUDGET;
-        let mut interrupt = false;
         let mut fault = None;
         for (queue, stream) in self.queues.iter_mut().zip(&mut self.streams) {
             let mut backing = Backing {
                 memory,
-                window: &self.window,
+                window: &self.channel.window,
                 pages: &mut self.pages,
                 stream,
+                order: &mut self.order,
                 epoch: self.epoch,
             };
             if let Err(e) = queue.fail_all(&mut backing, &mut budget) {
                 fault = Some(e);
-                continue;
             }
-            interrupt |= queue.wants_interrupt(memory);
         }
-        if interrupt {
-            self.link.raise(INTERRUPT_VRING);
-        }
+        self.raise_if_wanted(memory);
         if let Some(fault) = fault {
             self.guest_fault(&fault);
         }

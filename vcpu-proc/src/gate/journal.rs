@@ -36,6 +36,10 @@ pub(crate) struct Entry {
     pub(crate) epoch: u64,
     /// Whether the slot is in use.
     pub(crate) in_flight: bool,
+    /// Place among all requests of the device, in the order in which the guest put them.
+    pub(crate) order: u64,
+    /// Device processes that died with it in their hands.
+    pub(crate) deaths: u8,
 }
 
 impl Entry {

@@ -8,14 +8,18 @@
 //! All gates of a VM run on one thread ([`thread`]), which never waits for a device: it looks at
 //! rings, and sleeps in epoll. The journal of requests in flight ([`journal`]) is in private memory.
 //!
-//! A guest that breaks the virtio protocol gets DEVICE_NEEDS_RESET; a device that does is dropped:
-//! its requests are answered with errors from then on.
+//! A guest that breaks the virtio protocol gets DEVICE_NEEDS_RESET. A device that does, or dies, is replaced
+//! by a new process, which is given its requests ([`succession`]); only when the broker has given
+//! up on it are they answered with errors.
 
 mod copy;
 mod device;
 mod journal;
+mod link;
 mod queue;
+mod succession;
 pub(crate) mod thread;
 
-pub(crate) use device::{ConfigImage, Gate, GateLink};
+pub(crate) use device::{DeviceChannel, Gate};
+pub(crate) use link::{Attachment, ConfigImage, GateLink, Phase};
 pub use thread::GateThread;

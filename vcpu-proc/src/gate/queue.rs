@@ -3,13 +3,17 @@
 //! Invariant: every in-flight slot of the shadow queue has a journal entry, and the other way
 //! round. A guest reset ends the guest's interest in its entries at once, but their window pages
 //! stay taken until the device has returned them, since it may still be writing there.
+//!
+//! When the device process has died, [`GateQueue::retire`] takes its requests back, and they are the
+//! first that its successor is given.
 
 use super::copy::{Direction, NotMemory, copy_spans};
 use super::journal::{Entry, GuestSpan};
 use bulkhead_ipc::device_kind::{Framing, HEAD_SLOT_BYTES, POSITION_BYTES, TAIL_OFFSET};
 use bulkhead_ipc::ring::{RequestLayout, RingFault, ShadowDriver, Span, WindowPages};
 use bulkhead_ipc::shared::SharedMemory;
-use bulkhead_ipc::window::{DATA_PAGE_BYTES, Window};
+use bulkhead_ipc::window::{DATA_PAGE_BYTES, QueueLayout, Window};
+use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
@@ -64,8 +68,10 @@ pub(crate) struct Backing<'a> {
     pub(crate) memory: &'a GuestMemoryMmap,
     pub(crate) window: &'a Window,
     pub(crate) pages: &'a mut WindowPages,
-    /// Bytes of output so far, for positioned queues.
+    /// Bytes of output so far, for positioned queues; of input, for queues that wait for it.
     pub(crate) stream: &'a mut u64,
+    /// Requests so far.
+    pub(crate) order: &'a mut u64,
     /// Count of guest resets.
     pub(crate) epoch: u64,
 }
@@ -82,17 +88,24 @@ pub(crate) enum Taken {
 #[derive(Debug)]
 pub(crate) struct GateQueue {
     index: usize,
-    framing: Framing,
-    guest: Option<Queue>,
-    shadow: ShadowDriver,
-    journal: Vec<Entry>,
+    pub(super) framing: Framing,
+    pub(super) layout: QueueLayout,
+    pub(super) guest: Option<Queue>,
+    pub(super) shadow: ShadowDriver,
+    pub(super) journal: Vec<Entry>,
     /// A chain that was taken from the guest but did not fit the window yet.
-    waiting: Option<Entry>,
+    pub(super) waiting: Option<Entry>,
+    /// Requests that a dead device process had, to be given to its successor, oldest first.
+    pub(super) replay: VecDeque<Entry>,
+    /// Those of them that two device processes died with: each is tried alone.
+    pub(super) suspects: VecDeque<Entry>,
+    /// A suspect is alone with the device, so nothing else is taken.
+    pub(super) held: bool,
     spare: Entry,
     used_added: bool,
     /// Window pages that this queue holds, and how many it may: a queue whose requests stay with
     /// the device (console input) must not starve the others.
-    pages_held: usize,
+    pub(super) pages_held: usize,
     pages_limit: usize,
 }
 
@@ -106,10 +119,14 @@ impl GateQueue {
         Some(Self {
             index,
             framing,
+            layout,
             guest: None,
             shadow: ShadowDriver::new(layout),
             journal,
             waiting: None,
+            replay: VecDeque::new(),
+            suspects: VecDeque::new(),
+            held: false,
             spare: Entry::default(),
             used_added: false,
             pages_held: 0,
@@ -147,6 +164,8 @@ impl GateQueue {
             entry.clear();
             self.spare = entry;
         }
+        self.replay.clear();
+        self.suspects.clear();
         self.used_added = false;
     }
 
@@ -163,6 +182,14 @@ impl GateQueue {
                 }
                 if self.shadow.next_slot().is_none() {
                     return Ok(Taken::Some);
+                }
+                if let Some(entry) = self.replay.pop_front() {
+                    self.waiting = Some(entry);
+                    *budget -= 1;
+                    if !self.submit_waiting(backing)? {
+                        return Ok(Taken::Some);
+                    }
+                    continue;
                 }
                 let mut entry = std::mem::take(&mut self.spare);
                 entry.clear();
@@ -225,6 +252,9 @@ impl GateQueue {
         entry.writable_bytes = entry.writable_bytes.min(limit);
         entry.head = head;
         entry.epoch = backing.epoch;
+        entry.deaths = 0;
+        entry.order = *backing.order;
+        *backing.order += 1;
         if self.framing.positioned {
             entry.stream_position = *backing.stream;
             *backing.stream += entry.readable_bytes as u64;
@@ -233,7 +263,7 @@ impl GateQueue {
     }
 
     /// Gives the waiting request to the device. False when the window is full.
-    fn submit_waiting(&mut self, backing: &mut Backing<'_>) -> Result<bool, GuestFault> {
+    pub(super) fn submit_waiting(&mut self, backing: &mut Backing<'_>) -> Result<bool, GuestFault> {
         let Some(slot) = self.shadow.next_slot() else {
             return Ok(false);
         };
@@ -336,8 +366,11 @@ impl GateQueue {
             let Some(completion) = self.shadow.complete(&backing.window.memory)? else {
                 break;
             };
-            *budget -= 1;
+            *budget = budget.saturating_sub(1);
             done += 1;
+            if self.framing.waits_for_input {
+                *backing.stream = backing.stream.saturating_add(completion.written.into());
+            }
             let mut entry = match self.journal.get_mut(usize::from(completion.slot)) {
                 Some(place) => std::mem::take(place),
                 None => continue,
@@ -414,7 +447,10 @@ impl GateQueue {
             }
             release(&mut self.pages_held, backing.pages, &mut entry);
         }
-        if let Some(entry) = self.waiting.take() {
+        let mut kept = std::mem::take(&mut self.suspects);
+        kept.append(&mut self.replay);
+        kept.extend(self.waiting.take());
+        for entry in kept {
             self.fail(backing.memory, &entry);
         }
         while *budget > 0 {
@@ -428,7 +464,8 @@ impl GateQueue {
         Ok(())
     }
 
-    fn fail(&mut self, memory: &GuestMemoryMmap, entry: &Entry) {
+    /// Answers one request with an error that the guest's driver understands.
+    pub(crate) fn fail(&mut self, memory: &GuestMemoryMmap, entry: &Entry) {
         let tail_len = usize::from(self.framing.tail_bytes);
         if tail_len > 0
             && let Some(last) = entry.writable.last()
@@ -484,8 +521,7 @@ impl GateQueue {
     /// Asks guest and device to ring again. Returns whether something is there already.
     pub(crate) fn listen(&mut self, memory: &GuestMemoryMmap, window: &SharedMemory) -> bool {
         let completions = self.shadow.enable_calls(window);
-        let blocked = self.waiting.is_some() || self.shadow.next_slot().is_none();
-        if blocked {
+        if self.is_blocked() {
             // Requests wait for completions; a kick would tell nothing new.
             return completions;
         }
@@ -496,11 +532,15 @@ impl GateQueue {
         completions || requests
     }
 
+    /// Whether nothing can be taken before something is completed.
+    fn is_blocked(&self) -> bool {
+        self.held || self.waiting.is_some() || self.shadow.next_slot().is_none()
+    }
+
     /// Whether there is something to do, without changing any notification state.
     pub(crate) fn has_work(&self, memory: &GuestMemoryMmap, window: &SharedMemory) -> bool {
         self.shadow.has_completions(window)
-            || (self.waiting.is_none()
-                && self.shadow.next_slot().is_some()
+            || (!self.is_blocked()
                 && self.guest.as_ref().is_some_and(|guest| {
                     guest
                         .avail_idx(memory, Ordering::Relaxed)

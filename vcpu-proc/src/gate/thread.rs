@@ -51,7 +51,13 @@ pub(crate) enum Command {
         features: u64,
         queues: Vec<Option<Queue>>,
     },
-    /// The device process is gone.
+    /// The device process is dead; this is the generation of its successor.
+    Prepare {
+        slot: u8,
+        generation: u32,
+        blame: bool,
+    },
+    /// The device process is gone, and there is no other.
     Lost { slot: u8 },
     /// Leave.
     Stop,
@@ -152,6 +158,9 @@ impl GateThread {
         let mut busy = false;
         for device in self.devices.iter_mut().filter(|d| d.ready) {
             busy |= device.gate.pass(&self.memory) == Pass::Again;
+            if device.gate.take_news() {
+                let _already_rung = self.fault_bell.write(1);
+            }
             for fault in device.gate.take_faults() {
                 device.faults_reported += 1;
                 if device.faults_reported <= FAULTS_REPORTED_MAX {
@@ -232,6 +241,7 @@ impl GateThread {
             let slot = match &command {
                 Command::Reset { slot }
                 | Command::Activate { slot, .. }
+                | Command::Prepare { slot, .. }
                 | Command::Lost { slot } => *slot,
                 Command::Stop => return false,
             };
@@ -246,6 +256,9 @@ impl GateThread {
                 } => {
                     device.gate.activate(&self.memory, features, queues);
                 }
+                Command::Prepare {
+                    generation, blame, ..
+                } => device.gate.prepare(&self.memory, generation, blame),
                 Command::Lost { .. } => device.gate.lost(),
                 Command::Stop => return false,
             }
@@ -258,5 +271,6 @@ fn to_message(slot: u8, fault: Fault) -> FromVcpu {
     match fault {
         Fault::Guest(reason) => FromVcpu::GuestFault { slot, reason },
         Fault::Device(reason) => FromVcpu::DeviceFault { slot, reason },
+        Fault::GivenUp(reason) => FromVcpu::RequestGivenUp { slot, reason },
     }
 }

@@ -8,7 +8,7 @@ mod mmio;
 mod tests;
 
 use crate::gate::thread::{COMMANDS_MAX, Command, CommandSender, FAULTS_MAX, Served};
-use crate::gate::{Gate, GateLink, GateThread};
+use crate::gate::{Attachment, DeviceChannel, Gate, GateLink, GateThread};
 use bulkhead_ipc::platform;
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
@@ -17,7 +17,7 @@ use bulkhead_ipc::window::{Doorbells, LayoutError, Window, WindowLayout};
 use bulkhead_runtime::spin::Spin;
 use mmio::Transport;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::GuestMemoryMmap;
@@ -88,6 +88,7 @@ pub enum VirtioError {
 pub struct VirtioBus {
     slots: Vec<Option<Transport>>,
     wiring: Vec<SlotWiring>,
+    shared: Vec<(u8, Arc<DeviceChannel>, Arc<GateLink>)>,
     commands: CommandSender,
     faults: flume::Receiver<FromVcpu>,
     fault_bell: Arc<EventFd>,
@@ -143,6 +144,7 @@ pub fn build(
     slots.resize_with(platform::VIRTIO_MMIO_SLOTS, || None);
     let mut wiring = Vec::with_capacity(devices.len());
     let mut served = Vec::with_capacity(devices.len());
+    let mut shared = Vec::with_capacity(devices.len());
     for (slot, fds) in devices {
         let number = usize::from(slot.slot);
         let (Some(place @ None), Some(gsi)) =
@@ -170,6 +172,7 @@ pub fn build(
             kick: fds.kick.into(),
             call: Doorbell::from(fds.call),
         };
+        let channel = Arc::new(DeviceChannel { window, bells });
         let interrupt = eventfd()?;
         let notify = slot
             .queue_sizes
@@ -177,7 +180,8 @@ pub fn build(
             .map(|_| eventfd())
             .collect::<Result<Vec<_>, _>>()?;
         let link = Arc::new(GateLink::new(&slot, interrupt.try_clone()?));
-        let gate = Gate::new(&slot, window, bells, Arc::clone(&link));
+        let gate = Gate::new(&slot, Arc::clone(&channel), Arc::clone(&link));
+        shared.push((slot.slot, channel, Arc::clone(&link)));
         served.push(Served {
             slot: slot.slot,
             gate,
@@ -217,6 +221,7 @@ pub fn build(
     let bus = VirtioBus {
         slots,
         wiring,
+        shared,
         commands: sender,
         faults,
         fault_bell,
@@ -254,6 +259,31 @@ impl VirtioBus {
     #[must_use]
     pub fn wiring(&self) -> &[SlotWiring] {
         &self.wiring
+    }
+
+    /// The device process in `slot` is dead: everything is made ready for generation `generation`, as
+    /// [`VirtioBus::attachments`] will say. `blame` is whether a request may have killed it.
+    pub fn prepare_slot(&self, slot: u8, generation: u32, blame: bool) {
+        self.commands.send(Command::Prepare {
+            slot,
+            generation,
+            blame,
+        });
+    }
+
+    /// Which device process each slot has. When it changes, [`VirtioBus::fault_bell`] is rung.
+    pub(crate) fn attachments(&self) -> impl Iterator<Item = (u8, Attachment)> {
+        let shared = self.shared.iter();
+        shared.map(|(slot, _, link)| (*slot, link.attachment()))
+    }
+
+    /// Window, kick and call doorbell of `slot`, for a new device process.
+    #[must_use]
+    pub fn descriptors(&self, slot: u8) -> Option<[BorrowedFd<'_>; 3]> {
+        let (_, channel, _) = self.shared.iter().find(|(number, ..)| *number == slot)?;
+        let window = channel.window.memory.descriptor()?;
+        let bells = &channel.bells;
+        Some([window, bells.kick.as_fd(), bells.call.as_fd()])
     }
 
     /// The device process in `slot` is gone: its requests are answered with errors from now on.

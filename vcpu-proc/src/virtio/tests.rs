@@ -1,5 +1,7 @@
 //! The transport and the gates together, between a scripted driver and a scripted device.
 
+mod succession;
+
 use super::*;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::shared::sealed_memfd;
@@ -35,6 +37,19 @@ struct Machine {
     used: u16,
 }
 
+/// The device half of the shadow queue, as a process has it that was just born.
+fn device_queue(window: &Window) -> Queue {
+    let q = window.layout.queues[0];
+    let mut device = Queue::new(q.descriptors).unwrap();
+    let low = |a: usize| Some(u32::try_from(a).unwrap());
+    device.set_desc_table_address(low(q.desc_table), Some(0));
+    device.set_avail_ring_address(low(q.avail_ring), Some(0));
+    device.set_used_ring_address(low(q.used_ring), Some(0));
+    device.set_event_idx(true);
+    device.set_ready(true);
+    device
+}
+
 impl Machine {
     fn new() -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
@@ -47,14 +62,7 @@ impl Machine {
             .into_region();
         let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
         let device_memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
-        let q = window.layout.queues[0];
-        let mut device = Queue::new(q.descriptors).unwrap();
-        let low = |a: usize| Some(u32::try_from(a).unwrap());
-        device.set_desc_table_address(low(q.desc_table), Some(0));
-        device.set_avail_ring_address(low(q.avail_ring), Some(0));
-        device.set_used_ring_address(low(q.used_ring), Some(0));
-        device.set_event_idx(true);
-        device.set_ready(true);
+        let device = device_queue(&window);
         let (kick, call) = (Doorbell::new().unwrap(), Doorbell::new().unwrap());
         let own = |bell: &Doorbell| bell.try_clone().unwrap().into();
         let fds = SlotFds {
@@ -71,6 +79,8 @@ impl Machine {
             window_bytes: WINDOW_BYTES,
             features: 1 << 9,
             config: vec![0; 60],
+            output_position: 0,
+            input_position: 0,
         };
         let cpus = Cpus { host: 2, guest: 1 };
         let (bus, thread) = build(memory.clone(), vec![(slot, fds)], cpus).unwrap();
@@ -481,7 +491,7 @@ fn leftovers_of_a_reset_guest_are_not_answered_and_delay_the_next_start() {
 }
 
 #[test]
-fn lying_device_is_dropped_and_its_requests_end_with_errors() {
+fn lying_device_is_reported_and_its_requests_wait_for_what_becomes_of_it() {
     let mut m = Machine::new();
     m.publish();
     m.start();
@@ -492,6 +502,12 @@ fn lying_device_is_dropped_and_its_requests_end_with_errors() {
         m.wait_fault(),
         FromVcpu::DeviceFault { slot: 0, .. }
     ));
+    assert_eq!(
+        m.get(0x70) & 0x40,
+        0,
+        "the guest has not been told anything"
+    );
+    m.bus.device_lost(0);
     assert_eq!(m.used(), (0, 1));
     assert_eq!(
         m.memory.read_obj::<u8>(GuestAddress(0x5000)).unwrap(),

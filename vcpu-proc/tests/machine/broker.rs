@@ -142,6 +142,7 @@ impl Vm {
             quirks: !plan.complete_kvm && host_needs_quirks(Path::new("/sys")),
             devices: Vec::new(),
             legacy_generation: 1,
+            legacy_output_position: 0,
         };
         let (broker, process) = Channel::pair().unwrap();
         let walls = Arc::new(CountingWalls::default());

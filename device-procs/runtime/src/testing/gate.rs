@@ -127,6 +127,7 @@ impl Gate {
             head_bytes,
             tail_bytes,
             positioned,
+            waits_for_input: _,
         } = self.kind.framing(queue);
         assert_eq!(positioned, position.is_some());
         let driver = self.drivers.get_mut(queue).unwrap();

@@ -4,6 +4,7 @@ mod bench;
 mod bench_blk;
 mod beside;
 mod blk;
+mod blk_load;
 mod blk_sweep;
 mod button;
 mod changing;
@@ -32,6 +33,7 @@ const MODES: &[(&str, Mode)] = &[
     ("bench-mmio", bench::mmio),
     ("beside", beside::run),
     ("blk", blk::run),
+    ("blk-load", blk_load::run),
     ("button", button::run),
     ("console", console::run),
     ("counter", changing::counter),

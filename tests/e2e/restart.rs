@@ -1,0 +1,154 @@
+//! A device process can be killed, stopped or spoilt at any moment: another takes its place, and the
+//! guest sees a delay and nothing else.
+
+#![allow(
+    clippy::tests_outside_test_module,
+    clippy::print_stdout,
+    reason = "an integration test is a test module, and prints what it has measured"
+)]
+
+use bulkhead_tests::pattern::{self, SECTOR};
+use bulkhead_tests::{Fate, Intruder, Machine, Restart, kill, signal_process, window_of};
+use nix::sys::signal::Signal;
+use std::collections::HashMap;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+use tempfile::NamedTempFile;
+
+fn disk(bytes: u64) -> NamedTempFile {
+    let disk = NamedTempFile::new().unwrap();
+    disk.as_file().set_len(bytes).unwrap();
+    disk
+}
+
+/// The keys of the first record that begins with `name`.
+fn record(console: &str, name: &str) -> HashMap<String, u64> {
+    let line = console
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("BH ")?.strip_prefix(name))
+        .unwrap_or_else(|| panic!("no record {name}:\n{console}"));
+    let pairs = line
+        .split_whitespace()
+        .filter_map(|word| word.split_once('='));
+    pairs
+        .filter_map(|(key, value)| Some((key.to_owned(), value.parse().ok()?)))
+        .collect()
+}
+
+/// Reads the image behind the guest's back and compares it with what its last round has written.
+fn verify_image(disk: &NamedTempFile, console: &str) {
+    let end = record(console, "blk-load.end ");
+    let (seed, sectors) = (end["seed"], end["sectors"]);
+    let mut image = vec![0; usize::try_from(sectors).unwrap() * SECTOR];
+    disk.as_file().read_exact_at(&mut image, 0).unwrap();
+    assert_eq!(pattern::first_difference(seed, 0, &image), None);
+}
+
+/// Runs a guest that writes, flushes and verifies for `seconds`; `meanwhile` does what it does.
+fn under_load(seconds: u32, meanwhile: impl FnOnce(&mut Machine)) -> (String, Vec<Restart>) {
+    let disk = disk(4 << 20);
+    let path = disk.path().to_str().unwrap();
+    let load = format!("mode=blk-load seconds={seconds} qd=32 timeout=60");
+    let mut machine = Machine::test_guest(&load, &["--disk", path]);
+    machine.expect("BH blk-load.begin");
+    meanwhile(&mut machine);
+    let ended = machine.wait();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(ended.console.contains("BH done errors=0"), "{ended:?}");
+    verify_image(&disk, &ended.console);
+    let restarts = Restart::all(&ended.errors);
+    let mut times: Vec<u64> = restarts.iter().map(|r| r.after_us).collect();
+    times.sort_unstable();
+    if let (Some(p50), Some(max)) = (times.get(times.len() / 2), times.last()) {
+        println!("{} restarts: p50 {p50} us, longest {max} us", times.len());
+    }
+    (ended.errors, restarts)
+}
+
+#[test]
+fn disk_is_killed_fifty_times_under_load_and_the_guest_sees_no_error() {
+    let (errors, restarts) = under_load(8, |machine| {
+        for n in 1..=50 {
+            kill(machine.process("blk"));
+            machine.expect_restarts(n);
+            std::thread::sleep(Duration::from_millis(20 + n as u64 % 7 * 10));
+        }
+    });
+    assert_eq!(restarts.len(), 50, "{errors}");
+    assert!(!errors.contains("degraded"), "{errors}");
+    for (restart, generation) in restarts.iter().zip(2..) {
+        assert_eq!(
+            (restart.name.as_str(), restart.generation),
+            ("disk0", generation)
+        );
+    }
+}
+
+#[test]
+fn disk_process_that_tries_what_is_not_granted_is_replaced() {
+    let (errors, restarts) = under_load(3, |machine| {
+        let mut intruder = Intruder::enter(machine.process("blk"), None);
+        let fate = intruder.call(libc::SYS_socket, [2, 1, 0, 0, 0, 0]);
+        assert!(matches!(fate, Fate::Stopped { .. }), "{fate:?}");
+        machine.expect_restarts(1);
+    });
+    assert!(
+        restarts[0].reason.contains("system call socket("),
+        "{errors}"
+    );
+}
+
+#[test]
+fn disk_process_that_stands_still_is_found_out_and_replaced() {
+    let start = Instant::now();
+    let (errors, restarts) = under_load(12, |machine| {
+        signal_process(machine.process("blk"), Signal::SIGSTOP);
+        machine.expect_restarts(1);
+    });
+    println!("found out after {:?}", start.elapsed());
+    assert!(restarts[0].reason.contains("heartbeats"), "{errors}");
+}
+
+#[test]
+fn nonsense_in_the_window_costs_the_process_and_not_the_guest() {
+    let (errors, restarts) = under_load(6, |machine| {
+        for n in 1..=10u8 {
+            let victim = machine.process("blk");
+            // All of header and rings, but for the driver's half of the header.
+            let (memory, window) = window_of(victim);
+            let junk: Vec<u8> = (0..0x2_0000u32)
+                .map(|at| (at.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0] ^ n)
+                .collect();
+            // It may be dead before everything is written.
+            let _spoilt = memory.write_all_at(&junk, window + 0x1000);
+            machine.expect_restarts(n.into());
+        }
+    });
+    assert_eq!(restarts.len(), 10, "{errors}");
+}
+
+#[test]
+fn disk_that_dies_too_often_gives_errors_and_the_machine_lives() {
+    let disk = disk(16 << 20);
+    let path = disk.path().to_str().unwrap();
+    let load = "mode=bench-blk,idle op=rand_read bs=4k qd=8 seconds=20 timeout=5";
+    let mut machine = Machine::test_guest(load, &["--disk", path]);
+    machine.expect("BH bench-blk.begin");
+    let start = Instant::now();
+    while !machine.errors().contains("degraded: disk0 is lost") {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "{}",
+            machine.errors()
+        );
+        if let Some(victim) = machine.processes().of("blk") {
+            kill(victim);
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    println!("given up after {:?}", start.elapsed());
+    // The guest goes on: its driver counts failed requests and its next mode begins.
+    let said = machine.expect("BH idle ");
+    assert!(record(&said, "bench-blk.end ")["failed"] > 0, "{said}");
+    assert!(machine.processes().of("vcpu").is_some());
+}

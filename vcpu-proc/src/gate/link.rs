@@ -1,0 +1,144 @@
+//! What vCPU threads, the control thread and the gate thread share about one device: a few atomics,
+//! the configuration image, and how far its process is. Locks are only ever held for a copy.
+
+use bulkhead_ipc::protocol::birth::VirtioSlot;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Bit in the interrupt status register: used ring.
+pub(super) const INTERRUPT_VRING: u32 = 1;
+/// Bit in the interrupt status register: configuration or status.
+pub(super) const INTERRUPT_CONFIG: u32 = 2;
+
+/// How far the device process of a gate is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// The first one has not published its configuration yet.
+    Starting,
+    /// It serves.
+    Serving,
+    /// It broke its protocol or said that it failed; the broker has to decide.
+    Broken,
+    /// The window is ready for a successor, which has not published its configuration yet.
+    Prepared,
+    /// There is none any more.
+    Lost,
+}
+
+/// Which device process a gate works with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Attachment {
+    /// Its generation.
+    pub(crate) generation: u32,
+    /// How far it is.
+    pub(crate) phase: Phase,
+    /// When prepared: position in the output stream up to which everything is stored.
+    pub(crate) output_position: u64,
+    /// When prepared: bytes of input that the guest has been given.
+    pub(crate) input_position: u64,
+}
+
+/// The configuration space as the guest reads it.
+#[derive(Debug, Clone)]
+pub(crate) struct ConfigImage {
+    /// Configuration bytes.
+    pub(crate) bytes: Vec<u8>,
+    /// Device feature bits on offer, without the transport's.
+    pub(crate) features: u64,
+    /// Counts changes (virtio-mmio ConfigGeneration).
+    pub(crate) generation: u32,
+    /// Whether the device has published its own fields, or never will.
+    pub(crate) settled: bool,
+    /// Guest resets that the gate has carried out.
+    pub(crate) resets_done: u64,
+}
+
+/// What the threads share about one device.
+#[derive(Debug)]
+pub(crate) struct GateLink {
+    /// InterruptStatus register.
+    pub(crate) interrupt_status: AtomicU32,
+    /// Nonzero when the device needs a reset by the driver.
+    pub(crate) needs_reset: AtomicU32,
+    /// The irqfd.
+    pub(crate) interrupt: EventFd,
+    config: Mutex<ConfigImage>,
+    changed: Condvar,
+    attachment: Mutex<Attachment>,
+}
+
+impl GateLink {
+    pub(crate) fn new(slot: &VirtioSlot, interrupt: EventFd) -> Self {
+        let mut bytes = slot.config.clone();
+        bytes.resize(slot.kind.config_bytes(), 0);
+        let config = ConfigImage {
+            bytes,
+            features: slot.features,
+            generation: 0,
+            settled: false,
+            resets_done: 0,
+        };
+        Self {
+            interrupt_status: AtomicU32::new(0),
+            needs_reset: AtomicU32::new(0),
+            interrupt,
+            config: Mutex::new(config),
+            changed: Condvar::new(),
+            attachment: Mutex::new(Attachment {
+                generation: slot.generation,
+                phase: Phase::Starting,
+                output_position: slot.output_position,
+                input_position: slot.input_position,
+            }),
+        }
+    }
+
+    pub(crate) fn config(&self) -> MutexGuard<'_, ConfigImage> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `done`, at most `within`; woken by every change. Returns the image as it is then.
+    pub(crate) fn wait_config(
+        &self,
+        within: Duration,
+        mut done: impl FnMut(&ConfigImage) -> bool,
+    ) -> MutexGuard<'_, ConfigImage> {
+        let guard = self.config();
+        let waited = self
+            .changed
+            .wait_timeout_while(guard, within, |image| !done(image));
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    pub(crate) fn notify(&self) {
+        self.changed.notify_all();
+    }
+
+    /// Tells the driver to look at configuration and status.
+    pub(crate) fn raise_config(&self) {
+        self.raise(INTERRUPT_CONFIG);
+    }
+
+    /// Which device process there is.
+    pub(crate) fn attachment(&self) -> Attachment {
+        *self.lock_attachment()
+    }
+
+    pub(super) fn set_attachment(&self, attachment: Attachment) {
+        *self.lock_attachment() = attachment;
+    }
+
+    fn lock_attachment(&self) -> MutexGuard<'_, Attachment> {
+        self.attachment
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn raise(&self, bits: u32) {
+        self.interrupt_status.fetch_or(bits, Ordering::AcqRel);
+        // An irqfd that cannot count further has an interrupt pending already.
+        let _already_pending = self.interrupt.write(1);
+    }
+}

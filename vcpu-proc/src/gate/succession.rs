@@ -1,0 +1,230 @@
+//! From a dead device process to its successor, on the gate's side.
+//!
+//! ```text
+//!   dead and fenced ── completions that are in the used rings answered ── requests taken back
+//!     ── window as if new ── successor publishes: is it like its predecessor? ── suspects, one by
+//!     one ── the other requests, oldest first ── the guest's new ones
+//! ```
+//!
+//! The journal is the truth: whatever the dead process left in its window is not looked at again, and
+//! the guest sees a delay. A request that two processes died with is a *suspect* and is tried alone;
+//! if the third dies with it too, it is answered with an error, so that it costs itself and not
+//! the device.
+
+use super::device::{Fault, Gate};
+use super::journal::Entry;
+use super::link::{Attachment, Phase};
+use super::queue::{Backing, GateQueue, GuestFault};
+use bulkhead_ipc::ring::{ShadowDriver, WindowPages};
+use bulkhead_ipc::window::{DriverView, Published};
+use std::sync::atomic::Ordering;
+use vm_memory::GuestMemoryMmap;
+
+/// Deaths after which a request is tried alone.
+const DEATHS_SUSPECT: u8 = 2;
+/// Deaths after which it is not tried any more.
+const DEATHS_MAX: u8 = 3;
+
+impl Gate {
+    /// The device process is dead and nothing of its I/O is left: makes everything ready for generation
+    /// `generation`. `blame` is whether what it was working on may have killed it. A generation that
+    /// is not newer changes nothing.
+    pub(crate) fn prepare(&mut self, memory: &GuestMemoryMmap, generation: u32, blame: bool) {
+        if generation <= self.generation {
+            return;
+        }
+        if self.is_attached() {
+            self.take_last_completions(memory);
+        }
+        let blame = blame && self.published;
+        let mut output_position = None;
+        for n in 0..self.queues.len() {
+            let Some(queue) = self.queues.get_mut(n) else {
+                break;
+            };
+            let condemned = queue.retire(self.epoch, blame);
+            for entry in &condemned {
+                queue.fail(memory, entry);
+                self.faults.push(Fault::GivenUp(describe(n, entry)));
+            }
+            if queue.is_positioned() {
+                let stream = self.streams.get(n).copied().unwrap_or(0);
+                output_position = Some(queue.first_position().unwrap_or(stream));
+            }
+        }
+        self.pages = WindowPages::new(self.channel.window.layout.data_pages);
+        self.raise_if_wanted(memory);
+        self.generation = generation;
+        self.published = false;
+        let suspects = self.queues.iter().any(GateQueue::has_suspects);
+        self.hold(suspects);
+        self.known_seq = 0;
+        let needs_reset = u32::from(self.guest_at_fault);
+        self.link.needs_reset.store(needs_reset, Ordering::Release);
+        self.channel.window.renew(generation, self.driver_view());
+        let input = self.queues.iter().zip(&self.streams);
+        let input = input.filter(|(queue, _)| queue.waits_for_input());
+        let input_position = input.map(|(_, &stream)| stream).next();
+        self.phase = Phase::Prepared;
+        self.tell(Attachment {
+            generation,
+            phase: Phase::Prepared,
+            output_position: output_position.unwrap_or(0),
+            input_position: input_position.unwrap_or(0),
+        });
+    }
+
+    /// What the dead process completed and nobody has seen yet is as good as ever. Nonsense only means
+    /// that the rest is done again.
+    fn take_last_completions(&mut self, memory: &GuestMemoryMmap) {
+        for (queue, stream) in self.queues.iter_mut().zip(&mut self.streams) {
+            let mut backing = Backing {
+                memory,
+                window: &self.channel.window,
+                pages: &mut self.pages,
+                stream,
+                order: &mut self.order,
+                epoch: self.epoch,
+            };
+            let mut no_limit = u32::MAX;
+            if let Err(fault) = queue.complete(&mut backing, &mut no_limit) {
+                tracing::debug!(%fault, "the dead process left nonsense in a used ring");
+            }
+        }
+    }
+
+    /// Whether a successor is what its predecessor was, so that the guest need not know of it.
+    ///
+    /// # Errors
+    /// How it differs.
+    pub(super) fn compare(&self, published: &Published) -> Result<(), String> {
+        let image = self.link.config();
+        let lacking = image.features & !published.features;
+        if lacking != 0 {
+            return Err(format!("lacks features {lacking:#x} of its predecessor"));
+        }
+        if !self.kind.fields_are_fixed() {
+            return Ok(());
+        }
+        for &(offset, len) in self.kind.device_fields() {
+            let range = usize::from(offset)..usize::from(offset) + usize::from(len);
+            if image.bytes.get(range.clone()) != published.config.get(range) {
+                return Err(format!(
+                    "has another configuration at offset {offset} than its predecessor"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the next suspect to the device once nothing else is with it; lets the other requests go
+    /// when none is left.
+    pub(super) fn try_suspects(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        budget: &mut u32,
+    ) -> Result<(), GuestFault> {
+        if self.waits_for_device() || *budget == 0 {
+            return Ok(());
+        }
+        *budget -= 1;
+        let mut pairs = self.queues.iter_mut().zip(&mut self.streams);
+        let Some((queue, stream)) = pairs.find(|(queue, _)| queue.has_suspects()) else {
+            self.hold(false);
+            return Ok(());
+        };
+        let mut backing = Backing {
+            memory,
+            window: &self.channel.window,
+            pages: &mut self.pages,
+            stream,
+            order: &mut self.order,
+            epoch: self.epoch,
+        };
+        queue.submit_suspect(&mut backing)
+    }
+
+    /// While suspects are tried nothing else is taken.
+    fn hold(&mut self, alone: bool) {
+        self.alone = alone;
+        self.queues.iter_mut().for_each(|queue| queue.held = alone);
+    }
+
+    pub(super) fn driver_view(&self) -> DriverView {
+        DriverView {
+            features: if self.running { self.features } else { 0 },
+            epoch: self.epoch * 2 + u64::from(self.running),
+        }
+    }
+}
+
+impl GateQueue {
+    /// The device process is dead: takes back what it had. Returns the requests that are not to be
+    /// tried again.
+    fn retire(&mut self, epoch: u64, blame: bool) -> Vec<Entry> {
+        let mut back = Vec::new();
+        for place in &mut self.journal {
+            if !place.in_flight {
+                continue;
+            }
+            let mut entry = std::mem::take(place);
+            (entry.in_flight, entry.pages) = (false, None);
+            if entry.epoch != epoch || self.guest.is_none() {
+                // A leftover of before the guest's reset.
+                continue;
+            }
+            if blame && !self.framing.waits_for_input {
+                entry.deaths = entry.deaths.saturating_add(1);
+            }
+            back.push(entry);
+        }
+        back.extend(self.suspects.drain(..));
+        back.extend(self.replay.drain(..));
+        back.extend(self.waiting.take());
+        back.sort_by_key(|entry| entry.order);
+        self.shadow = ShadowDriver::new(self.layout);
+        self.pages_held = 0;
+        let mut condemned = Vec::new();
+        for entry in back {
+            match entry.deaths {
+                DEATHS_MAX.. => condemned.push(entry),
+                DEATHS_SUSPECT.. => self.suspects.push_back(entry),
+                _ => self.replay.push_back(entry),
+            }
+        }
+        condemned
+    }
+
+    fn has_suspects(&self) -> bool {
+        !self.suspects.is_empty()
+    }
+
+    fn submit_suspect(&mut self, backing: &mut Backing<'_>) -> Result<(), GuestFault> {
+        assert!(self.waiting.is_none(), "nothing is taken beside a suspect");
+        self.waiting = self.suspects.pop_front();
+        let submitted = self.submit_waiting(backing)?;
+        assert!(submitted, "an empty window has room for any one request");
+        Ok(())
+    }
+
+    fn is_positioned(&self) -> bool {
+        self.framing.positioned
+    }
+
+    fn waits_for_input(&self) -> bool {
+        self.framing.waits_for_input
+    }
+
+    /// Position of the oldest request that is to be done again.
+    fn first_position(&self) -> Option<u64> {
+        let again = self.suspects.iter().chain(&self.replay);
+        again.map(|entry| entry.stream_position).min()
+    }
+}
+
+fn describe(queue: usize, entry: &Entry) -> String {
+    format!(
+        "a request of queue {queue} with {} bytes to read and {} to write: {} processes died with it",
+        entry.readable_bytes, entry.writable_bytes, entry.deaths
+    )
+}
