@@ -59,7 +59,12 @@ enum Stage {
 impl Machine<'_> {
     /// Begins to put `id` in the place of the generation before it.
     pub(super) fn revive(&mut self, id: ProcId, blame: bool) {
-        let Some(slot) = self.household.in_place_of(id).and_then(|m| m.slot) else {
+        let dead = self.household.in_place_of(id);
+        let dead = dead.map(|member| (member.launched.id, member.slot));
+        if let Some((dead, _)) = dead {
+            self.nursery.home.forget(dead);
+        }
+        let Some((_, Some(slot))) = dead else {
             return self.not_revived(id, "has no slot".to_owned(), true);
         };
         self.revivals.push(Revival {
