@@ -282,12 +282,13 @@ impl Actor {
         let Some(live) = &self.live else {
             return Err(not_running(self.name()));
         };
+        let (asked, kills) = (life::asked(&command), command == Command::Kill);
         let sent = live.machine.commands.try_send(command);
         sent.map_err(|_| not_running(self.name()))?;
-        if let Some(word) = life::word_of(command) {
-            self.journal.event("asked", json!({ "for": word }));
+        if let Some(asked) = asked {
+            self.journal.event("asked", asked);
         }
-        if command == Command::Kill {
+        if kills {
             self.view.send_modify(|view| view.state = State::Stopping);
         }
         Ok(())

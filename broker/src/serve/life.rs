@@ -53,9 +53,9 @@ pub(super) async fn prepare(
     Ok((share, spec))
 }
 
-/// The word of a command that somebody gave, for the log.
-pub(super) const fn word_of(command: Command) -> Option<&'static str> {
-    Some(match command {
+/// A command that somebody gave, for the log.
+pub(super) fn asked(command: &Command) -> Option<Value> {
+    let word = match command {
         Command::PowerButton => "power_button",
         Command::RunOn => "run_on",
         Command::Kill => "kill",
@@ -63,8 +63,15 @@ pub(super) const fn word_of(command: Command) -> Option<&'static str> {
         Command::Interrupt => "interrupt",
         Command::Pause => "pause",
         Command::Resume => "resume",
+        Command::RestartDevice(device) => {
+            return Some(json!({ "for": "restart_device", "device": device }));
+        }
+        Command::UpgradeDevice(device) => {
+            return Some(json!({ "for": "upgrade_device", "device": device }));
+        }
         Command::Resize { .. } => return None,
-    })
+    };
+    Some(json!({ "for": word }))
 }
 
 /// A line of the log.
@@ -79,12 +86,14 @@ pub(super) fn line_of(event: &Event) -> Option<(&'static str, Value)> {
             id,
             after,
             landlock_abi,
+            program,
         } => (
             "process_locked",
             json!({
                 "process": id.to_string(),
                 "after_us": u64::try_from(after.as_micros()).unwrap_or(u64::MAX),
                 "landlock_abi": landlock_abi,
+                "version": program,
             }),
         ),
         Event::AllLocked { after } => (
@@ -97,6 +106,25 @@ pub(super) fn line_of(event: &Event) -> Option<(&'static str, Value)> {
             "device_lost",
             json!({ "process": id.to_string(), "name": name, "reason": reason }),
         ),
+        Event::Restarted(restart) => (
+            "device_restarted",
+            json!({
+                "process": restart.id.to_string(),
+                "name": restart.name,
+                "pid": restart.pid,
+                "generation": restart.id.generation,
+                "version": restart.program,
+                "after_us": u64::try_from(restart.after.as_micros()).unwrap_or(u64::MAX),
+                "reason": restart.reason,
+            }),
+        ),
+        Event::RequestGivenUp { name, reason } => (
+            "request_given_up",
+            json!({ "name": name, "reason": reason }),
+        ),
+        Event::Refused { command, reason } => {
+            ("refused", json!({ "command": command, "reason": reason }))
+        }
         Event::Denied { id, name, denial } => (
             "denied",
             json!({
@@ -176,6 +204,8 @@ pub(super) fn apply(view: &mut View, event: Event) {
                 reason,
             });
         }
+        // Its process is in the view since it was started.
+        Event::Restarted(restart) => view.degraded.retain(|d| d.device != restart.name),
         Event::Preserved => view.state = State::Preserved,
         Event::Restarting { count } => {
             view.restarts = count;
@@ -187,6 +217,8 @@ pub(super) fn apply(view: &mut View, event: Event) {
         | Event::Denied { .. }
         | Event::DeviceFault { .. }
         | Event::GuestFault { .. }
+        | Event::RequestGivenUp { .. }
+        | Event::Refused { .. }
         | Event::Ended(_) => {}
     }
 }

@@ -227,6 +227,7 @@ fn lie(channel: &Channel, prng: &mut Prng) {
             &Born::Locked {
                 version: 77,
                 landlock_abi: 255,
+                program: "\u{1b}[2J".repeat(200),
             },
             &[],
         ),
