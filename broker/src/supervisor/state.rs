@@ -286,7 +286,7 @@ impl Supervisor {
         let timeout = self.shutdown_timeout;
         let ending = self.ending;
         let Some(entry) = self.living(id) else { return };
-        if entry.broke.is_some() {
+        if entry.broke.is_some() || entry.phase == Phase::Undead {
             return;
         }
         entry.broke = Some(reason.clone());

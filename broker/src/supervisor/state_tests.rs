@@ -292,6 +292,19 @@ fn process_that_cannot_be_killed_is_given_up_and_has_no_second_beside_it() {
 }
 
 #[test]
+fn process_that_was_given_up_alive_is_lost_once() {
+    let mut s = running(2, rule(OnDeath::Restart));
+    let broke = || Event::Broke {
+        id: id(1),
+        reason: "b".to_owned(),
+    };
+    s.step(broke(), SECOND);
+    s.step(Event::Tick, 2 * SECOND);
+    assert_eq!(s.step(broke(), 3 * SECOND), []);
+    assert_eq!(s.next_deadline(), None);
+}
+
+#[test]
 fn news_of_an_old_generation_change_nothing() {
     let mut s = supervisor(1);
     let old = next(0, 0);
