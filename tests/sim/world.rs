@@ -138,6 +138,7 @@ impl World {
             on_poweroff: prng.pick(&ends),
             on_reboot: prng.pick(&ends),
             on_crash: prng.pick(&ends),
+            ..Lifecycle::default()
         };
         let may_restart = prng.one_in(2);
         let mut world = Self {

@@ -82,7 +82,7 @@ fn measure(bench: &Bench, vmm: Vmm, load: &Load, disk: &Path) -> Result<f64> {
     let mut running = bench.start(vmm, &arguments, Some(disk))?;
     let (begin, _) = running.record("bench-blk.begin")?;
     let (end, keys) = running.record("bench-blk.end")?;
-    running.finish()?;
+    let _exit_code = running.finish()?;
     ensure!(value(&keys, "failed")? == 0, "requests failed: {keys}");
     let elapsed = (end - begin).as_secs_f64();
     let done = if load.unit == "IOPS" {

@@ -10,7 +10,7 @@ pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
     let (ours, peer) = bench.alternate(|vmm| {
         let mut running = bench.start(vmm, "mode=hello end=debug:0", None)?;
         let elapsed = running.first_byte_ms()?;
-        running.finish()?;
+        let _exit_code = running.finish()?;
         Ok(elapsed)
     })?;
     print(Figure::new("boot.exec_to_first_byte", "ms", ours, peer))

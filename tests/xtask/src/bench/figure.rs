@@ -11,6 +11,7 @@ pub(super) struct Figure {
     min: f64,
     median: f64,
     p90: f64,
+    p99: f64,
     max: f64,
     #[serde(flatten)]
     peer: Option<Peer>,
@@ -44,6 +45,7 @@ impl Figure {
             min: round(quantile(&ours, 0)),
             median: round(median),
             p90: round(quantile(&ours, 90)),
+            p99: round(quantile(&ours, 99)),
             max: round(quantile(&ours, 100)),
             peer: (!peer.is_empty()).then(|| Peer {
                 peer: "qemu-microvm",
@@ -56,8 +58,8 @@ impl Figure {
     /// The table's heading.
     pub(super) fn heading() -> String {
         format!(
-            "{:<28} {:>6} {:>4} {:>10} {:>10} {:>10} {:>10} {:>12} {:>7}",
-            "figure", "unit", "n", "min", "median", "p90", "max", "qemu median", "ratio"
+            "{:<28} {:>6} {:>4} {:>10} {:>10} {:>10} {:>10} {:>10} {:>12} {:>7}",
+            "figure", "unit", "n", "min", "median", "p90", "p99", "max", "qemu median", "ratio"
         )
     }
 
@@ -68,8 +70,17 @@ impl Figure {
             None => ("-".to_owned(), "-".to_owned()),
         };
         format!(
-            "{:<28} {:>6} {:>4} {:>10} {:>10} {:>10} {:>10} {:>12} {:>7}",
-            self.name, self.unit, self.n, self.min, self.median, self.p90, self.max, peer, ratio
+            "{:<28} {:>6} {:>4} {:>10} {:>10} {:>10} {:>10} {:>10} {:>12} {:>7}",
+            self.name,
+            self.unit,
+            self.n,
+            self.min,
+            self.median,
+            self.p90,
+            self.p99,
+            self.max,
+            peer,
+            ratio
         )
     }
 }

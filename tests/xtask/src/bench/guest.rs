@@ -91,12 +91,13 @@ impl Bench {
     /// The command that boots the guest with `arguments` on its command line.
     pub(super) fn command(&self, vmm: Vmm, arguments: &str, disk: Option<&Path>) -> Command {
         match vmm {
-            Vmm::Bulkhead => self.bulkhead(arguments, disk),
+            Vmm::Bulkhead => self.bulkhead(arguments, disk, GUEST_TIMEOUT_S),
             Vmm::Qemu => self.qemu(arguments, disk),
         }
     }
 
-    fn bulkhead(&self, arguments: &str, disk: Option<&Path>) -> Command {
+    /// Bulkhead alone, with a guest that runs for as long as it wants.
+    pub(super) fn bulkhead(&self, arguments: &str, disk: Option<&Path>, timeout_s: u64) -> Command {
         let mut run = command::command(self.binaries.join("bulkhead"));
         run.env("BULKHEAD_STATE_DIR", self.directory().join("state"));
         run.env("BULKHEAD_RUNTIME_DIR", self.directory().join("run"));
@@ -104,7 +105,7 @@ impl Bench {
         run.arg("run").arg("--kernel").arg(&self.guest);
         run.args(["--cmdline", arguments, "-c", "1", "-m"])
             .arg(format!("{MEMORY_MIB}MiB"));
-        run.arg(format!("--timeout={GUEST_TIMEOUT_S}s"));
+        run.arg(format!("--timeout={timeout_s}s"));
         if let Some(disk) = disk {
             run.arg("--disk").arg(disk);
         }
@@ -155,7 +156,11 @@ impl Bench {
 
     /// Starts the guest with its serial port on a pipe.
     pub(super) fn start(&self, vmm: Vmm, arguments: &str, disk: Option<&Path>) -> Result<Running> {
-        let mut command = self.command(vmm, arguments, disk);
+        self.spawn(self.command(vmm, arguments, disk))
+    }
+
+    /// Starts a prepared command with the guest's serial port on a pipe.
+    pub(super) fn spawn(&self, mut command: Command) -> Result<Running> {
         let log = self.directory().join("stderr");
         let errors = File::create(&log)?;
         command
@@ -165,7 +170,7 @@ impl Bench {
         let started = Instant::now();
         let mut child = command
             .spawn()
-            .with_context(|| format!("cannot start {vmm:?}"))?;
+            .with_context(|| format!("cannot start {command:?}"))?;
         let output = child.stdout.take().context("no pipe")?;
         Ok(Running {
             child,
@@ -223,15 +228,15 @@ impl Running {
         }
     }
 
-    /// Waits for the end of a guest that ends by itself.
-    pub(super) fn finish(mut self) -> Result<()> {
+    /// Waits for the end of a guest that ends by itself, and returns the VMM's exit code.
+    pub(super) fn finish(mut self) -> Result<Option<i32>> {
         let mut rest = Vec::new();
         self.output.read_to_end(&mut rest)?;
-        self.child.wait()?;
-        Ok(())
+        Ok(self.child.wait()?.code())
     }
 
-    fn errors(&self) -> String {
+    /// What the VMM has said on standard error so far.
+    pub(super) fn errors(&self) -> String {
         std::fs::read_to_string(&self.log)
             .unwrap_or_default()
             .trim()

@@ -24,6 +24,6 @@ fn measure(bench: &Bench, vmm: Vmm, mode: &str) -> Result<f64> {
         value(&keys, "count")? == 20_000,
         "the guest did something else: {keys}"
     );
-    running.finish()?;
+    let _exit_code = running.finish()?;
     Ok((end - begin).as_secs_f64() * 1e6 / READS)
 }

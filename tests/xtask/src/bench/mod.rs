@@ -8,6 +8,7 @@
 
 mod blk;
 mod boot;
+mod faults;
 mod figure;
 mod guest;
 mod kernel_memory;
@@ -47,6 +48,8 @@ enum Suite {
     Mmio,
     /// Block device throughput and latency.
     Blk,
+    /// Device processes killed at random under load: time to service, and what the guest saw.
+    Faults,
 }
 
 /// Runs the suites asked for.
@@ -77,6 +80,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             Suite::Memory => memory::run(&bench, &mut print)?,
             Suite::Mmio => mmio::run(&bench, &mut print)?,
             Suite::Blk => blk::run(&bench, &mut print)?,
+            Suite::Faults => faults::run(&bench, &mut print)?,
         }
     }
     Ok(())

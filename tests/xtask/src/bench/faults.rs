@@ -1,0 +1,119 @@
+//! `faults.*`: device processes are killed at random while a guest verifies a disk, its memory and the
+//! bytes around every buffer in flight (mode `beside` of the test guest).
+
+use super::Print;
+use super::figure::Figure;
+use super::guest::{Bench, value};
+use crate::process;
+use anyhow::{Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs::File;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// Processes to be killed in all.
+const KILLS: usize = 1000;
+/// How long one guest runs before the next one does.
+const GUEST_S: u64 = 30;
+/// How long a process may take to be back.
+const BACK_WITHIN: Duration = Duration::from_secs(20);
+/// Kinds that are killed.
+const KINDS: [&str; 4] = ["blk", "console", "rng", "legacy"];
+
+pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
+    let mut after_ms = Vec::new();
+    let (mut guest_errors, mut seed) = (0, 0);
+    while after_ms.len() < KILLS {
+        seed += 1;
+        guest_errors += one_guest(bench, seed, &mut after_ms)?;
+    }
+    print(Figure::new("faults.restart", "ms", after_ms, Vec::new()))?;
+    let errors = f64::from(guest_errors);
+    print(Figure::new(
+        "faults.guest_errors",
+        "",
+        vec![errors],
+        Vec::new(),
+    ))
+}
+
+/// Kills its processes until the guest ends. Returns the errors that the guest counted.
+fn one_guest(bench: &Bench, seed: u64, after_ms: &mut Vec<f64>) -> Result<u32> {
+    let disk = bench.directory().join("faults.img");
+    File::create(&disk)?.set_len(8 << 20)?;
+    let cmdline = format!("mode=beside seconds={GUEST_S} seed={seed} qd=16 timeout=60");
+    let mut running = bench.spawn(bench.bulkhead(&cmdline, Some(&disk), 4 * GUEST_S))?;
+    running.record("beside")?;
+    let until = Instant::now() + Duration::from_secs(GUEST_S - 2);
+    let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut killed = 0;
+    while Instant::now() < until && after_ms.len() + killed < KILLS {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let kind = KINDS[usize::try_from(random >> 32)? % KINDS.len()];
+        let Some(victim) = of_kind(running.pid(), kind) else {
+            bail!("no {kind} process: {}", running.errors());
+        };
+        kill(Pid::from_raw(i32::try_from(victim)?), Signal::SIGKILL)?;
+        killed += 1;
+        let deadline = Instant::now() + BACK_WITHIN;
+        while times(&running.errors()).len() < killed {
+            ensure!(
+                Instant::now() < deadline,
+                "{kind} is not served again after {BACK_WITHIN:?}: {}",
+                running.errors()
+            );
+            sleep(Duration::from_millis(1));
+        }
+        sleep(Duration::from_micros(random % 20_000));
+    }
+    after_ms.extend(times(&running.errors()));
+    let (_, keys) = running.record("beside.end")?;
+    ensure!(value(&keys, "rounds")? > 0, "nothing was verified: {keys}");
+    let (_, keys) = running.record("done")?;
+    let errors = u32::try_from(value(&keys, "errors")?)?;
+    let code = running.finish()?;
+    ensure!(
+        code == Some(0) || errors > 0,
+        "the machine ended with {code:?}"
+    );
+    Ok(errors)
+}
+
+/// The process of `kind` below `root` that is alive.
+fn of_kind(root: u32, kind: &str) -> Option<u32> {
+    let name = format!("bulkhead-{kind}");
+    let is = |pid: &u32| {
+        let cmdline = std::fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline"));
+        cmdline.is_ok_and(|line| line.split(|byte| *byte == 0).next() == Some(name.as_bytes()))
+    };
+    process::tree(root).into_iter().find(is)
+}
+
+/// Time from death to service of each restart so far, in milliseconds.
+fn times(errors: &str) -> Vec<f64> {
+    let time = |line: &str| -> Option<f64> {
+        let (_, rest) = line
+            .strip_prefix("bulkhead: restarted: ")?
+            .split_once(" after ")?;
+        let (us, _) = rest.split_once(" us")?;
+        us.parse::<f64>().ok().map(|us| us / 1000.0)
+    };
+    errors.lines().filter_map(time).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_to_service_is_read_from_the_notice() {
+        let errors = "x\nbulkhead: restarted: disk0 is served by process 7 (generation 2, version 0.1.0) \
+                      after 8123 us: killed\n";
+        assert_eq!(times(errors), [8.123]);
+        assert!(times("bulkhead: degraded: disk0").is_empty());
+    }
+}
