@@ -12,7 +12,7 @@ use bulkhead::authority::graph::Graph;
 use bulkhead::authority::{Authority, Measured, Subject, measure, svg, table};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_policies::cache::Compiled;
-use bulkhead_tests::{Fate, Intruder, Machine};
+use bulkhead_tests::{Daemon, Fate, Intruder, Machine};
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::fs::File;
@@ -251,4 +251,43 @@ fn disk_process_that_could_grow_its_image_is_named() {
     let policies = Compiled::fresh(None, false).unwrap();
     let found = named(&differences(&authority, &policies));
     assert!(found.contains("Max file size is unlimited"), "{found}");
+}
+
+#[test]
+fn inspect_shows_the_authority_of_a_machine_and_fails_when_it_differs() {
+    let daemon = Daemon::start();
+    daemon.create_and_start("web", "mode=idle", &[]);
+    for kind in ["vcpu", "legacy", "console", "rng"] {
+        let _locked = daemon.process("web", kind);
+    }
+    let table = daemon.good(&["inspect", "web", "--authority"]);
+    assert!(table.contains("/dev/urandom (r)"), "{table}");
+    let json = daemon.json(&["inspect", "web", "--authority"]);
+    assert_eq!(json["differences"], serde_json::json!([]));
+    assert_eq!(json["processes"].as_array().unwrap().len(), 4);
+    let dot = daemon.good(&["inspect", "web", "--authority", "--dot"]);
+    assert!(
+        dot.starts_with("graph authority {") && dot.contains("rng0.1"),
+        "{dot}"
+    );
+    let picture = daemon.good(&["inspect", "web", "--authority", "--svg"]);
+    assert!(
+        picture.starts_with("<svg ") && picture.contains("rng0.1"),
+        "{picture}"
+    );
+    // The operator changes a policy while the machine runs under the one that it was started with.
+    let policies = daemon.scratch().join("etc/policies.d");
+    std::fs::create_dir_all(&policies).unwrap();
+    let text = "kind = \"rng\"\n[[deny]]\nname = \"read\"\n";
+    std::fs::write(policies.join("rng.toml"), text).unwrap();
+    let done = daemon.run(&["inspect", "web", "--authority"]);
+    assert_eq!(done.code, 6, "{done:?}");
+    assert!(
+        done.errors.contains("rng0.1: filters: thread main"),
+        "{done:?}"
+    );
+    assert!(
+        done.errors.contains("it permits read beyond it"),
+        "{done:?}"
+    );
 }

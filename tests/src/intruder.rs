@@ -64,6 +64,12 @@ impl Intruder {
         }
     }
 
+    /// The system call that was interrupted: its number and its second argument.
+    #[must_use]
+    pub const fn interrupted(&self) -> (u64, u64) {
+        (self.saved.orig_rax, self.saved.rsi)
+    }
+
     /// Puts `bytes` below the thread's stack and returns their address.
     ///
     /// # Panics

@@ -45,6 +45,22 @@ pub(super) struct Names {
     pub(super) client: ClientArgs,
 }
 
+impl Names {
+    /// The one machine that an option is for.
+    ///
+    /// # Errors
+    /// When there are several.
+    pub(super) fn only(&self, option: &str) -> Result<&str, Failure> {
+        match self.names.as_slice() {
+            [name] => Ok(name),
+            names => {
+                let line = format!("{option} is for one machine, and {} are named", names.len());
+                Err(Failure::new(USAGE, line))
+            }
+        }
+    }
+}
+
 /// A power button and patience.
 #[derive(Debug, Clone, Copy, Args)]
 pub(super) struct StopOptions {

@@ -4,6 +4,7 @@
 //! Nothing is decided here that an API would have to decide again. Only commands that work are
 //! registered.
 
+mod authority_command;
 mod client_args;
 mod disk_arg;
 mod doctor_command;
@@ -94,8 +95,7 @@ enum Command {
     /// List machines
     #[command(visible_alias = "ps")]
     List(show_commands::ListArgs),
-    /// Show everything that is known of machines
-    Inspect(machine_commands::Names),
+    Inspect(authority_command::InspectArgs),
     /// Show what the processes of machines have used
     Stats(machine_commands::Names),
     /// Show the events of a machine's life, or the output of its guest
@@ -180,7 +180,7 @@ pub fn main() -> ExitCode {
         Command::Pause(names) => machine_commands::verb(Verb::Pause, &names, &cli.paths),
         Command::Resume(names) => machine_commands::verb(Verb::Resume, &names, &cli.paths),
         Command::List(args) => show_commands::list(&args, &cli.paths),
-        Command::Inspect(names) => show_commands::inspect(&names, &cli.paths),
+        Command::Inspect(args) => authority_command::run(&args, &cli.paths),
         Command::Stats(names) => show_commands::stats(&names, &cli.paths),
         Command::Logs(args) => show_commands::logs(&args, &cli.paths),
         Command::Rm(args) => machine_commands::remove(&args, &cli.paths),
