@@ -48,7 +48,7 @@ fn spec(directory: &Path, guest: Guest) -> VmSpec {
     let disk = directory.join("disk.img");
     std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
     let kernel = KernelSource::Image {
-        name: "tiny",
+        name: "tiny".into(),
         bytes: guest.elf().into(),
     };
     let mut spec = VmSpec::new("test", kernel);

@@ -1,5 +1,7 @@
 //! One run of `bulkhead run`, from the outside.
 
+use bulkhead::vm::adopt::{Orphan, orphans};
+use bulkhead_ipc::output_ring::OutputReader;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fmt::Write as _;
@@ -340,6 +342,70 @@ impl Machine {
         }
     }
 
+    /// Kills `bulkhead` itself with SIGKILL, and waits until it is gone. Its machine lives on.
+    ///
+    /// # Panics
+    /// When it is gone already.
+    pub fn kill_broker(&mut self) {
+        self.signal(Signal::SIGKILL);
+        let _reaped = self.child.wait();
+    }
+
+    /// The runtime directory of this `bulkhead`.
+    #[must_use]
+    pub fn runtime(&self) -> PathBuf {
+        self.scratch.path().join("run")
+    }
+
+    /// The machines here that no broker owns.
+    ///
+    /// # Panics
+    /// When the runtime directory cannot be read.
+    #[must_use]
+    pub fn orphans(&self) -> Vec<Orphan> {
+        orphans(&self.runtime()).expect("the runtime directory")
+    }
+
+    /// What the guest has written to its serial port, as the history on disk has it, without
+    /// anybody attached.
+    ///
+    /// # Panics
+    /// When there is not exactly one machine's history.
+    #[must_use]
+    pub fn serial_history(&self) -> String {
+        let rings = self.scratch.path().join("state/vms");
+        let rings: Vec<_> = fs::read_dir(rings).expect("state").flatten().collect();
+        let [ring] = &rings[..] else {
+            panic!("{} machines have state here", rings.len());
+        };
+        let file = File::open(ring.path().join("serial.ring")).expect("a history");
+        let mut reader = OutputReader::new(file).expect("a ring");
+        let (mut all, mut buffer) = (Vec::new(), [0; 4096]);
+        loop {
+            let got = reader.read(&mut buffer).expect("a ring");
+            all.extend_from_slice(&buffer[..got.bytes]);
+            if got.bytes == 0 {
+                return String::from_utf8_lossy(&all).into_owned();
+            }
+        }
+    }
+
+    /// Waits until the history of the serial port holds `text`.
+    ///
+    /// # Panics
+    /// When it does not come within two minutes.
+    pub fn expect_history(&self, text: &str) {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        loop {
+            let history = self.serial_history();
+            if history.contains(text) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "no `{text}` in:\n{history}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Sends a signal to `bulkhead`.
     ///
     /// # Panics
@@ -390,6 +456,39 @@ impl Machine {
         }
     }
 
+    /// As [`Machine::wait`]; what it leaves in its directories is kept.
+    ///
+    /// # Panics
+    /// As [`Machine::wait_within`].
+    #[must_use]
+    pub fn wait_and_keep(mut self) -> (Ended, tempfile::TempDir) {
+        let elsewhere = tempfile::tempdir().expect("tempdir");
+        let scratch = std::mem::replace(&mut self.scratch, elsewhere);
+        let mut ended = self.wait();
+        ended.errors = fs::read_to_string(scratch.path().join("stderr")).unwrap_or_default();
+        (ended, scratch)
+    }
+
+    /// Tries to start another machine with the same directories and waits for its end.
+    ///
+    /// # Panics
+    /// When `bulkhead` cannot be started.
+    #[must_use]
+    pub fn another(&self, arguments: &[&str]) -> Ended {
+        let guest = super::path("BULKHEAD_TEST_GUEST");
+        let mut command = bulkhead(self.scratch.path());
+        command.arg("run").arg("--kernel").arg(guest);
+        command.args(["-m", "64MiB", "--timeout=60s", "--cmdline=mode=hello"]);
+        let output = command.args(arguments).stdin(Stdio::null()).output();
+        let output = output.expect("bulkhead starts");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ended {
+            code: output.status.code().unwrap_or(-1),
+            console: text(&output.stdout),
+            errors: text(&output.stderr),
+        }
+    }
+
     /// As [`Machine::wait_within`] two minutes.
     #[must_use]
     pub fn wait(self) -> Ended {
@@ -411,6 +510,12 @@ impl Drop for Machine {
         }
         for left in processes.pids().filter(|pid| is_alive(*pid)) {
             let _gone = kill(pid(left), Signal::SIGKILL);
+        }
+        // What a killed broker has left, by its record.
+        for orphan in orphans(&self.runtime()).into_iter().flatten() {
+            for left in orphan.alive() {
+                let _gone = kill(Pid::from_raw(left), Signal::SIGKILL);
+            }
         }
     }
 }

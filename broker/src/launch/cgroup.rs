@@ -163,6 +163,12 @@ impl Place {
 }
 
 impl Group {
+    /// Its directories, one in each hierarchy.
+    #[must_use]
+    pub fn directories(&self) -> &[PathBuf] {
+        &self.directories
+    }
+
     fn make(&mut self, at: &Path, pid: i32, files: &[(&str, &str)]) -> io::Result<()> {
         self.create(at, files)?;
         fs::write(at.join("cgroup.procs"), pid.to_string())

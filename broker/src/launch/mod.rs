@@ -231,6 +231,13 @@ impl Launcher {
         })
     }
 
+    /// Device and inode of the program of `kind`, once it is open.
+    #[must_use]
+    pub fn program(&self, kind: ProcKind) -> Option<(u64, u64)> {
+        let about = fstat(self.programs.get(&kind)?).ok()?;
+        Some((about.st_dev, about.st_ino))
+    }
+
     /// Starts a process of `policy` that is given `gifts` and can be found at `adoption` later. Does
     /// not wait for it.
     ///

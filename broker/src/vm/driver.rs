@@ -7,8 +7,9 @@ mod revival;
 
 use super::consoles::Rings;
 use super::devices;
-use super::home::Home;
 use super::household::{Household, Member, Nursery, Positions};
+use super::keeper::Keeper;
+use super::record::Phase;
 use super::report::Report;
 use super::resources::{Fence, Resources};
 use super::session::{Command, Event, Finished, Restart, RunError, RunOptions};
@@ -62,23 +63,25 @@ pub async fn run(
             reason: e.to_string(),
         })?;
     }
-    let home = Home::claim(&options.runtime, &spec.name).map_err(|e| configuration(&e))?;
-    let done = run_at(&home, spec, options, launcher, &compiled, commands, events).await;
+    let mut keeper = Keeper::begin(spec, options).map_err(|e| configuration(&e))?;
+    let done = run_at(&mut keeper, launcher, &compiled, commands, events).await;
     // Whatever was started has ended or been killed.
-    home.remove();
+    keeper.close();
     done
 }
 
 /// Runs a machine that this broker owns.
 async fn run_at(
-    home: &Home,
-    spec: &VmSpec,
-    options: &RunOptions,
+    keeper: &mut Keeper,
     mut launcher: Launcher,
     compiled: &Compiled,
     mut commands: mpsc::Receiver<Command>,
     events: mpsc::Sender<Event>,
 ) -> Result<Finished, RunError> {
+    let (spec, options) = (
+        &keeper.record().spec.clone(),
+        &keeper.record().options.clone(),
+    );
     let devices = devices::plan(spec);
     let mut resources = Resources::open(spec, options)?;
     let (rings, consoles) = Rings::make(spec, &options.state)?;
@@ -103,7 +106,7 @@ async fn run_at(
             spec,
             devices: &devices,
             rings: &rings,
-            home,
+            keeper,
         };
         // No process has the identity of one of an earlier life.
         generation += 1;
@@ -146,6 +149,7 @@ async fn run_at(
             Verdict::StartFailed(who, reason) => return Err(RunError::Start { who, reason }),
             Verdict::Restart => {
                 restarts += 1;
+                keeper.start_again();
                 tell.event(Event::Restarting { count: restarts });
                 resources = Resources::open(spec, options)?;
             }
@@ -272,7 +276,8 @@ impl Machine<'_> {
 
     fn make_groups(&mut self) {
         self.groups_at = None;
-        self.household.limit(&self.nursery.spec.limits.share);
+        let share = &self.nursery.spec.limits.share;
+        self.household.limit(share, self.nursery.keeper);
         if let Some(after) = self.all_locked_after.take() {
             bulkhead_ipc::shed::start_up_code();
             bulkhead_ipc::shed::free_heap();
@@ -329,6 +334,9 @@ impl Machine<'_> {
             match output {
                 Output::Tell(message) => self.tell_vcpu(&message),
                 Output::End => {
+                    if let Some(verdict) = self.life.verdict() {
+                        self.nursery.keeper.phase(Phase::Stopping(verdict.clone()));
+                    }
                     self.revivals.clear();
                     self.unlocked.clear();
                     self.supervise(supervision::Event::End);
@@ -484,6 +492,7 @@ impl Machine<'_> {
         match action {
             Action::AllLocked => {
                 self.all_locked_after = Some(self.began.elapsed());
+                self.nursery.keeper.phase(Phase::Running);
                 self.groups_at = Some(tokio::time::Instant::now() + GROUPS_AFTER);
                 self.inputs.push_back(Input::AllLocked);
             }
@@ -527,6 +536,10 @@ impl Machine<'_> {
             None => self.tell_vcpu(&ToVcpu::LegacyLost),
         }
         self.degraded.push((name.clone(), reason.clone()));
+        let lost = (name.clone(), reason.clone());
+        self.nursery
+            .keeper
+            .note(|record| record.degraded.push(lost));
         self.tell.event(Event::Degraded { id, name, reason });
     }
 

@@ -22,7 +22,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// The directory of all machines below the runtime directory.
-const MACHINES: &str = "vms";
+pub(super) const MACHINES: &str = "vms";
 const LOCK: &str = "lock";
 /// Attempts to take a lock whose directory is being removed by its last owner.
 const ATTEMPTS: u32 = 100;

@@ -8,7 +8,8 @@
 use super::consoles::{Ring, Rings};
 use super::devices::DevicePlan;
 use super::disk_hold::{Claimed, DiskHold};
-use super::home::Home;
+use super::keeper::Keeper;
+use super::record::{ProcessRecord, start_time};
 use super::resources::Resources;
 use super::session::{Restart, RunError};
 use super::spec::{DiskSpec, HostShare, VmSpec};
@@ -75,7 +76,7 @@ pub(super) struct Nursery<'a> {
     pub(super) spec: &'a VmSpec,
     pub(super) devices: &'a [DevicePlan],
     pub(super) rings: &'a Rings,
-    pub(super) home: &'a Home,
+    pub(super) keeper: &'a mut Keeper,
 }
 
 /// Resources of the processes that are not started yet.
@@ -302,23 +303,37 @@ impl Household {
 
     /// Puts every process into a control group with the limits of its policy. Not part of the start,
     /// of which the guest's first instruction would be the later.
-    pub(super) fn limit(&mut self, share: &HostShare) {
+    pub(super) fn limit(&mut self, share: &HostShare, keeper: &mut Keeper) {
         let place = self.place.take().unwrap_or_else(|| {
             let place = Place::find();
             self.limit_machine(&place, share).unwrap_or(place)
         });
+        let mut made = Vec::new();
         for member in self.members.iter_mut().filter(|m| m.group.is_none()) {
             let id = member.launched.id;
             let pid = member.launched.pid;
             let name = format!("bulkhead-{}-{}-{pid}", std::process::id(), id.kind);
             match place.put(&name, pid, member.group_limits) {
-                Ok(group) => member.group = Some(group),
+                Ok(group) => {
+                    made.push((id, group.directories().to_vec()));
+                    member.group = Some(group);
+                }
                 Err(error) => {
                     tracing::warn!(proc = %id, %error, "no control group: only rlimits apply");
                 }
             }
         }
         self.place = Some(place);
+        let around = self.machine_group.as_ref().map(Group::directories);
+        keeper.note(|record| {
+            record.groups = around.unwrap_or_default().to_vec();
+            for (id, directories) in made {
+                let mut processes = record.processes.iter_mut();
+                if let Some(process) = processes.find(|process| process.id == id) {
+                    process.groups = directories;
+                }
+            }
+        });
     }
 
     /// Puts a group around those of the processes, when the machine's share of the host is limited.
@@ -545,7 +560,7 @@ impl Midwife<'_, '_> {
             let lacking = format!("no policy for {}", id.kind);
             return Err(RunError::Configuration(lacking));
         };
-        let adoption = self.nursery.home.adoption_socket(id);
+        let adoption = self.nursery.keeper.home().adoption_socket(id);
         let adoption = adoption.map_err(|cause| {
             let what = "its adoption socket";
             fails(LaunchError::Os { what, cause })
@@ -572,13 +587,30 @@ impl Midwife<'_, '_> {
             Some(place) => *place = member,
             None => self.household.members.push(member),
         }
+        let token = token().map_err(|cause| RunError::Host {
+            lacks: format!("random numbers: {cause}"),
+        })?;
+        let record = ProcessRecord {
+            id,
+            name: name.to_owned(),
+            slot,
+            token,
+            pid: launched.pid,
+            // It is not reaped, so there is one even if it is dead.
+            start_time: start_time(launched.pid).unwrap_or(0),
+            program: self.nursery.launcher.program(id.kind).unwrap_or_default(),
+            groups: Vec::new(),
+        };
+        // From here on it lives without this broker, so the next one must be able to find it.
+        let put = self.nursery.keeper.put(record);
+        put.map_err(|cause| RunError::Host {
+            lacks: format!("a place for the machine's record: {cause}"),
+        })?;
         let birth = Birth {
             version: PROTOCOL_VERSION,
             id,
             vm: self.nursery.spec.name.clone(),
-            token: token().map_err(|cause| RunError::Host {
-                lacks: format!("random numbers: {cause}"),
-            })?,
+            token,
             grants,
             startup: filters.startup.clone(),
             locked: filters.locked.clone(),

@@ -1,12 +1,16 @@
 //! One virtual machine: what it is ([`spec`]), what its owner says and hears ([`session`]), how it
 //! lives ([`state`], which decides, and [`run`], which acts).
 
+pub mod adopt;
+mod any_path;
 mod consoles;
 pub mod devices;
 mod disk_hold;
 mod driver;
 pub mod home;
 mod household;
+pub mod keeper;
+pub mod record;
 mod report;
 pub mod resources;
 pub mod session;

@@ -1,6 +1,7 @@
 //! What the caller of [`super::run`] gives and gets: options, commands, events, the console's
 //! ends, and how a run ended. Plain types; the command line and, later, the API are the callers.
 
+use super::any_path;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::ProcId;
 use bulkhead_ipc::input_ring::InputWriter;
@@ -8,6 +9,7 @@ use bulkhead_ipc::output_ring::OutputReader;
 use bulkhead_ipc::protocol::vcpu::Outcome;
 use bulkhead_ipc::shared::Doorbell;
 use bulkhead_policies::explain::Explanation;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -20,21 +22,27 @@ pub const RESTARTS_KEPT_MAX: usize = 1000;
 pub const REPORT_BYTES_MAX: usize = 1 << 20;
 
 /// Where things are, and what this run is allowed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunOptions {
     /// Directory of the process binaries (`bulkhead-vcpu`, `bulkhead-blk`, …).
+    #[serde(with = "any_path")]
     pub binaries: PathBuf,
     /// Directory of policy overrides; missing means none.
+    #[serde(with = "any_path::option")]
     pub policies: Option<PathBuf>,
     /// Whether overrides may grant more than the built-in policies.
     pub allow_looser_policy: bool,
     /// Directory for compiled filters; `None` compiles each time.
+    #[serde(with = "any_path::option")]
     pub cache: Option<PathBuf>,
     /// Directory for this run's ring files; made if missing. Files in it are replaced.
+    #[serde(with = "any_path")]
     pub state: PathBuf,
     /// The runtime directory of all machines: locks, records and sockets are below it.
+    #[serde(with = "any_path")]
     pub runtime: PathBuf,
     /// ELF core to write when the machine crashes.
+    #[serde(with = "any_path::option")]
     pub core: Option<PathBuf>,
     /// Whether a reset starts the machine again as its life cycle says (`--no-reboot` clears it).
     pub reboot: bool,
@@ -220,7 +228,7 @@ pub struct Finished {
 }
 
 /// How a run ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ending {
     /// The guest switched itself off, or reset itself where that ends the run.
     PoweredOff,

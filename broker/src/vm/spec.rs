@@ -4,8 +4,10 @@
 //! The parser of VM files makes a [`VmSpec`]; [`VmSpec::check`] holds the rules that do not depend
 //! on the notation. Nothing here opens a file or starts a process.
 
+use super::any_path;
 use bulkhead_ipc::platform::{MEMORY_BYTES_MIN, VCPUS_MAX, VIRTIO_MMIO_SLOTS};
 use bulkhead_ipc::protocol::birth::HugePages;
+use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -24,7 +26,7 @@ pub const DISKS_MAX: usize = VIRTIO_MMIO_SLOTS - 2;
 pub const HISTORY_BYTES: (u64, u64) = (4096, 64 << 20);
 
 /// A virtual machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmSpec {
     /// Name; letters, digits, `-`, `_`, `.`; at most [`NAME_BYTES_MAX`] bytes.
     pub name: String,
@@ -37,6 +39,7 @@ pub struct VmSpec {
     /// What is booted.
     pub kernel: KernelSource,
     /// Initial RAM disk.
+    #[serde(with = "any_path::option")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line, at most [`CMDLINE_BYTES_MAX`] bytes, without the `console=` that
     /// [`ConsoleSpec::on_cmdline`] adds.
@@ -54,25 +57,26 @@ pub struct VmSpec {
 }
 
 /// Where the kernel comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum KernelSource {
     /// A file of the host.
-    File(PathBuf),
+    File(#[serde(with = "any_path")] PathBuf),
     /// An image inside this program: the built-in guest.
     Image {
         /// For messages.
-        name: &'static str,
+        name: Cow<'static, str>,
         /// Its bytes.
         bytes: Cow<'static, [u8]>,
     },
 }
 
 /// A disk: a raw image file or a block device.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
     /// Name in messages, as [`VmSpec::name`].
     pub name: String,
     /// The image.
+    #[serde(with = "any_path")]
     pub path: PathBuf,
     /// Whether the guest's writes are refused.
     pub read_only: bool,
@@ -85,7 +89,7 @@ pub struct DiskSpec {
 }
 
 /// The consoles: a serial port always, and a virtio console.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleSpec {
     /// Whether there is a virtio console.
     pub virtio: bool,
@@ -100,7 +104,7 @@ pub struct ConsoleSpec {
 }
 
 /// One of the consoles.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ConsoleChoice {
     /// The 8250 at COM1 (`ttyS0`).
     Serial,
@@ -109,7 +113,7 @@ pub enum ConsoleChoice {
 }
 
 /// What happens when the guest ends by itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lifecycle {
     /// After power-off.
     pub on_poweroff: OnEnd,
@@ -124,7 +128,7 @@ pub struct Lifecycle {
 }
 
 /// What to do with a machine that has ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum OnEnd {
     /// It is over.
     Destroy,
@@ -135,7 +139,7 @@ pub enum OnEnd {
 }
 
 /// Deadlines and caps. Nothing waits without one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// After this the machine is killed and the exit code is 124; `None` for no time-out.
     pub run_timeout: Option<Duration>,
@@ -146,11 +150,12 @@ pub struct Limits {
     /// Restarts by [`OnEnd::Restart`] within one run before the machine is given up.
     pub restarts_max: u32,
     /// What the machine may take of the host's processors and disks.
+    #[serde(default)]
     pub share: HostShare,
 }
 
 /// What a machine may take of its host at most, all its processes together; `None` for no limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct HostShare {
     /// Its weight when processors are short, 1 to 10,000; others have 100.
     pub cpu_weight: Option<u32>,

@@ -15,6 +15,7 @@
 use super::session::{Command, Ending};
 use super::spec::{Lifecycle, OnEnd};
 use bulkhead_ipc::protocol::vcpu::{Outcome, ToVcpu};
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// What has happened.
@@ -52,7 +53,7 @@ pub enum Output {
 }
 
 /// How it went.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Verdict {
     /// The run is over.
     Finished(Ending),
@@ -104,6 +105,15 @@ impl Life {
     #[must_use]
     pub const fn is_preserved(&self) -> bool {
         matches!(self.state, State::Preserved(_))
+    }
+
+    /// How it ends, while processes are being ended for it.
+    #[must_use]
+    pub const fn verdict(&self) -> Option<&Verdict> {
+        match &self.state {
+            State::Stopping(verdict) => Some(verdict),
+            _ => None,
+        }
     }
 
     /// Takes one input.

@@ -174,7 +174,7 @@ pub enum PrintError {
     NotUtf8(std::path::PathBuf),
     /// The built-in image has no path.
     #[error("the kernel {0} is part of this program and cannot be named in a VM file")]
-    NoPath(&'static str),
+    NoPath(String),
     /// The TOML writer failed.
     #[error("writing TOML: {0}")]
     Toml(#[from] toml::ser::Error),
@@ -199,7 +199,7 @@ fn utf8(path: &Path) -> Result<String, PrintError> {
 pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
     let kernel = match &spec.kernel {
         KernelSource::File(path) => utf8(path)?,
-        KernelSource::Image { name, .. } => return Err(PrintError::NoPath(name)),
+        KernelSource::Image { name, .. } => return Err(PrintError::NoPath(name.to_string())),
     };
     let (columns, rows) = spec.console.size;
     let file = VmFile {

@@ -62,7 +62,7 @@ impl Machine<'_> {
         let dead = self.household.in_place_of(id);
         let dead = dead.map(|member| (member.launched.id, member.slot));
         if let Some((dead, _)) = dead {
-            self.nursery.home.forget(dead);
+            self.nursery.keeper.home().forget(dead);
         }
         let Some((_, Some(slot))) = dead else {
             return self.not_revived(id, "has no slot".to_owned(), true);
