@@ -54,6 +54,20 @@ impl InputWriter {
         }
     }
 
+    /// Maps a ring that another writer has written, and goes on where it stopped.
+    ///
+    /// # Errors
+    /// As [`SharedMemory::map`].
+    pub fn go_on(fd: OwnedFd) -> Result<Self, SharedError> {
+        let mut writer = Self::map(fd)?;
+        // A hostile reader may have changed both: it can only lose or repeat what was typed at it.
+        writer.produced = writer.memory.load(OFFSET_PRODUCED, Ordering::Acquire);
+        let claimed: u64 = writer.memory.load(OFFSET_CONSUMED, Ordering::Acquire);
+        let oldest = writer.produced.saturating_sub(CAPACITY);
+        writer.consumed = claimed.clamp(oldest, writer.produced);
+        Ok(writer)
+    }
+
     /// Writes as many of `bytes` as fit and returns how many. The caller rings the doorbell.
     pub fn write(&mut self, bytes: &[u8]) -> usize {
         // A hostile reader can only claim to be slower or faster; it cannot go back or overtake.
@@ -66,7 +80,7 @@ impl InputWriter {
         for &byte in bytes.iter().take(n) {
             let at = usize::try_from(self.produced % CAPACITY).unwrap_or(0);
             self.memory.write(OFFSET_DATA + at, byte);
-            self.produced += 1;
+            self.produced = self.produced.wrapping_add(1);
         }
         self.memory
             .store(OFFSET_PRODUCED, self.produced, Ordering::Release);

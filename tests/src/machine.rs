@@ -357,6 +357,20 @@ impl Machine {
         self.scratch.path().join("run")
     }
 
+    /// Waits until the record of the machine named `web` says that it is in `phase`.
+    ///
+    /// # Panics
+    /// When that does not come within a minute.
+    pub fn expect_phase(&self, phase: &str) {
+        let record = self.runtime().join("vms/web/record");
+        let wanted = format!("\"phase\":\"{phase}\"");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !fs::read_to_string(&record).is_ok_and(|text| text.contains(&wanted)) {
+            assert!(Instant::now() < deadline, "not {phase}: {}", self.errors());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// The machines here that no broker owns.
     ///
     /// # Panics

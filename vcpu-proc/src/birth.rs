@@ -1,6 +1,7 @@
 //! The process `bulkhead-vcpu`: its birth from the runtime, its grants, its exit.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -60,10 +61,31 @@ fn take(newborn: &mut Newborn) -> Result<(VcpuConfig, Resources), Stillbirth> {
     };
     let mut grants = std::mem::take(&mut newborn.grants);
     let mut resources = take_resources(&config, &mut grants)?;
+    let kept = take_kept(&mut grants)?;
     grants.finish()?;
-    resources.adoption = newborn.take_adoption();
+    resources.adoption = newborn.take_adoption().map(|mut adoption| {
+        adoption.keep(kept);
+        adoption
+    });
     Ok((config, resources))
 }
+
+/// The consoles' descriptors, which it keeps for later brokers and does not use: of each console the
+/// input ring and its doorbell, and the doorbell of the output's readers.
+fn take_kept(grants: &mut Grants) -> Result<Vec<OwnedFd>, GrantError> {
+    let mut kept = Vec::new();
+    for index in (0..).take_while(|&index| index < CONSOLES_MAX) {
+        if grants.has(FdRole::Input, index) {
+            for role in [FdRole::Input, FdRole::InputBell, FdRole::OutputBell] {
+                kept.push(grants.take(role, index)?);
+            }
+        }
+    }
+    Ok(kept)
+}
+
+/// The serial port, and the virtio console.
+const CONSOLES_MAX: u16 = 2;
 
 fn take_resources(config: &VcpuConfig, grants: &mut Grants) -> Result<Resources, GrantError> {
     let mut optional = |role| -> Result<Option<File>, GrantError> {

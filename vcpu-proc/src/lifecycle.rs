@@ -56,7 +56,7 @@ enum Phase {
     Pausing,
     Paused,
     Stopping(Ending),
-    Ended,
+    Ended(Outcome),
 }
 
 /// The state machine.
@@ -107,6 +107,7 @@ impl Lifecycle {
                 generation,
                 blame,
             } => vec![Action::PrepareSlot(slot, generation, blame)],
+            ToVcpu::Tell => self.tell(),
             ToVcpu::DeviceLost { slot } => vec![Action::LoseDevice(slot)],
             ToVcpu::LegacyLost => vec![Action::LoseLegacy],
             ToVcpu::Pause => match self.phase {
@@ -115,7 +116,7 @@ impl Lifecycle {
                     vec![Action::Direct(Directive::Hold)]
                 }
                 Phase::Paused => vec![Action::Send(FromVcpu::Paused)],
-                Phase::Pausing | Phase::Stopping(_) | Phase::Ended => Vec::new(),
+                Phase::Pausing | Phase::Stopping(_) | Phase::Ended(_) => Vec::new(),
             },
             ToVcpu::Resume => match self.phase {
                 Phase::Pausing | Phase::Paused => {
@@ -126,14 +127,24 @@ impl Lifecycle {
                     ]
                 }
                 Phase::Running => vec![Action::Send(FromVcpu::Resumed)],
-                Phase::Stopping(_) | Phase::Ended => Vec::new(),
+                Phase::Stopping(_) | Phase::Ended(_) => Vec::new(),
             },
+        }
+    }
+
+    /// What a new broker has to know. One that is about to change says so by itself.
+    fn tell(&self) -> Vec<Action> {
+        match &self.phase {
+            Phase::Running => vec![Action::Send(FromVcpu::Resumed)],
+            Phase::Paused => vec![Action::Send(FromVcpu::Paused)],
+            Phase::Ended(outcome) => vec![Action::Send(FromVcpu::Ended(*outcome))],
+            Phase::Pausing | Phase::Stopping(_) => Vec::new(),
         }
     }
 
     fn kill(&mut self) -> Vec<Action> {
         self.leave = true;
-        if self.phase == Phase::Ended {
+        if matches!(self.phase, Phase::Ended(_)) {
             return vec![Action::Exit];
         }
         self.stop(Ending {
@@ -149,7 +160,7 @@ impl Lifecycle {
                 self.phase = Phase::Stopping(ending);
                 vec![Action::Direct(Directive::Stop)]
             }
-            Phase::Stopping(_) | Phase::Ended => Vec::new(),
+            Phase::Stopping(_) | Phase::Ended(_) => Vec::new(),
         }
     }
 
@@ -157,8 +168,9 @@ impl Lifecycle {
         let Phase::Stopping(ending) = &self.phase else {
             return Vec::new();
         };
-        let mut actions = vec![Action::Conclude(ending.clone())];
-        self.phase = Phase::Ended;
+        let ending = ending.clone();
+        self.phase = Phase::Ended(ending.outcome);
+        let mut actions = vec![Action::Conclude(ending)];
         if self.leave {
             actions.push(Action::Exit);
         }

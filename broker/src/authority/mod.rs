@@ -21,7 +21,7 @@ pub mod memory;
 mod peers;
 pub mod status;
 pub mod svg;
-mod sys;
+pub(crate) mod sys;
 pub mod table;
 
 use bulkhead_ipc::ident::ProcId;

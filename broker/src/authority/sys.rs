@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 /// A handle of process `pid`.
-pub(super) fn open_process(pid: i32) -> Result<OwnedFd, Errno> {
+pub(crate) fn open_process(pid: i32) -> Result<OwnedFd, Errno> {
     // SAFETY: plain integers.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0u32) })?;
     let fd = RawFd::try_from(fd).map_err(|_| Errno::EOVERFLOW)?;

@@ -163,6 +163,12 @@ impl Place {
 }
 
 impl Group {
+    /// A group that another broker has made, by its directories.
+    #[must_use]
+    pub const fn known(directories: Vec<PathBuf>) -> Self {
+        Self { directories }
+    }
+
     /// Its directories, one in each hierarchy.
     #[must_use]
     pub fn directories(&self) -> &[PathBuf] {

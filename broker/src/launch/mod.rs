@@ -142,7 +142,9 @@ pub struct Launched {
     /// What it was born with.
     pub grants: Vec<Grant>,
     steps: Vec<Step>,
-    report: OwnedFd,
+    /// Where it says why it could not be executed; `None` for one that another broker has started.
+    report: Option<OwnedFd>,
+    dead: bool,
 }
 
 /// Starts processes. One for each broker.
@@ -301,7 +303,8 @@ impl Launcher {
             log,
             grants: grants.collect(),
             steps: plan.steps,
-            report,
+            report: Some(report),
+            dead: false,
         })
     }
 
@@ -316,6 +319,62 @@ impl Launcher {
 }
 
 impl Launched {
+    /// A process that another broker has started and this one has adopted.
+    #[must_use]
+    pub const fn adopted(
+        id: ProcId,
+        pid: i32,
+        pidfd: OwnedFd,
+        control: Channel,
+        page: ControlPage,
+        log: OwnedFd,
+    ) -> Self {
+        Self {
+            id,
+            pid,
+            pidfd,
+            control,
+            page,
+            log,
+            grants: Vec::new(),
+            steps: Vec::new(),
+            report: None,
+            dead: false,
+        }
+    }
+
+    /// Whether another broker has started it, so that it was locked when this one found it.
+    #[must_use]
+    pub const fn is_adopted(&self) -> bool {
+        self.report.is_none()
+    }
+
+    /// The place of a process that another broker has started and that is dead: nothing of it answers.
+    ///
+    /// # Errors
+    /// When there are no descriptors to be had.
+    pub fn found_dead(id: ProcId, pid: i32) -> Result<Self, LaunchError> {
+        let (control, _closed) = Channel::pair().map_err(os("control channel"))?;
+        let page = sealed_memfd("bulkhead-page", CONTROL_PAGE_BYTES).map_err(os("page"))?;
+        let (log, _closed) = pipe2(OFlag::O_CLOEXEC).map_err(os("log pipe"))?;
+        // No process: what is sent to it is refused.
+        let pidfd = log.try_clone().map_err(|cause| LaunchError::Os {
+            what: "a descriptor",
+            cause,
+        })?;
+        let page = ControlPage::map(page)?;
+        Ok(Self {
+            dead: true,
+            ..Self::adopted(id, pid, pidfd, control, page, log)
+        })
+    }
+
+    /// Whether it was found dead.
+    #[must_use]
+    pub const fn is_dead(&self) -> bool {
+        self.dead
+    }
+
     /// Sends its birth message. From then on the process lives without its broker.
     ///
     /// # Errors
@@ -337,7 +396,7 @@ impl Launched {
     #[must_use]
     pub fn unborn(&self) -> Option<String> {
         let mut words = [0u8; 8];
-        let report = File::from(self.report.try_clone().ok()?);
+        let report = File::from(self.report.as_ref()?.try_clone().ok()?);
         (&report).read_exact(&mut words).ok()?;
         let [a, b, c, d, errno @ ..] = words;
         let step = usize::try_from(u32::from_ne_bytes([a, b, c, d])).ok()?;
@@ -377,6 +436,14 @@ pub(crate) fn has_user_range() -> bool {
         })
     };
     covers("/proc/self/uid_map") && covers("/proc/self/gid_map")
+}
+
+/// Kills the process of a pidfd.
+///
+/// # Errors
+/// ESRCH when it is dead already.
+pub fn kill_process(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
+    sys::kill(pidfd)
 }
 
 /// Checks that the gifts are exactly what the policy grants: role, number, kind and access.

@@ -90,7 +90,7 @@ pub fn watch(launched: &Arc<Launched>, vm: &str, notices: Notices) -> io::Result
         launched: Arc::clone(launched),
         notices,
         said: Said {
-            born: false,
+            born: launched.is_adopted(),
             allowance: Allowance::of(launched.id.kind, Instant::now()),
         },
     };

@@ -3,15 +3,32 @@
 //! Nothing in a runtime directory is believed but what the kernel confirms: who owns a machine is who has the
 //! lock, and a process is who has the pid *and* the start time of the record.
 
-use super::home::{MACHINES, owner_of};
-use super::record::{Record, RecordError};
+use super::home::{MACHINES, owner_of, socket_name};
+use super::record::{ProcessRecord, Record, RecordError};
+use crate::authority::sys::open_process;
+use crate::launch::Launched;
+use bulkhead_ipc::adoption::knock;
+use bulkhead_ipc::channel::{Channel, ChannelError, Received};
+use bulkhead_ipc::control_page::ControlPage;
 use bulkhead_ipc::ident::ProcKind;
+use bulkhead_ipc::protocol::PROTOCOL_VERSION;
+use bulkhead_ipc::protocol::adopt::{Adopt, Adopted};
+use bulkhead_ipc::shared::SharedError;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 use std::fs;
 use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// Most machines that one runtime directory is searched for.
 const MACHINES_MAX: usize = 4096;
+/// How long a process may take to answer: one that has just been started answers when it serves.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// When a process that does not answer is asked again.
+const KNOCK_AGAIN: Duration = Duration::from_millis(500);
+const POLL: Duration = Duration::from_micros(500);
 
 /// A machine that no broker owns.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +79,116 @@ pub fn orphans(runtime: &Path) -> io::Result<Vec<Orphan>> {
     }
     found.sort_by(|a, b| a.record.spec.name.cmp(&b.record.spec.name));
     Ok(found)
+}
+
+/// Why a process cannot be taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum MeetError {
+    /// It is dead.
+    #[error("it is dead")]
+    Dead,
+    /// It does not answer.
+    #[error("it does not answer within {0:?}")]
+    Silent(Duration),
+    /// It speaks another version.
+    #[error("it speaks protocol version {0}, expected {PROTOCOL_VERSION}")]
+    Version(u32),
+    /// Its answer is not that of the process on record.
+    #[error("{0}")]
+    Stranger(&'static str),
+    /// A channel failed.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// The kernel refused.
+    #[error(transparent)]
+    Os(#[from] nix::errno::Errno),
+    /// Its control page is none.
+    #[error(transparent)]
+    Page(#[from] SharedError),
+}
+
+/// A process that was met.
+#[derive(Debug)]
+pub(super) struct Met {
+    pub(super) launched: Launched,
+    /// What it keeps besides.
+    pub(super) kept: Vec<OwnedFd>,
+}
+
+/// Meets the process on record whose adoption socket is in `directory`. Waits at most [`PATIENCE`].
+pub(super) fn meet(directory: BorrowedFd<'_>, process: &ProcessRecord) -> Result<Met, MeetError> {
+    let pidfd = match open_process(process.pid) {
+        Err(nix::errno::Errno::ESRCH) => return Err(MeetError::Dead),
+        opened => opened?,
+    };
+    // The handle came first: if the process is alive now, it is the handle's.
+    if !process.is_alive() {
+        return Err(MeetError::Dead);
+    }
+    let message = Adopt {
+        version: PROTOCOL_VERSION,
+        token: process.token,
+    };
+    let until = Instant::now() + PATIENCE;
+    let mut knocked: Option<(Channel, Instant)> = None;
+    while Instant::now() < until {
+        match &knocked {
+            Some((answer, at)) => match answer.try_recv_from::<Adopted>()? {
+                Some(received) => return introduced(process, pidfd, received),
+                None if at.elapsed() > KNOCK_AGAIN => knocked = None,
+                None => std::thread::sleep(POLL),
+            },
+            None => match knock(directory, &socket_name(process.id), &message) {
+                Ok(answer) => knocked = Some((answer, Instant::now())),
+                Err(ChannelError::Full) => std::thread::sleep(POLL),
+                Err(error) => return Err(error.into()),
+            },
+        }
+    }
+    Err(MeetError::Silent(PATIENCE))
+}
+
+fn introduced(
+    process: &ProcessRecord,
+    pidfd: OwnedFd,
+    received: Received<Adopted>,
+) -> Result<Met, MeetError> {
+    let Received {
+        message,
+        fds,
+        sender,
+    } = received;
+    if message.version != PROTOCOL_VERSION {
+        return Err(MeetError::Version(message.version));
+    }
+    if message.id != process.id || sender != Some(process.pid) {
+        return Err(MeetError::Stranger("another process answers in its place"));
+    }
+    let mut fds = fds.into_iter();
+    let (Some(control), Some(page), Some(log)) = (fds.next(), fds.next(), fds.next()) else {
+        return Err(MeetError::Stranger("it hands over too little"));
+    };
+    if getsockopt(&control, sockopt::SockType)? != SockType::SeqPacket {
+        return Err(MeetError::Stranger("it hands over no control channel"));
+    }
+    // Reading it must never wait, whatever it is.
+    let flags = OFlag::from_bits_retain(fcntl(&log, FcntlArg::F_GETFL)?);
+    if !flags.contains(OFlag::O_NONBLOCK) {
+        return Err(MeetError::Stranger("it hands over no log"));
+    }
+    let page = ControlPage::map(page)?;
+    let launched = Launched::adopted(
+        process.id,
+        process.pid,
+        pidfd,
+        Channel::from(control),
+        page,
+        log,
+    );
+    Ok(Met {
+        launched,
+        kept: fds.collect(),
+    })
 }
 
 #[cfg(test)]

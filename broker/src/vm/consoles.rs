@@ -57,7 +57,65 @@ impl Rings {
     }
 }
 
+impl Rings {
+    /// The rings of a machine that another broker has started: its files in `directory`, and what the
+    /// vCPU process has kept.
+    pub(super) fn adopt(
+        spec: &VmSpec,
+        directory: &Path,
+        kept: Vec<OwnedFd>,
+    ) -> io::Result<(Self, Consoles)> {
+        let mut kept = kept.into_iter();
+        let mut ring = |file: &str| Ring::adopt(&directory.join(file), &mut kept);
+        let (serial, serial_ends) = ring("serial.ring")?;
+        let console = spec.console.virtio.then(|| ring("console.ring"));
+        let (console, console_ends) = console.transpose()?.unzip();
+        let consoles = Consoles {
+            serial: serial_ends,
+            virtio: console_ends,
+        };
+        Ok((Self { serial, console }, consoles))
+    }
+}
+
 impl Ring {
+    fn adopt(
+        path: &Path,
+        kept: &mut impl Iterator<Item = OwnedFd>,
+    ) -> io::Result<(Self, ConsoleEnds)> {
+        let (input, input_bell, output_bell) = match (kept.next(), kept.next(), kept.next()) {
+            (Some(input), Some(bell), Some(output)) => (input, bell.into(), output.into()),
+            // Their keeper is dead, and the machine with it: nobody reads or rings these any more.
+            _ => {
+                let input = sealed_memfd("bulkhead-input", INPUT_RING_BYTES)?;
+                (input, Doorbell::new()?, Doorbell::new()?)
+            }
+        };
+        let output = OpenOptions::new().read(true).write(true).open(path)?;
+        let ends = ConsoleEnds {
+            output: OutputReader::new(File::open(path)?)?,
+            output_bell: output_bell.try_clone()?,
+            input: InputWriter::go_on(input.try_clone()?).map_err(io::Error::other)?,
+            input_bell: input_bell.try_clone()?,
+        };
+        let ring = Self {
+            output,
+            output_bell,
+            input,
+            input_bell,
+        };
+        Ok((ring, ends))
+    }
+
+    /// What the vCPU process keeps of it for the next broker.
+    pub(super) fn keepsakes(&self, index: u16) -> [Gift<'_>; 3] {
+        [
+            Gift::numbered(FdRole::Input, index, self.input.as_fd()),
+            Gift::numbered(FdRole::InputBell, index, self.input_bell.as_fd()),
+            Gift::numbered(FdRole::OutputBell, index, self.output_bell.as_fd()),
+        ]
+    }
+
     fn make(path: &Path, history: u64) -> io::Result<(Self, ConsoleEnds)> {
         // A new file each time: whoever still reads an old one is not confused.
         match fs::remove_file(path) {

@@ -5,17 +5,18 @@
 
 mod revival;
 
+use super::adopt;
 use super::consoles::Rings;
 use super::devices;
 use super::household::{Household, Member, Nursery, Positions};
 use super::keeper::Keeper;
-use super::record::Phase;
+use super::record::{Phase, since_boot_ms};
 use super::report::Report;
 use super::resources::{Fence, Resources};
 use super::session::{Command, Event, Finished, Restart, RunError, RunOptions};
 use super::spec::VmSpec;
 use super::state::{Input, Life, Output, Verdict};
-use crate::launch::Launcher;
+use crate::launch::{Launched, Launcher};
 use crate::supervisor::driver::{NOTICES_CAPACITY, Notice, watch};
 use crate::supervisor::fault;
 use crate::supervisor::state::{self as supervision, Action, Supervisor};
@@ -28,6 +29,7 @@ use revival::{LateLock, Revival};
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -64,7 +66,7 @@ pub async fn run(
         })?;
     }
     let mut keeper = Keeper::begin(spec, options).map_err(|e| configuration(&e))?;
-    let done = run_at(&mut keeper, launcher, &compiled, commands, events).await;
+    let done = run_at(&mut keeper, launcher, &compiled, commands, events, None).await;
     // Whatever was started has ended or been killed.
     keeper.close();
     done
@@ -77,26 +79,46 @@ async fn run_at(
     compiled: &Compiled,
     mut commands: mpsc::Receiver<Command>,
     events: mpsc::Sender<Event>,
+    found: Option<Found>,
 ) -> Result<Finished, RunError> {
     let (spec, options) = (
         &keeper.record().spec.clone(),
         &keeper.record().options.clone(),
     );
     let devices = devices::plan(spec);
-    let mut resources = Resources::open(spec, options)?;
-    let (rings, consoles) = Rings::make(spec, &options.state)?;
+    let host = |cause: std::io::Error| RunError::Host {
+        lacks: cause.to_string(),
+    };
+    let (mut resources, mut found, (rings, consoles)) = match found {
+        Some(Found { processes, kept }) => {
+            let rings = Rings::adopt(spec, &options.state, kept).map_err(host)?;
+            (None, Some(processes), rings)
+        }
+        None => {
+            let resources = Resources::open(spec, options)?;
+            (Some(resources), None, Rings::make(spec, &options.state)?)
+        }
+    };
     let mut tell = Teller { events, dropped: 0 };
     tell.event(Event::Consoles(Box::new(consoles)));
 
     let timeout = spec.limits.run_timeout;
-    let until = timeout.map(|after| (tokio::time::Instant::now() + after, after));
-    let mut degraded = Vec::new();
+    let lived = since_boot_ms().saturating_sub(keeper.record().began_ms);
+    let until = timeout.map(|after| {
+        let left = after.saturating_sub(Duration::from_millis(lived));
+        (tokio::time::Instant::now() + left, after)
+    });
+    let mut degraded = keeper.record().degraded.clone();
     let mut replaced = VecDeque::new();
-    let mut restarts = 0;
-    let mut generation = 0;
+    let mut restarts = keeper.record().restarts;
+    let mut generation = keeper.record().generation;
     loop {
         let may_restart = options.reboot && restarts < spec.limits.restarts_max;
-        let fence = Fence::new(spec, &resources).map_err(|cause| RunError::Host {
+        let fence = match &resources {
+            Some(resources) => Fence::new(spec, resources),
+            None => Fence::around(spec),
+        };
+        let fence = fence.map_err(|cause| RunError::Host {
             lacks: format!("a way to watch the disks: {cause}"),
         })?;
         let mut nursery = Nursery {
@@ -110,7 +132,16 @@ async fn run_at(
         };
         // No process has the identity of one of an earlier life.
         generation += 1;
-        let household = Household::start(&mut nursery, resources, generation)?;
+        let (household, dead) = match (resources.take(), found.take()) {
+            (Some(resources), _) => {
+                let started = Household::start(&mut nursery, resources, generation)?;
+                (started, None)
+            }
+            (None, processes) => {
+                let (processes, dead) = processes.unwrap_or_default();
+                (Household::adopt(&nursery, processes)?, Some(dead))
+            }
+        };
         let (notices, heard) = mpsc::channel(NOTICES_CAPACITY);
         let mut machine = Machine {
             nursery,
@@ -132,6 +163,9 @@ async fn run_at(
             all_locked_after: None,
         };
         machine.watch_from(0)?;
+        if let Some(dead) = dead {
+            machine.go_on(&dead);
+        }
         let verdict = machine.live(heard, &mut commands, until).await;
         generation = machine.household.newest_generation();
         let report = machine.report.finish();
@@ -151,7 +185,7 @@ async fn run_at(
                 restarts += 1;
                 keeper.start_again();
                 tell.event(Event::Restarting { count: restarts });
-                resources = Resources::open(spec, options)?;
+                resources = Some(Resources::open(spec, options)?);
             }
         }
     }
@@ -224,7 +258,145 @@ struct Machine<'a> {
     all_locked_after: Option<Duration>,
 }
 
+/// The processes of a machine that another broker has started; and which of them are dead, and how.
+type Processes = (Vec<Launched>, Vec<(ProcId, String)>);
+
+/// What is found of a machine that another broker has started.
+struct Found {
+    processes: Processes,
+    /// The consoles' descriptors.
+    kept: Vec<OwnedFd>,
+}
+
+/// Takes a machine over whose broker is gone, and runs it until it is over. What that broker has left
+/// half done is undone (a start) or finished (an end).
+///
+/// # Errors
+/// When it cannot be taken over: it is left as it is, unless its start was undone.
+pub async fn adopt(
+    runtime: &Path,
+    name: &str,
+    commands: mpsc::Receiver<Command>,
+    events: mpsc::Sender<Event>,
+) -> Result<Finished, RunError> {
+    let configuration = |e: &dyn std::fmt::Display| RunError::Configuration(e.to_string());
+    let mut keeper = Keeper::take_over(runtime, name).map_err(|e| configuration(&e))?;
+    let options = keeper.record().options.clone();
+    let mut launcher = Launcher::new(&options.binaries).map_err(|e| RunError::Host {
+        lacks: e.to_string(),
+    })?;
+    let compiled = policies(&options)?;
+    let found = match keeper.record().phase.clone() {
+        Phase::Running => Some(meet(&keeper)?),
+        phase => {
+            keeper.record().kill_all();
+            match phase {
+                Phase::Stopping(Verdict::Restart) => {
+                    keeper.start_again();
+                    None
+                }
+                Phase::Stopping(Verdict::Finished(ending)) => {
+                    let degraded = keeper.record().degraded.clone();
+                    keeper.close();
+                    return Ok(Finished {
+                        ending,
+                        report: None,
+                        degraded,
+                        restarts: Vec::new(),
+                    });
+                }
+                Phase::Stopping(Verdict::StartFailed(who, reason)) => {
+                    keeper.close();
+                    return Err(RunError::Start { who, reason });
+                }
+                Phase::Starting | Phase::Running => {
+                    keeper.close();
+                    return Err(RunError::Start {
+                        who: name.to_owned(),
+                        reason: "its broker ended while it was starting; what had been started \
+                            was ended"
+                            .to_owned(),
+                    });
+                }
+            }
+        }
+    };
+    // For processes that take the place of dead ones.
+    for process in &keeper.record().processes {
+        let kind = process.id.kind;
+        if let Err(error) = launcher.find_program(kind) {
+            tracing::warn!(%kind, %error, "no successor could be started");
+        }
+    }
+    let done = run_at(&mut keeper, launcher, &compiled, commands, events, found).await;
+    keeper.close();
+    done
+}
+
+/// Meets every process on record. A device process that does not answer is ended; a vCPU process that
+/// does not is left alone, since its guest may live.
+fn meet(keeper: &Keeper) -> Result<Found, RunError> {
+    let (mut all, mut dead, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+    for process in &keeper.record().processes {
+        let id = process.id;
+        match adopt::meet(keeper.home().directory(), process) {
+            Ok(met) => {
+                if id.kind == ProcKind::Vcpu {
+                    kept = met.kept;
+                }
+                all.push(met.launched);
+            }
+            Err(adopt::MeetError::Dead) => {
+                let gone = Launched::found_dead(id, process.pid);
+                all.push(gone.map_err(|e| RunError::Host {
+                    lacks: e.to_string(),
+                })?);
+                dead.push((id, "it died while no broker was there".to_owned()));
+            }
+            Err(error) if id.kind == ProcKind::Vcpu => {
+                return Err(RunError::Start {
+                    who: process.name.clone(),
+                    reason: format!("it cannot be taken over and was left alone: {error}"),
+                });
+            }
+            Err(error) => {
+                process.kill();
+                let gone = Launched::found_dead(id, process.pid);
+                all.push(gone.map_err(|e| RunError::Host {
+                    lacks: e.to_string(),
+                })?);
+                dead.push((id, format!("it could not be taken over: {error}")));
+            }
+        }
+    }
+    Ok(Found {
+        processes: (all, dead),
+        kept,
+    })
+}
+
 impl Machine<'_> {
+    /// Goes on with processes that another broker has started and that are locked; `dead` are not.
+    fn go_on(&mut self, dead: &[(ProcId, String)]) {
+        // No process is still to be started.
+        self.notices = None;
+        let all: Vec<ProcId> = self
+            .household
+            .members
+            .iter()
+            .map(|m| m.launched.id)
+            .collect();
+        for id in all {
+            self.supervise(supervision::Event::Locked(id));
+        }
+        self.tell_vcpu(&ToVcpu::Tell);
+        for (id, reason) in dead {
+            let (id, reason) = (*id, reason.clone());
+            let killed = true;
+            self.supervise(supervision::Event::Died { id, reason, killed });
+        }
+    }
+
     /// Watches the members from number `first` on.
     fn watch_from(&mut self, first: usize) -> Result<(), RunError> {
         let now = self.began.elapsed();
@@ -243,6 +415,9 @@ impl Machine<'_> {
         let (Some(notices), Some(member)) = (notices, self.household.member(id)) else {
             return Ok(());
         };
+        if member.launched.is_dead() {
+            return Ok(());
+        }
         let name = &self.nursery.spec.name;
         watch(&member.launched, name, notices).map_err(|cause| RunError::Host {
             lacks: format!("a way to watch processes: {cause}"),

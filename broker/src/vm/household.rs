@@ -91,7 +91,8 @@ struct Rest {
 /// What device processes are given, whichever generation they are.
 #[derive(Debug)]
 struct Standing {
-    disks: Vec<DiskHold>,
+    /// `None` for one that cannot be had again.
+    disks: Vec<Option<DiskHold>>,
     entropy: File,
     /// Size of all disks together.
     disk_bytes: u64,
@@ -209,8 +210,8 @@ impl Household {
                 "disk {name}: is in use by another machine: {cause}"
             ))
         };
-        let holds = holds
-            .map(|(spec, file)| DiskHold::new(spec, file).map_err(|cause| in_use(spec, cause)));
+        let hold = |spec, file| DiskHold::new(spec, file).map_err(|cause| in_use(spec, cause));
+        let holds = holds.map(|(spec, file)| hold(spec, file).map(Some));
         let console = nursery.rings.console.as_ref();
         let console = console.map(Ring::positions).unwrap_or_default();
         let disk_bytes = resources.disks.iter().map(|mut file| {
@@ -247,6 +248,64 @@ impl Household {
         Ok(household)
     }
 
+    /// The processes of a machine that another broker has started, those that are dead included.
+    pub(super) fn adopt(nursery: &Nursery<'_>, found: Vec<Launched>) -> Result<Self, RunError> {
+        let record = nursery.keeper.record();
+        let mut members = Vec::new();
+        for launched in found {
+            let id = launched.id;
+            let Some((policy, _)) = nursery.compiled.get(id.kind) else {
+                let lacking = format!("no policy for {}", id.kind);
+                return Err(RunError::Configuration(lacking));
+            };
+            let process = record.in_place_of(id);
+            members.push(Member {
+                launched: Arc::new(launched),
+                name: process.map_or_else(|| id.to_string(), |p| p.name.clone()),
+                slot: process.and_then(|p| p.slot),
+                rule: Rule::of(policy, nursery.spec.limits.birth_timeout),
+                program: None,
+                restart: None,
+                group_limits: GroupLimits {
+                    memory_bytes: policy.limits.memory_bytes,
+                    tasks: policy.limits.tasks.into(),
+                },
+                // Whatever group it has, it keeps.
+                group: process.map(|p| Group::known(p.groups.clone())),
+            });
+        }
+        let hold = |spec: &DiskSpec| {
+            let mut options = File::options();
+            let file = options.read(true).write(!spec.read_only).open(&spec.path);
+            // The copy behind an ephemeral disk has no name: it lives and dies with its process.
+            let file = file.ok().filter(|_| !spec.ephemeral)?;
+            DiskHold::new(spec, &file)
+                .inspect_err(|error| tracing::warn!(disk = spec.name, %error, "not held"))
+                .ok()
+        };
+        let entropy = File::open("/dev/urandom").map_err(|cause| RunError::Host {
+            lacks: format!("/dev/urandom: {cause}"),
+        })?;
+        let sizes = nursery.spec.disks.iter().map(|disk| {
+            let file = File::open(&disk.path);
+            file.and_then(|mut file| file.seek(SeekFrom::End(0)))
+                .unwrap_or(0)
+        });
+        let around = (!record.groups.is_empty()).then(|| Group::known(record.groups.clone()));
+        Ok(Self {
+            members,
+            machine_group: around,
+            devices: Vec::new(),
+            rest: None,
+            standing: Standing {
+                disks: nursery.spec.disks.iter().map(hold).collect(),
+                entropy,
+                disk_bytes: sizes.fold(0, u64::saturating_add),
+            },
+            place: None,
+        })
+    }
+
     /// Starts the device processes, unless that was done. They come last because the guest runs
     /// while they come up: what it asks of them waits.
     pub(super) fn start_devices(&mut self, nursery: &mut Nursery<'_>) -> Result<(), RunError> {
@@ -274,7 +333,9 @@ impl Household {
             return Ok(Some(None));
         }
         let disk = self.standing.disks.get(usize::from(id.index));
-        let disk = disk.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        let disk = disk
+            .and_then(Option::as_ref)
+            .ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         disk.claim().map(|free| free.map(Some))
     }
 
@@ -420,6 +481,11 @@ impl Midwife<'_, '_> {
             gifts.extend(wiring.gifts(device.slot.into()));
         }
         gifts.extend(legacy.gifts());
+        let rings = self.nursery.rings;
+        gifts.extend(rings.serial.keepsakes(0));
+        if let Some(console) = &rings.console {
+            gifts.extend(console.keepsakes(1));
+        }
         let positions = |device: &DevicePlan| match device.kind {
             VirtioKind::Console => console,
             VirtioKind::Blk | VirtioKind::Rng => Positions::default(),

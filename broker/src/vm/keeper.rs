@@ -6,6 +6,7 @@ use super::record::{Phase, ProcessRecord, Record, RecordError};
 use super::session::RunOptions;
 use super::spec::VmSpec;
 use crate::escape::escaped;
+use std::path::Path;
 
 /// A machine that this broker owns, and what a later one will read of it.
 #[derive(Debug)]
@@ -83,10 +84,18 @@ impl Keeper {
         }
     }
 
-    /// Goes on with the record of a machine that another broker has started.
-    #[must_use]
-    pub const fn go_on(home: Home, record: Record) -> Self {
-        Self { home, record }
+    /// Takes the ownership of a machine that another broker has started.
+    ///
+    /// # Errors
+    /// When another broker owns it, or its record cannot be believed.
+    pub fn take_over(runtime: &Path, name: &str) -> Result<Self, BeginError> {
+        let home = Home::take_over(runtime, name)?;
+        let record = Record::read(home.path()).map_err(|cause| BeginError::Record {
+            name: name.to_owned(),
+            path: escaped(home.path().as_os_str().as_encoded_bytes()).to_string(),
+            cause,
+        })?;
+        Ok(Self { home, record })
     }
 
     /// Where the machine lives.

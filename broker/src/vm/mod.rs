@@ -17,4 +17,4 @@ pub mod session;
 pub mod spec;
 pub mod state;
 
-pub use driver::run;
+pub use driver::{adopt as take_over, run};

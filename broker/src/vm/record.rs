@@ -18,14 +18,16 @@
 use super::session::RunOptions;
 use super::spec::VmSpec;
 use super::state::Verdict;
+use crate::authority::sys::open_process;
 use crate::escape::escaped;
+use crate::launch::kill_process;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use nix::fcntl::{OFlag, openat, renameat};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -37,6 +39,8 @@ const MAGIC: &str = "bulkhead-record";
 const VERSION: u32 = 1;
 /// Longest record in bytes; a machine with every device has less than 32 KiB.
 pub const RECORD_BYTES_MAX: u64 = 1 << 20;
+/// How long the kernel may take to end processes.
+const KILL_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 /// Most processes of a machine.
 const PROCESSES_MAX: usize = 64;
 
@@ -107,6 +111,18 @@ pub struct ProcessRecord {
 }
 
 impl ProcessRecord {
+    /// Kills the process, and no other that has its pid by now.
+    pub fn kill(&self) {
+        let Ok(handle) = open_process(self.pid) else {
+            return;
+        };
+        // The handle is of whoever has the pid; if that is still it, no other can come between.
+        if self.is_alive() {
+            // Dead meanwhile is as good.
+            let _killed = kill_process(handle.as_fd());
+        }
+    }
+
     /// Whether the process is alive: that one, and no other with its pid. One that is dead and not
     /// reaped counts as dead.
     #[must_use]
@@ -170,6 +186,17 @@ impl Record {
             // Busy while a process is not reaped; an empty group costs next to nothing.
             let _removed = fs::remove_dir(group);
         }
+    }
+
+    /// Ends every process on record that is alive, and waits for it a moment.
+    pub fn kill_all(&self) {
+        self.processes.iter().for_each(ProcessRecord::kill);
+        let until = std::time::Instant::now() + KILL_PATIENCE;
+        let alive = || self.processes.iter().any(ProcessRecord::is_alive);
+        while alive() && std::time::Instant::now() < until {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        self.remove_groups();
     }
 
     /// The process with the place of `id`, whichever its generation.

@@ -102,6 +102,18 @@ impl Fence {
         Ok(Self { probes })
     }
 
+    /// The same around the disks of a machine that another broker has started.
+    ///
+    /// # Errors
+    /// The kernel's error.
+    pub fn around(spec: &VmSpec) -> io::Result<Self> {
+        let written = spec.disks.iter().filter(|d| !d.read_only && !d.ephemeral);
+        let probes = written.map(|disk| File::open(&disk.path));
+        Ok(Self {
+            probes: probes.collect::<io::Result<_>>()?,
+        })
+    }
+
     /// Whether nobody has a lock on any of the disks.
     #[must_use]
     pub fn is_free(&self) -> bool {

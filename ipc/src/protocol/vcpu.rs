@@ -9,6 +9,9 @@ pub enum ToVcpu {
     Kill,
     /// Answer with the same number.
     Ping(u64),
+    /// Say again whether the vCPUs run: answered by [`FromVcpu::Resumed`], [`FromVcpu::Paused`] or
+    /// [`FromVcpu::Ended`]. A broker asks this that is new to the process.
+    Tell,
     /// Press the ACPI power button.
     PowerButton,
     /// Stop the vCPUs, keep everything. Answered by [`FromVcpu::Paused`].
@@ -36,7 +39,7 @@ pub enum ToVcpu {
     LegacyLost,
 }
 
-/// How a virtual machine ended. Sent once.
+/// How a virtual machine ended. Sent once, and once more to each broker that asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
