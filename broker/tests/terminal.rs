@@ -10,6 +10,7 @@
 )]
 
 use bulkhead::console::attach::{Streams, UserEvent, attach};
+use bulkhead::console::keys::Keys;
 use bulkhead::vm::session::ConsoleEnds;
 use bulkhead_ipc::input_ring::{INPUT_RING_BYTES, InputWriter};
 use bulkhead_ipc::output_ring::{self, OutputReader};
@@ -42,7 +43,7 @@ fn child_leaves_as_it_is_told() {
     let attached = attach(
         ends,
         Streams::standard().unwrap(),
-        Some(0x1d),
+        Keys::new(Some(0x1d)),
         move |event| {
             let _full = tell.try_send(event);
         },

@@ -173,7 +173,7 @@ fn machine_takes_no_more_of_its_host_than_its_file_says() {
     let groups = || KINDS.map(|kind| proc_file(machine.process(kind), "cgroup"));
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
     // Groups are made a moment after the guest has started.
-    while !groups().iter().all(|text| text.contains("/bulkhead-")) {
+    while !groups().iter().all(|text| text.contains("/bulkhead/")) {
         let told = machine.errors();
         if told.contains("not in force") {
             assert!(!nix::unistd::geteuid().is_root(), "{told}");

@@ -1,6 +1,6 @@
 //! The client of the API: one connection for each request, over the daemon's Unix socket.
 
-use super::{ApiError, CONSOLE_PROTOCOL, ConsoleName, SOCKET_NAME};
+use super::{ApiError, CONSOLE_PROTOCOL, SOCKET_NAME};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
@@ -12,7 +12,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use tokio::net::UnixStream;
-use tokio::sync::oneshot;
 
 /// Largest answer that is taken, in bytes; streams have no end.
 const ANSWER_BYTES_MAX: usize = 80 << 20;
@@ -187,22 +186,20 @@ impl Client {
         Ok(Stream(response.into_body()))
     }
 
-    /// Attaches to a console. The descriptor speaks [`super::frame`] and is non-blocking; the
-    /// receiver hears when the connection is over and must be kept as long as the descriptor.
+    /// Attaches to a console, by default the one that the VM file says. The descriptor speaks
+    /// [`super::frame`] and is non-blocking.
     ///
     /// # Errors
     /// As [`Client::get`].
     pub async fn console(
         &self,
         name: &str,
-        console: ConsoleName,
+        console: Option<&str>,
         history: bool,
     ) -> Result<Attached, ClientError> {
-        let which = match console {
-            ConsoleName::Serial => "serial",
-            ConsoleName::Virtio => "virtio",
-        };
-        let path = format!("/v1/vms/{name}/console?console={which}&history={history}");
+        let which = console.map(|which| format!("&console={which}"));
+        let which = which.unwrap_or_default();
+        let path = format!("/v1/vms/{name}/console?history={history}{which}");
         let request = Request::builder()
             .uri(path)
             .header(HOST, "bulkhead")
@@ -223,8 +220,6 @@ impl Client {
 pub struct Attached {
     /// The near end of the connection.
     pub socket: OwnedFd,
-    /// Resolves when the far end is gone and everything has been passed on.
-    pub over: oneshot::Receiver<()>,
 }
 
 /// Passes an upgraded connection on to a socket, which a thread without a runtime can poll. What
@@ -234,16 +229,13 @@ fn relay(upgraded: hyper::upgrade::Upgraded) -> io::Result<Attached> {
     near.set_nonblocking(true)?;
     far.set_nonblocking(true)?;
     let mut far = UnixStream::from_std(far)?;
-    let (tell, over) = oneshot::channel();
     tokio::spawn(async move {
         let mut upgraded = TokioIo::new(upgraded);
-        // Either side's end is the end of both.
+        // An end on one side is passed on to the other.
         let _ended = tokio::io::copy_bidirectional(&mut upgraded, &mut far).await;
-        let _told = tell.send(());
     });
     Ok(Attached {
         socket: near.into(),
-        over,
     })
 }
 

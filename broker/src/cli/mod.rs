@@ -6,6 +6,7 @@
 
 mod authority_command;
 mod client_args;
+mod console_command;
 mod disk_arg;
 mod doctor_command;
 mod failure;
@@ -100,6 +101,7 @@ enum Command {
     Stats(machine_commands::Names),
     /// Show the events of a machine's life, or the output of its guest
     Logs(show_commands::LogsArgs),
+    Console(console_command::ConsoleArgs),
     /// Remove machines, with their logs and console history; disks stay
     Rm(machine_commands::RemoveArgs),
     /// Wait until machines have ended, and exit with the code that run would have
@@ -183,6 +185,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => authority_command::run(&args, &cli.paths),
         Command::Stats(names) => show_commands::stats(&names, &cli.paths),
         Command::Logs(args) => show_commands::logs(&args, &cli.paths),
+        Command::Console(args) => console_command::run(&args, &cli.paths),
         Command::Rm(args) => machine_commands::remove(&args, &cli.paths),
         Command::Wait(names) => machine_commands::wait(&names, &cli.paths),
         Command::ShutdownHost(args) => serve_command::shutdown_host(&args, &cli.paths),

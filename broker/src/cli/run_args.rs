@@ -34,9 +34,9 @@ enum ConsoleName {
 
 /// The key that leaves the console; none if every key is for the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct EscapeKey(Option<u8>);
+pub(super) struct EscapeKey(pub(super) Option<u8>);
 
-fn escape_key(text: &str) -> Result<EscapeKey, String> {
+pub(super) fn escape_key(text: &str) -> Result<EscapeKey, String> {
     parse_escape(text).map(EscapeKey)
 }
 

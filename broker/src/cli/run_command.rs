@@ -4,6 +4,7 @@ use super::failure::{Failure, START, USAGE, print};
 use super::paths::{PathOptions, Paths};
 use super::run_args::{MachineArgs, RunArgs};
 use super::run_session::Session;
+use crate::launch::cgroup::Reach;
 use crate::vm::session::RunOptions;
 use crate::vm::spec::VmSpec;
 use crate::vmfile::{
@@ -109,6 +110,7 @@ fn prepare(args: &RunArgs, paths: &Paths, spec: &VmSpec) -> Result<RunOptions, F
         state,
         runtime: paths.runtime.clone(),
         core: args.core.clone(),
+        reach: Reach::Within,
         reboot: !args.machine.no_reboot,
     })
 }

@@ -4,6 +4,7 @@
 use super::SCHEMA_VERSION;
 use super::failure::{Failure, START, print_json};
 use crate::console::attach::{Attachment, Streams, Summary, UserEvent, attach, notice};
+use crate::console::keys::Keys;
 use crate::vm::session::{
     Command, Consoles, EVENTS_CAPACITY, Event, Finished, Restart, RunError, RunOptions,
 };
@@ -263,10 +264,13 @@ impl Watcher {
         };
         let commands = self.commands.clone();
         let attached = Streams::standard().and_then(|streams| {
-            attach(ends, streams, self.session.escape, move |event| {
+            let keys = Keys::new(self.session.escape);
+            attach(ends, streams, keys, move |event| {
                 let command = match event {
                     UserEvent::Resize { columns, rows } => Command::Resize { columns, rows },
-                    UserEvent::Leave | UserEvent::OutputClosed => Command::Interrupt,
+                    UserEvent::Leave | UserEvent::OutputClosed | UserEvent::Over => {
+                        Command::Interrupt
+                    }
                 };
                 // A queue that is full of commands needs no further one; keys can be pressed again.
                 let _queued = commands.try_send(command);
@@ -289,6 +293,7 @@ impl Watcher {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::launch::cgroup::Reach;
     use crate::vm::session::Ending;
     use crate::vm::spec::KernelSource;
     use std::time::Duration;
@@ -303,6 +308,7 @@ mod tests {
             state: "/".into(),
             runtime: "/".into(),
             core: None,
+            reach: Reach::Within,
             reboot: true,
         };
         let session = Session {

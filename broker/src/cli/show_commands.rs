@@ -29,7 +29,7 @@ pub(super) enum ConsoleChoice {
 }
 
 impl ConsoleChoice {
-    const fn word(self) -> &'static str {
+    pub(super) const fn word(self) -> &'static str {
         match self {
             Self::Serial => "serial",
             Self::Virtio => "virtio",

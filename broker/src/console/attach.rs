@@ -1,9 +1,9 @@
 //! The thread between the user's terminal and a console's rings.
 
 use super::keys::Keys;
+use super::link::Link;
 use super::stream::OutStream;
 use super::terminal::{RawTerminal, is_foreground, is_raw, terminal_size};
-use crate::vm::session::ConsoleEnds;
 use bulkhead_ipc::shared::Doorbell;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fmt::Write as _;
@@ -35,6 +35,8 @@ pub enum UserEvent {
     },
     /// Nobody can read the output any more.
     OutputClosed,
+    /// The console is gone, and everything it wrote has been shown.
+    Over,
 }
 
 /// The user's side of an attached console.
@@ -79,14 +81,15 @@ pub struct Attachment {
 }
 
 /// Attaches `streams` to a console. Signals that the caller handles must have their handlers
-/// already. `escape` is the key that leaves; `tell` hears what the user does and must not block.
+/// already. `keys` is what keys mean at a terminal; `tell` hears what the user does and must not
+/// block.
 ///
 /// # Errors
 /// The kernel's error.
 pub fn attach(
-    ends: ConsoleEnds,
+    link: impl Link + 'static,
     streams: Streams,
-    escape: Option<u8>,
+    keys: Keys,
     tell: impl FnMut(UserEvent) + Send + 'static,
 ) -> io::Result<Attachment> {
     let stop = Doorbell::new()?;
@@ -97,7 +100,6 @@ pub fn attach(
     // Reading from a terminal in the background would stop the whole program.
     let reads = !is_terminal || is_foreground(&streams.input);
     let (keys, raw) = if is_terminal && reads {
-        let keys = Keys::new(escape);
         notice_to(&notices, &format!("bulkhead: attached; {}", keys.banner()));
         let raw = RawTerminal::enter(streams.input.try_clone()?, resized.as_raw_fd())?;
         (keys, Some(raw))
@@ -105,7 +107,7 @@ pub fn attach(
         (Keys::pass_through(), None)
     };
     let worker = Worker {
-        ends,
+        link: Box::new(link),
         keys,
         raw,
         input: reads.then_some(streams.input),
@@ -116,6 +118,7 @@ pub fn attach(
         resized,
         size: (0, 0),
         typed: Vec::new(),
+        unsent: false,
         shown: Pending::default(),
         summary: Summary::default(),
         reported: (0, None),
@@ -190,7 +193,7 @@ impl Pending {
 }
 
 struct Worker {
-    ends: ConsoleEnds,
+    link: Box<dyn Link>,
     keys: Keys,
     raw: Option<RawTerminal>,
     input: Option<OwnedFd>,
@@ -201,6 +204,8 @@ struct Worker {
     resized: &'static Doorbell,
     size: (u16, u16),
     typed: Vec<u8>,
+    /// Whether the link has bytes that could not be sent yet.
+    unsent: bool,
     shown: Pending,
     summary: Summary,
     reported: (u64, Option<Instant>),
@@ -227,6 +232,12 @@ impl Worker {
             let moved = self.show_on();
             if moved {
                 draining = draining.map(|_| Instant::now());
+            }
+            if draining.is_none() && self.link.is_over() && self.shown.rest().is_empty() {
+                draining = Some(Instant::now());
+                self.input = None;
+                self.typed.clear();
+                (self.tell)(UserEvent::Over);
             }
             self.report_lost(draining.is_some() && self.shown.rest().is_empty());
             if let Some(since) = draining {
@@ -258,10 +269,7 @@ impl Worker {
         if let Some(output) = self.output.as_ref().filter(|_| shows) {
             fds.push(PollFd::new(output.as_fd(), PollFlags::POLLOUT));
         } else {
-            fds.push(PollFd::new(
-                bell_fd(&self.ends.output_bell),
-                PollFlags::POLLIN,
-            ));
+            fds.push(PollFd::new(self.link.bell(), PollFlags::POLLIN));
             if let Some(output) = &self.output {
                 // No events asked for: poll reports by itself that the reader has gone.
                 fds.push(PollFd::new(output.as_fd(), PollFlags::empty()));
@@ -271,7 +279,7 @@ impl Worker {
         if let Some(input) = self.input.as_ref().filter(|_| self.typed.is_empty()) {
             fds.push(PollFd::new(input.as_fd(), PollFlags::POLLIN));
         }
-        let timeout = if !self.typed.is_empty() {
+        let timeout = if !self.typed.is_empty() || self.unsent {
             PollTimeout::try_from(INPUT_RETRY).unwrap_or(PollTimeout::ZERO)
         } else if draining || self.reported.0 != self.summary.lost {
             PollTimeout::from(200u16)
@@ -319,27 +327,24 @@ impl Worker {
 
     /// Gives the guest as many keys as it has room for.
     fn type_on(&mut self) {
-        if self.typed.is_empty() {
-            return;
-        }
-        let taken = self.ends.input.write(&self.typed);
-        if taken > 0 {
+        if !self.typed.is_empty() {
+            let taken = self.link.write(&self.typed);
             self.typed.drain(..taken);
-            self.ends.input_bell.ring();
         }
+        self.unsent = self.link.flush();
     }
 
     /// Moves output. Returns whether anything moved.
     fn show_on(&mut self) -> bool {
-        let Some(output) = &self.output else {
+        if self.output.is_none() {
             return self.discard();
-        };
+        }
         if self.shown.rest().is_empty() {
             // The bell is taken first: output that comes after this rings it again.
-            self.ends.output_bell.take();
+            self.link.take_bell();
             self.shown.bytes.resize(BUFFER_BYTES, 0);
             self.shown.from = 0;
-            let got = self.ends.output.read(&mut self.shown.bytes);
+            let got = self.link.read(&mut self.shown.bytes);
             let bytes = match got {
                 Ok(got) => {
                     if got.bytes > 0 {
@@ -361,6 +366,9 @@ impl Worker {
                 return false;
             }
         }
+        let Some(output) = &self.output else {
+            return false;
+        };
         match output.write(self.shown.rest()) {
             Ok(Some(n)) => {
                 self.shown.from += n;
@@ -376,8 +384,8 @@ impl Worker {
     }
 
     /// Keeps up with output that nobody can see.
-    fn discard(&self) -> bool {
-        self.ends.output_bell.take();
+    fn discard(&mut self) -> bool {
+        self.link.take_bell();
         false
     }
 
@@ -396,6 +404,7 @@ impl Worker {
         let (columns, rows) = size;
         if size != self.size && columns > 0 && rows > 0 {
             self.size = size;
+            self.link.resize(columns, rows);
             (self.tell)(UserEvent::Resize { columns, rows });
         }
     }

@@ -40,6 +40,16 @@ impl Keys {
         }
     }
 
+    /// The keys of `console`: `escape` leaves, and everything else is for the guest.
+    #[must_use]
+    pub const fn leaving_with(escape: Option<u8>) -> Self {
+        Self {
+            escape,
+            prefix: None,
+            prefixed: false,
+        }
+    }
+
     /// No keys: every byte goes to the guest.
     #[must_use]
     pub const fn pass_through() -> Self {
@@ -86,8 +96,13 @@ impl Keys {
             .into_iter()
             .chain(prefix)
             .collect();
-        let help = self.prefix.map_or("", |_| "; Ctrl-A h shows help");
-        format!("to quit press {}{help}", ways.join(" or "))
+        match (ways.as_slice(), self.prefix) {
+            ([], _) => "no key leaves it".to_owned(),
+            (ways, None) => format!("to leave press {}", ways.join(" or ")),
+            (ways, Some(_)) => {
+                format!("to quit press {}; Ctrl-A h shows help", ways.join(" or "))
+            }
+        }
     }
 
     /// The lines that Ctrl-A h shows.
@@ -195,7 +210,10 @@ mod tests {
             Keys::new(Some(0x14)).banner(),
             "to quit press Ctrl-T or Ctrl-A x; Ctrl-A h shows help"
         );
-        assert_eq!(Keys::new(Some(1)).banner(), "to quit press Ctrl-A");
+        assert_eq!(Keys::new(Some(1)).banner(), "to leave press Ctrl-A");
+        let detached = Keys::leaving_with(Some(0x1d));
+        assert_eq!(detached.banner(), "to leave press Ctrl-]");
+        assert_eq!(Keys::leaving_with(None).banner(), "no key leaves it");
     }
 
     proptest! {

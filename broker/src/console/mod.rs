@@ -6,10 +6,11 @@
 //! Bytes of the guest pass unchanged here and nowhere else in this program.
 //!
 //! [`keys`] decides what keys mean; [`terminal`] is raw mode and every way out of it; [`attach`]
-//! is the thread. Called by the command line's `run`.
+//! is the thread, and [`link`] what it is attached to. Called by the command line's `run` and `console`.
 
 pub mod attach;
 pub mod keys;
+pub mod link;
 mod stream;
 pub mod terminal;
 #[cfg(test)]

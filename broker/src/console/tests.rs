@@ -1,7 +1,7 @@
 //! The terminal is a pseudo-terminal, the guest a ring in memory.
 
 use super::attach::{Attachment, Streams, Summary, UserEvent, attach};
-use super::keys::ESCAPE_DEFAULT;
+use super::keys::{ESCAPE_DEFAULT, Keys};
 use super::terminal::is_raw;
 use crate::vm::session::ConsoleEnds;
 use bulkhead_ipc::input_ring::{INPUT_RING_BYTES, InputReader, InputWriter};
@@ -93,9 +93,14 @@ fn rig() -> Rig {
         notices: null(),
     };
     let (tell, events) = sync_channel(64);
-    let attached = attach(ends, streams, Some(ESCAPE_DEFAULT), move |event| {
-        tell.try_send(event).unwrap();
-    })
+    let attached = attach(
+        ends,
+        streams,
+        Keys::new(Some(ESCAPE_DEFAULT)),
+        move |event| {
+            tell.try_send(event).unwrap();
+        },
+    )
     .unwrap();
     Rig {
         guest,
@@ -195,7 +200,7 @@ fn terminal_in_the_background_is_left_alone() {
         notices: null(),
     };
     // It is not this process's controlling terminal, so this process is not in its foreground.
-    let attached = attach(ends, streams, None, |_| {}).unwrap();
+    let attached = attach(ends, streams, Keys::new(None), |_| {}).unwrap();
     assert_eq!(nix::sys::termios::tcgetattr(&pty.slave).unwrap(), before);
     File::from(pty.master).write_all(b"keys\n").unwrap();
     assert!(!is_raw());

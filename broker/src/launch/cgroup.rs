@@ -1,36 +1,68 @@
-//! Control groups: what a process may use of the host at most, whatever it does.
+//! Control groups: what a process may use of the host at most, whatever it does, and whom it lives
+//! and dies with.
 //!
-//! A group for each process, with limits of memory and of tasks, below a place that the broker can
-//! write: `bulkhead/` of a unified hierarchy as root, or the broker's own groups of the separate
-//! hierarchies. Where there is neither, processes have their rlimits only, and `bulkhead doctor` says
-//! so. A machine whose VM file limits what it takes of processors and disks gets a group around
-//! those of its processes; others get none, because a group of its own also changes when the
+//! A group for each process, with limits of memory and of tasks, in a directory `bulkhead` that the
+//! broker can write. Where that is depends on [`Reach`]: below the broker's own groups, or outside of
+//! them, so that what ends the broker's groups as a whole (a service manager, say) does not reach
+//! its machines. Where there is no such place, processes have their rlimits only, and `bulkhead
+//! doctor` says so. A machine whose VM file limits what it takes of processors and disks gets a group
+//! around those of its processes; others get none, because a group of its own also changes when the
 //! scheduler lets a process run. A group is removed when its processes are gone.
 
 mod share;
 
+use super::Launched;
 use crate::vm::spec::HostShare;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 pub use share::{Device, device_of};
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-/// Where groups can be made.
+/// The directory that all groups are in.
+const DIRECTORY: &str = "bulkhead";
+
+/// Where the groups of processes are, in relation to the broker's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reach {
+    /// Below the broker's groups: what it may use, they may use together.
+    Within,
+    /// Outside of the broker's groups, in every hierarchy where the broker is not at the root.
+    Outside,
+}
+
+/// What is done in one hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
-    /// A unified hierarchy: a directory whose children have `memory` and `pids`.
-    Unified(PathBuf),
-    /// Separate hierarchies; at least one is there.
-    Separate {
-        /// Directory for groups with a memory limit.
-        memory: Option<PathBuf>,
-        /// Directory for groups with a task limit.
-        pids: Option<PathBuf>,
-        /// Groups of a machine that all its processes are put into.
-        around: Vec<PathBuf>,
+enum Role {
+    /// A group for each process, with these limits.
+    Limits {
+        /// File of the memory limit.
+        memory: Option<&'static str>,
+        /// File of the task limit.
+        tasks: Option<&'static str>,
     },
-    /// Nowhere.
-    None,
+    /// One group for all, which only is not the broker's.
+    Membership,
+}
+
+/// One hierarchy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Tree {
+    place: PathBuf,
+    role: Role,
+}
+
+/// Where groups can be made.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Place {
+    trees: Vec<Tree>,
+    /// Groups of a machine that all its processes are put into.
+    around: Vec<PathBuf>,
+    /// Groups of separate hierarchies that a machine's can be made in, by controller.
+    parents: Vec<(String, PathBuf)>,
 }
 
 /// The limits of a group.
@@ -42,7 +74,7 @@ pub struct GroupLimits {
     pub tasks: u64,
 }
 
-/// The group of one process. Dropped, it is removed.
+/// The groups of one process. Dropped, they are removed.
 #[derive(Debug)]
 pub struct Group {
     directories: Vec<PathBuf>,
@@ -51,33 +83,52 @@ pub struct Group {
 impl Drop for Group {
     fn drop(&mut self) {
         for directory in &self.directories {
-            // Busy when the process is not reaped yet; an empty group costs next to nothing.
+            // Busy when the process is not reaped yet; an empty group costs next to nothing, and
+            // goes with the next sweep.
             let _removed = fs::remove_dir(directory);
         }
     }
 }
 
+/// A mounted hierarchy, and the broker's own group in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Hierarchy {
+    root: PathBuf,
+    /// Relative to the root.
+    own: PathBuf,
+    /// Controllers of a separate hierarchy; `None` of the unified one.
+    controllers: Option<Vec<String>>,
+}
+
 impl Place {
     /// Looks for one, as `/proc/self` tells.
     #[must_use]
-    pub fn find() -> Self {
+    pub fn find(reach: Reach) -> Self {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-        let unified = mount_of(&mounts, "cgroup2", None);
-        if let Some(place) = unified.and_then(|root| unified_place(&root)) {
-            return Self::Unified(place);
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        Self::among(&hierarchies(&mounts, &own), reach)
+    }
+
+    fn among(hierarchies: &[Hierarchy], reach: Reach) -> Self {
+        let mut trees: Vec<_> = hierarchies.iter().filter_map(|h| h.tree(reach)).collect();
+        // The unified hierarchy has both controllers, so no other one has them.
+        if trees.iter().any(Tree::is_unified) {
+            trees.retain(|tree| tree.is_unified() || tree.role == Role::Membership);
         }
-        match (separate_place("memory"), separate_place("pids")) {
-            (None, None) => Self::None,
-            (memory, pids) => Self::Separate {
-                memory,
-                pids,
-                around: Vec::new(),
-            },
+        let parents = hierarchies.iter().flat_map(|h| {
+            let parent = h.parent(reach);
+            let names = h.controllers.iter().flatten();
+            names.filter_map(move |name| Some((name.clone(), parent.clone()?)))
+        });
+        Self {
+            trees,
+            around: Vec::new(),
+            parents: parents.collect(),
         }
     }
 
-    /// A group `name` for a machine that may take `share` of the host's processors, and of the block
-    /// devices `disks`; with the place for its processes. None when nothing is limited.
+    /// A group for the machine `name` that may take `share` of the host's processors, and of the
+    /// block devices `disks`; with the place for its processes. None when nothing is limited.
     ///
     /// # Errors
     /// The kernel's error, or that there is no controller for what is to be limited; groups that
@@ -88,77 +139,89 @@ impl Place {
         share: &HostShare,
         disks: &[Device],
     ) -> io::Result<Option<(Self, Group)>> {
+        if *share == HostShare::default() {
+            return Ok(None);
+        }
         let mut group = Group {
             directories: Vec::new(),
         };
-        match self {
-            _ if *share == HostShare::default() => Ok(None),
-            Self::Unified(place) => {
-                let at = place.join(name);
-                let files = share::unified(share, disks);
-                for controller in ["cpu", "io"] {
-                    if files.iter().any(|(file, _)| file.starts_with(controller)) {
-                        enable(place, &format!("+{controller}"))?;
-                    }
+        let mut place = self.clone();
+        if let Some(tree) = place.trees.iter_mut().find(|tree| tree.is_unified()) {
+            let files = share::unified(share, disks);
+            for controller in ["cpu", "io"] {
+                if files.iter().any(|(file, _)| file.starts_with(controller)) {
+                    enable(&tree.place, &format!("+{controller}"))?;
                 }
-                group.create(&at, &files)?;
-                enable(&at, "+memory +pids")?;
-                Ok(Some((Self::Unified(at), group)))
             }
-            Self::Separate { memory, pids, .. } => {
-                let mut around = Vec::new();
-                for (controller, files) in share::separate(share, disks) {
-                    let parent = separate_place(controller).ok_or_else(|| lacking(controller))?;
-                    let at = parent.join(name);
-                    group.create(&at, &files)?;
-                    around.push(at);
-                }
-                let (memory, pids) = (memory.clone(), pids.clone());
-                let place = Self::Separate {
-                    memory,
-                    pids,
-                    around,
-                };
-                Ok(Some((place, group)))
-            }
-            Self::None => Err(lacking("cpu and io")),
+            let at = tree.place.join(name);
+            group.create(&at, &files)?;
+            enable(&at, "+memory +pids")?;
+            tree.place = at;
+            return Ok(Some((place, group)));
         }
+        for (controller, files) in share::separate(share, disks) {
+            let found = self.parents.iter().find(|(known, _)| known == controller);
+            let (_, parent) = found.ok_or_else(|| lacking(controller))?;
+            let at = parent.join(format!("{DIRECTORY}-{name}"));
+            group.create(&at, &files)?;
+            place.around.push(at);
+        }
+        Ok(Some((place, group)))
     }
 
-    /// Puts the process `pid` into a new group `name` with `limits`.
+    /// Puts a process into a new group `name` with `limits`. One that is dead needs none.
     ///
     /// # Errors
     /// The kernel's error; groups that were made for it are removed.
-    pub fn put(&self, name: &str, pid: i32, limits: GroupLimits) -> io::Result<Group> {
+    pub fn put(&self, name: &str, process: &Launched, limits: GroupLimits) -> io::Result<Group> {
+        // A pid is another process's only after its own was reaped, which this broker does itself,
+        // and not meanwhile: who is alive now is who is moved.
+        if is_dead(process)? {
+            let directories = Vec::new();
+            return Ok(Group { directories });
+        }
+        self.put_pid(name, process.pid, limits)
+    }
+
+    fn put_pid(&self, name: &str, pid: i32, limits: GroupLimits) -> io::Result<Group> {
         let mut group = Group {
             directories: Vec::new(),
         };
-        let memory = limits.memory_bytes.to_string();
-        let tasks = limits.tasks.to_string();
-        match self {
-            Self::Unified(place) => {
-                let files = [("memory.max", memory.as_str()), ("pids.max", &tasks)];
-                group.make(&place.join(name), pid, &files)?;
-            }
-            Self::Separate {
-                memory: at,
-                pids,
-                around,
-            } => {
-                for machine in around {
-                    fs::write(machine.join("cgroup.procs"), pid.to_string())?;
+        for tree in &self.trees {
+            let at = match tree.role {
+                Role::Membership => tree.place.clone(),
+                Role::Limits { memory, tasks } => {
+                    let at = tree.place.join(name);
+                    let limits = [(memory, limits.memory_bytes), (tasks, limits.tasks)];
+                    let files = limits.map(|(file, value)| Some((file?, value.to_string())));
+                    let files: Vec<_> = files.into_iter().flatten().collect();
+                    group.create(&at, &files)?;
+                    at
                 }
-                if let Some(place) = at {
-                    let files = [("memory.limit_in_bytes", memory.as_str())];
-                    group.make(&place.join(name), pid, &files)?;
-                }
-                if let Some(place) = pids {
-                    group.make(&place.join(name), pid, &[("pids.max", tasks.as_str())])?;
-                }
-            }
-            Self::None => {}
+            };
+            fs::write(at.join("cgroup.procs"), pid.to_string())?;
+        }
+        for machine in &self.around {
+            fs::write(machine.join("cgroup.procs"), pid.to_string())?;
         }
         Ok(group)
+    }
+
+    /// Removes every group whose process is gone.
+    pub fn sweep(&self) {
+        for tree in self.trees.iter().filter(|t| t.role != Role::Membership) {
+            for entry in fs::read_dir(&tree.place).into_iter().flatten().flatten() {
+                // One with a process is busy, and everything else is no directory.
+                let _removed = fs::remove_dir(entry.path());
+            }
+        }
+    }
+}
+
+impl Tree {
+    fn is_unified(&self) -> bool {
+        let memory = Some("memory.max");
+        matches!(self.role, Role::Limits { memory: found, .. } if found == memory)
     }
 }
 
@@ -173,11 +236,6 @@ impl Group {
     #[must_use]
     pub fn directories(&self) -> &[PathBuf] {
         &self.directories
-    }
-
-    fn make(&mut self, at: &Path, pid: i32, files: &[(&str, &str)]) -> io::Result<()> {
-        self.create(at, files)?;
-        fs::write(at.join("cgroup.procs"), pid.to_string())
     }
 
     fn create<V: AsRef<str>>(&mut self, at: &Path, files: &[(&str, V)]) -> io::Result<()> {
@@ -202,108 +260,287 @@ fn enable(group: &Path, controllers: &str) -> io::Result<()> {
     fs::write(group.join("cgroup.subtree_control"), controllers)
 }
 
-/// The broker's own group in the separate hierarchy of `controller`, if it may make groups there.
-fn separate_place(controller: &str) -> Option<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
-    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let root = mount_of(&mounts, "cgroup", Some(controller))?;
-    let place = root.join(own_group(&own, controller)?);
-    writable(&place).then_some(place)
+fn is_dead(process: &Launched) -> io::Result<bool> {
+    let mut fds = [PollFd::new(process.pidfd.as_fd(), PollFlags::POLLIN)];
+    Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
 }
 
-/// Where the file system `kind` (with `option`) is mounted.
-fn mount_of(mounts: &str, kind: &str, option: Option<&str>) -> Option<PathBuf> {
-    mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ').skip(1);
-        let (at, found, options) = (fields.next()?, fields.next()?, fields.next()?);
-        let fits = option.is_none_or(|wanted| options.split(',').any(|o| o == wanted));
-        (found == kind && fits).then(|| PathBuf::from(at))
-    })
-}
-
-/// The broker's own group in the hierarchy of `controller`, relative to its mount.
-fn own_group(groups: &str, controller: &str) -> Option<PathBuf> {
-    groups.lines().find_map(|line| {
-        let mut fields = line.splitn(3, ':').skip(1);
-        let (controllers, path) = (fields.next()?, fields.next()?);
-        let fits = controllers.split(',').any(|c| c == controller);
-        fits.then(|| PathBuf::from(path.trim_start_matches('/')))
-    })
-}
-
-/// `bulkhead/` below the root of a unified hierarchy that has both controllers.
-fn unified_place(root: &Path) -> Option<PathBuf> {
-    let has_both = |file: PathBuf| {
-        let text = fs::read_to_string(file).unwrap_or_default();
-        let has = |name| text.split_ascii_whitespace().any(|c| c == name);
-        has("memory") && has("pids")
-    };
-    if !has_both(root.join("cgroup.subtree_control")) {
-        return None;
+impl Hierarchy {
+    fn tree(&self, reach: Reach) -> Option<Tree> {
+        let limits = match &self.controllers {
+            None => None,
+            Some(names) => {
+                let has = |name: &str| names.iter().any(|n| n == name);
+                let memory = has("memory").then_some("memory.limit_in_bytes");
+                let tasks = has("pids").then_some("pids.max");
+                let any = memory.is_some() || tasks.is_some();
+                any.then_some(Role::Limits { memory, tasks })
+            }
+        };
+        let at_root = self.own.as_os_str().is_empty();
+        let outside = reach == Reach::Outside && !at_root;
+        let place = match (&self.controllers, &limits) {
+            (None, _) => return self.unified(outside),
+            (Some(_), None) if !outside => return None,
+            (Some(_), _) if outside => self.outside(make_separate).or_else(|| {
+                // Better limits that end with the broker than none.
+                limits
+                    .as_ref()
+                    .and_then(|_| make_separate(&self.root.join(&self.own)))
+            }),
+            (Some(_), _) => make_separate(&self.root.join(&self.own)),
+        };
+        let role = limits.unwrap_or(Role::Membership);
+        place.map(|place| Tree { place, role })
     }
-    let place = root.join("bulkhead");
+
+    /// The group of a separate hierarchy that machines' groups can be made in.
+    fn parent(&self, reach: Reach) -> Option<PathBuf> {
+        use nix::unistd::{AccessFlags, access};
+        let can = |group: &Path| access(group, AccessFlags::W_OK).is_ok();
+        let own = self.root.join(&self.own);
+        match reach {
+            Reach::Within => can(&own).then_some(own),
+            Reach::Outside => self.outside(|group| can(group).then(|| group.to_owned())),
+        }
+    }
+
+    /// Limits where both controllers are to be had, else membership if that is of use.
+    fn unified(&self, outside: bool) -> Option<Tree> {
+        let both = Role::Limits {
+            memory: Some("memory.max"),
+            tasks: Some("pids.max"),
+        };
+        // No process may be in a group whose children have limits, so even those that are to stay
+        // within the broker's reach are beside its group.
+        if let Some(place) = self.outside(make_unified) {
+            return Some(Tree { place, role: both });
+        }
+        let place = outside.then(|| self.outside(make_plain)).flatten()?;
+        let role = Role::Membership;
+        Some(Tree { place, role })
+    }
+
+    /// The directory in the outermost group, but the broker's own, where `make` can make it.
+    fn outside(&self, make: impl Fn(&Path) -> Option<PathBuf>) -> Option<PathBuf> {
+        let mut groups: Vec<_> = self.own.ancestors().skip(1).collect();
+        if groups.is_empty() {
+            groups.push(Path::new(""));
+        }
+        groups.reverse();
+        groups
+            .into_iter()
+            .find_map(|group| make(&self.root.join(group)))
+    }
+}
+
+fn make_plain(group: &Path) -> Option<PathBuf> {
+    use nix::unistd::{AccessFlags, access};
+    let place = group.join(DIRECTORY);
     match fs::create_dir(&place) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return None,
         _ => {}
     }
-    fs::write(place.join("cgroup.subtree_control"), "+memory +pids").ok()?;
+    access(&place.join("cgroup.procs"), AccessFlags::W_OK).ok()?;
     Some(place)
 }
 
-fn writable(place: &Path) -> bool {
-    use nix::unistd::{AccessFlags, access};
-    access(place, AccessFlags::W_OK).is_ok()
+/// In a separate hierarchy. Groups of cpuset have nothing until they are given something.
+fn make_separate(group: &Path) -> Option<PathBuf> {
+    let place = make_plain(group)?;
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        let (from, to) = (group.join(file), place.join(file));
+        if let (Ok(all), Ok(now)) = (fs::read_to_string(from), fs::read_to_string(&to))
+            && now.trim().is_empty()
+        {
+            fs::write(to, all.trim()).ok()?;
+        }
+    }
+    Some(place)
+}
+
+/// In the unified hierarchy, where the group hands both controllers on.
+fn make_unified(group: &Path) -> Option<PathBuf> {
+    let handed = fs::read_to_string(group.join("cgroup.subtree_control")).unwrap_or_default();
+    let has = |name| handed.split_ascii_whitespace().any(|c| c == name);
+    if !(has("memory") && has("pids")) {
+        return None;
+    }
+    let place = make_plain(group)?;
+    enable(&place, "+memory +pids").ok()?;
+    Some(place)
+}
+
+/// Every mounted hierarchy in which the broker's own group is known.
+fn hierarchies(mounts: &str, own: &str) -> Vec<Hierarchy> {
+    let mut found = Vec::new();
+    for line in mounts.lines() {
+        let mut fields = line.split(' ').skip(1);
+        let (Some(root), Some(kind), Some(options)) = (fields.next(), fields.next(), fields.next())
+        else {
+            continue;
+        };
+        let options: Vec<_> = options.split(',').collect();
+        let (own, controllers) = match kind {
+            "cgroup2" => (own_group(own, |names| names.is_empty()), None),
+            "cgroup" => {
+                let is_this = |names: &str| names.split(',').all(|n| options.contains(&n));
+                let own = own_group(own, |names| !names.is_empty() && is_this(names));
+                let names = options.iter().map(|&name| name.to_owned());
+                (own, Some(names.collect()))
+            }
+            _ => continue,
+        };
+        found.extend(own.map(|own| Hierarchy {
+            root: root.into(),
+            own,
+            controllers,
+        }));
+    }
+    found
+}
+
+/// The broker's own group, relative to its mount, in the hierarchy whose controllers `fit`.
+fn own_group(groups: &str, fit: impl Fn(&str) -> bool) -> Option<PathBuf> {
+    groups.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (fields.next()?, fields.next()?);
+        fit(controllers).then(|| PathBuf::from(path.trim_start_matches('/')))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const MOUNTS: &str = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\n\
+        cgroup /sys/fs/cgroup/memory cgroup rw,relatime,memory 0 0\n\
+        cgroup /sys/fs/cgroup/systemd cgroup rw,xattr,name=systemd 0 0\n\
+        cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+
     #[test]
     fn hierarchies_are_found_in_mounts_and_own_groups() {
-        let mounts = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\n\
-            cgroup /sys/fs/cgroup/memory cgroup rw,relatime,memory 0 0\n\
-            cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        let own = "9:name=systemd:/x\n4:memory:/a/b\n3:cpu:/\n0::/\n";
+        let found = hierarchies(MOUNTS, own);
+        let roots: Vec<_> = found
+            .iter()
+            .map(|h| (h.root.to_str().unwrap(), h.own.to_str().unwrap()))
+            .collect();
         assert_eq!(
-            mount_of(mounts, "cgroup", Some("memory")),
-            Some("/sys/fs/cgroup/memory".into())
+            roots,
+            [
+                ("/sys/fs/cgroup/memory", "a/b"),
+                ("/sys/fs/cgroup/systemd", "x"),
+                ("/sys/fs/cgroup/unified", ""),
+            ]
         );
-        assert_eq!(mount_of(mounts, "cgroup", Some("pids")), None);
-        let own = "9:name=systemd:/\n4:memory,x:/a/b\n0::/\n";
-        assert_eq!(own_group(own, "memory"), Some("a/b".into()));
-        assert_eq!(own_group(own, "pids"), None);
+        assert_eq!(found[2].controllers, None);
+    }
+
+    /// A directory that looks like a mounted hierarchy with the group `service/own`.
+    fn tree(dir: &Path, name: &str, controllers: Option<&str>, own: &str) -> Hierarchy {
+        let root = dir.join(name);
+        for group in [
+            "",
+            "bulkhead",
+            "service",
+            "service/bulkhead",
+            "service/own",
+            "service/own/bulkhead",
+        ] {
+            fs::create_dir_all(root.join(group)).unwrap();
+            fs::write(root.join(group).join("cgroup.procs"), "").unwrap();
+            let handed = if controllers.is_none() {
+                "memory pids"
+            } else {
+                ""
+            };
+            fs::write(root.join(group).join("cgroup.subtree_control"), handed).unwrap();
+        }
+        Hierarchy {
+            root,
+            own: own.into(),
+            controllers: controllers.map(|c| c.split(',').map(str::to_owned).collect()),
+        }
+    }
+
+    fn places(place: &Place, dir: &Path) -> Vec<String> {
+        let trees = place.trees.iter();
+        let shown = trees.map(|t| {
+            t.place
+                .strip_prefix(dir)
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .to_owned()
+        });
+        shown.collect()
     }
 
     #[test]
-    fn group_limits_are_written_and_the_group_is_removed() {
+    fn groups_outside_are_in_nobody_s_group_and_those_within_in_the_brokers() {
         let dir = tempfile::tempdir().unwrap();
-        let place = Place::Unified(dir.path().to_owned());
+        let all = [
+            tree(dir.path(), "memory", Some("memory"), "service/own"),
+            tree(dir.path(), "pids", Some("pids"), ""),
+            tree(dir.path(), "systemd", Some("name=systemd"), "service/own"),
+            tree(dir.path(), "freezer", Some("freezer"), ""),
+        ];
+        let within = Place::among(&all, Reach::Within);
+        assert_eq!(
+            places(&within, dir.path()),
+            ["memory/service/own/bulkhead", "pids/bulkhead"]
+        );
+        let outside = Place::among(&all, Reach::Outside);
+        let expected = ["memory/bulkhead", "pids/bulkhead", "systemd/bulkhead"];
+        assert_eq!(places(&outside, dir.path()), expected);
+        assert_eq!(outside.trees[2].role, Role::Membership);
+    }
+
+    #[test]
+    fn unified_hierarchy_with_controllers_is_the_only_one_with_limits() {
+        let dir = tempfile::tempdir().unwrap();
+        let all = [
+            tree(dir.path(), "pids", Some("pids"), "service/own"),
+            tree(dir.path(), "unified", None, "service/own"),
+        ];
+        let place = Place::among(&all, Reach::Outside);
+        assert_eq!(places(&place, dir.path()), ["unified/bulkhead"]);
+        // Without controllers it still is where a service manager counts its processes.
+        fs::write(dir.path().join("unified/cgroup.subtree_control"), "cpu").unwrap();
+        fs::write(
+            dir.path().join("unified/service/cgroup.subtree_control"),
+            "",
+        )
+        .unwrap();
+        let place = Place::among(&all, Reach::Outside);
+        assert_eq!(
+            places(&place, dir.path()),
+            ["pids/bulkhead", "unified/bulkhead"]
+        );
+        let place = Place::among(&all, Reach::Within);
+        assert_eq!(places(&place, dir.path()), ["pids/service/own/bulkhead"]);
+    }
+
+    #[test]
+    fn group_limits_are_written_and_empty_groups_are_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        let hierarchy = tree(dir.path(), "unified", None, "service/own");
+        let place = Place::among(&[hierarchy], Reach::Outside);
         let limits = GroupLimits {
             memory_bytes: 5,
             tasks: 2,
         };
-        let group = place.put("g", 77, limits).unwrap();
-        let read = |name: &str| fs::read_to_string(dir.path().join("g").join(name)).unwrap();
+        let group = place.put_pid("g", 77, limits).unwrap();
+        let at = dir.path().join("unified/bulkhead/g");
+        let read = |name: &str| fs::read_to_string(at.join(name)).unwrap();
         assert_eq!(read("memory.max"), "5");
         assert_eq!(read("pids.max"), "2");
         assert_eq!(read("cgroup.procs"), "77");
-        assert_eq!(group.directories.len(), 1);
-    }
-
-    #[test]
-    fn machine_without_limits_has_no_group_around_it() {
-        let place = Place::Unified("/nowhere".into());
-        let made = place.machine("m", &HostShare::default(), &[]).unwrap();
-        assert!(made.is_none());
-    }
-
-    #[test]
-    fn limit_that_no_controller_enforces_is_an_error() {
-        let share = HostShare {
-            cpu_percent: Some(50),
-            ..HostShare::default()
-        };
-        let error = Place::None.machine("m", &share, &[]).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+        assert_eq!(group.directories, std::slice::from_ref(&at));
+        let empty = dir.path().join("unified/bulkhead/empty");
+        fs::create_dir(&empty).unwrap();
+        place.sweep();
+        assert!(!empty.exists());
     }
 }

@@ -10,6 +10,8 @@ use super::routes::{Asked, Name};
 use crate::api::frame::{Frame, PAYLOAD_BYTES_MAX, Reader};
 use crate::api::{ApiError, CONSOLE_PROTOCOL, Code, ConsoleName};
 use crate::vm::session::Command;
+use crate::vm::spec::ConsoleChoice;
+use crate::vmfile;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
@@ -20,6 +22,7 @@ use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -30,8 +33,8 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Deserialize)]
 pub(super) struct How {
-    /// Which console; the one that the VM file attaches to is the client's business.
-    console: ConsoleName,
+    /// Which console; the one that the VM file says unless it is given.
+    console: Option<ConsoleName>,
     /// Whether the kept output comes first.
     #[serde(default)]
     history: bool,
@@ -57,7 +60,8 @@ pub(super) async fn console(
         let line = "too many consoles are attached (limits.consoles)";
         ApiError::new(Code::Unavailable, line)
     })?;
-    let attachable = vm.ask(|reply| Ask::Attach(how.console, reply)).await?;
+    let console = how.console.unwrap_or_else(|| default_console(&vm));
+    let attachable = vm.ask(|reply| Ask::Attach(console, reply)).await?;
     let output = reader(&attachable, how.history)
         .map_err(|e| ApiError::new(Code::Host, format!("the console's output: {e}")))?;
     tokio::spawn(async move {
@@ -77,6 +81,16 @@ pub(super) async fn console(
         .header(header::UPGRADE, CONSOLE_PROTOCOL)
         .body(Body::empty());
     response.map_err(|error| ApiError::new(Code::Internal, error.to_string()))
+}
+
+/// The console that the VM file says a terminal attaches to.
+fn default_console(vm: &Vm) -> ConsoleName {
+    let file = vm.view.borrow().record.vm_file.clone();
+    let draft = vmfile::parse("", Path::new("/"), &file).unwrap_or_default();
+    match draft.console_attach.map(|choice| choice.value) {
+        Some(ConsoleChoice::Virtio) => ConsoleName::Virtio,
+        Some(ConsoleChoice::Serial) | None => ConsoleName::Serial,
+    }
 }
 
 fn reader(attachable: &Attachable, history: bool) -> io::Result<OutputReader> {

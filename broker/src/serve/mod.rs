@@ -35,6 +35,7 @@ mod verbs;
 mod view;
 
 use crate::api::{ApiError, Code};
+use crate::launch::cgroup::{Place, Reach};
 use crate::registry::{Registry, RegistryError};
 use crate::vm::session::RunOptions;
 use budget::Budget;
@@ -82,6 +83,7 @@ impl Places {
             state: self.vm_state(name),
             runtime: self.runtime.clone(),
             core: None,
+            reach: Reach::Outside,
             reboot: true,
         }
     }
@@ -167,6 +169,7 @@ pub fn serve(places: Places, config: Config) -> Result<(), ServeError> {
     let _state_lock = Lock::take(&places.state.join("serve.lock"))?;
     let listener = http::Socket::bind(&places.runtime)?;
     let registry = Registry::open(&places.state.join(crate::registry::FILE_NAME))?;
+    Place::find(Reach::Outside).sweep();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)

@@ -129,6 +129,7 @@ async fn run_at(
             devices: &devices,
             rings: &rings,
             keeper,
+            reach: options.reach,
         };
         // No process has the identity of one of an earlier life.
         generation += 1;
@@ -451,8 +452,8 @@ impl Machine<'_> {
 
     fn make_groups(&mut self) {
         self.groups_at = None;
-        let share = &self.nursery.spec.limits.share;
-        self.household.limit(share, self.nursery.keeper);
+        self.household
+            .limit(self.nursery.spec, self.nursery.reach, self.nursery.keeper);
         if let Some(after) = self.all_locked_after.take() {
             bulkhead_ipc::shed::start_up_code();
             bulkhead_ipc::shed::free_heap();

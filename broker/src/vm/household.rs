@@ -12,8 +12,8 @@ use super::keeper::Keeper;
 use super::record::{ProcessRecord, start_time};
 use super::resources::Resources;
 use super::session::{Restart, RunError};
-use super::spec::{DiskSpec, HostShare, VmSpec};
-use crate::launch::cgroup::{Device, Group, GroupLimits, Place, device_of};
+use super::spec::{DiskSpec, VmSpec};
+use crate::launch::cgroup::{Device, Group, GroupLimits, Place, Reach, device_of};
 use crate::launch::cores;
 use crate::launch::{Gift, LaunchError, Launched, Launcher};
 use crate::supervisor::state::Rule;
@@ -77,6 +77,8 @@ pub(super) struct Nursery<'a> {
     pub(super) devices: &'a [DevicePlan],
     pub(super) rings: &'a Rings,
     pub(super) keeper: &'a mut Keeper,
+    /// Where control groups are.
+    pub(super) reach: Reach,
 }
 
 /// Resources of the processes that are not started yet.
@@ -364,17 +366,16 @@ impl Household {
 
     /// Puts every process into a control group with the limits of its policy. Not part of the start,
     /// of which the guest's first instruction would be the later.
-    pub(super) fn limit(&mut self, share: &HostShare, keeper: &mut Keeper) {
+    pub(super) fn limit(&mut self, spec: &VmSpec, reach: Reach, keeper: &mut Keeper) {
         let place = self.place.take().unwrap_or_else(|| {
-            let place = Place::find();
-            self.limit_machine(&place, share).unwrap_or(place)
+            let place = Place::find(reach);
+            self.limit_machine(spec, &place).unwrap_or(place)
         });
         let mut made = Vec::new();
         for member in self.members.iter_mut().filter(|m| m.group.is_none()) {
             let id = member.launched.id;
-            let pid = member.launched.pid;
-            let name = format!("bulkhead-{}-{}-{pid}", std::process::id(), id.kind);
-            match place.put(&name, pid, member.group_limits) {
+            let name = group_name(&spec.name, &member.launched);
+            match place.put(&name, &member.launched, member.group_limits) {
                 Ok(group) => {
                     made.push((id, group.directories().to_vec()));
                     member.group = Some(group);
@@ -398,14 +399,15 @@ impl Household {
     }
 
     /// Puts a group around those of the processes, when the machine's share of the host is limited.
-    fn limit_machine(&mut self, place: &Place, share: &HostShare) -> Option<Place> {
+    fn limit_machine(&mut self, spec: &VmSpec, place: &Place) -> Option<Place> {
+        let share = &spec.limits.share;
         let first = self.members.first().map_or(0, |m| m.launched.pid);
-        let name = format!("bulkhead-{}-{first}", std::process::id());
+        let name = format!("{}-{first}", spec.name);
         let limits_disks = *share
-            != HostShare {
+            != super::spec::HostShare {
                 cpu_weight: share.cpu_weight,
                 cpu_percent: share.cpu_percent,
-                ..HostShare::default()
+                ..Default::default()
             };
         if limits_disks && self.devices.is_empty() {
             tracing::warn!("limits of disks are not in force: no image is on a block device");
@@ -686,6 +688,11 @@ impl Midwife<'_, '_> {
         let sent = launched.bear(&birth);
         sent.map_err(|cause| fails(cause.into()))
     }
+}
+
+/// The name of a process's control groups: no other process has it at the same time.
+pub(super) fn group_name(vm: &str, process: &Launched) -> String {
+    format!("{vm}-{}-{}", process.id, process.pid)
 }
 
 /// 256 bits that nobody can guess.

@@ -2,6 +2,7 @@
 //! ends, and how a run ended. Plain types; the command line and, later, the API are the callers.
 
 use super::any_path;
+use crate::launch::cgroup::Reach;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::ProcId;
 use bulkhead_ipc::input_ring::InputWriter;
@@ -44,6 +45,8 @@ pub struct RunOptions {
     /// ELF core to write when the machine crashes.
     #[serde(with = "any_path::option")]
     pub core: Option<PathBuf>,
+    /// Where its control groups are.
+    pub reach: Reach,
     /// Whether a reset starts the machine again as its life cycle says (`--no-reboot` clears it).
     pub reboot: bool,
 }
