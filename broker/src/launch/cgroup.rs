@@ -187,22 +187,24 @@ impl Place {
         let mut group = Group {
             directories: Vec::new(),
         };
-        for tree in &self.trees {
-            let at = match tree.role {
-                Role::Membership => tree.place.clone(),
-                Role::Limits { memory, tasks } => {
-                    let at = tree.place.join(name);
-                    let limits = [(memory, limits.memory_bytes), (tasks, limits.tasks)];
-                    let files = limits.map(|(file, value)| Some((file?, value.to_string())));
-                    let files: Vec<_> = files.into_iter().flatten().collect();
-                    group.create(&at, &files)?;
-                    at
-                }
-            };
-            fs::write(at.join("cgroup.procs"), pid.to_string())?;
+        let join = |at: &Path| fs::write(at.join("cgroup.procs"), pid.to_string());
+        // The broker's groups are left first, since a machine's may be in the same hierarchy.
+        for tree in self.trees.iter().filter(|t| t.role == Role::Membership) {
+            join(&tree.place)?;
         }
         for machine in &self.around {
-            fs::write(machine.join("cgroup.procs"), pid.to_string())?;
+            join(machine)?;
+        }
+        for tree in &self.trees {
+            let Role::Limits { memory, tasks } = tree.role else {
+                continue;
+            };
+            let at = tree.place.join(name);
+            let limits = [(memory, limits.memory_bytes), (tasks, limits.tasks)];
+            let files = limits.map(|(file, value)| Some((file?, value.to_string())));
+            let files: Vec<_> = files.into_iter().flatten().collect();
+            group.create(&at, &files)?;
+            join(&at)?;
         }
         Ok(group)
     }

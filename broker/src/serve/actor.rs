@@ -143,7 +143,12 @@ impl Actor {
                     }
                 }
                 Woken::Done(result) => self.ended(result).await,
-                Woken::Retry => self.write_end().await,
+                Woken::Retry => {
+                    self.write_end().await;
+                    if self.unwritten.is_none() {
+                        tracing::info!(vm = self.name(), "its end is recorded now");
+                    }
+                }
             }
         }
     }
