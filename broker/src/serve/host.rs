@@ -7,7 +7,7 @@ use crate::api::time::now_ms;
 use crate::api::{ApiError, Changed, Code, Create};
 use crate::registry::{Desired, VmRecord};
 use crate::vmfile::{self, HostMemory, Surroundings};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
@@ -32,6 +32,10 @@ impl Host {
     pub(super) async fn load(shared: Arc<Shared>) -> Result<Arc<Self>, ServeError> {
         let records = shared.registry(|registry| registry.all()).await?;
         let fresh = is_fresh_boot(&shared.places.runtime);
+        let orphans = crate::vm::adopt::orphans(&shared.places.runtime);
+        let orphans = orphans.map_err(super::os("the runtime directory"))?;
+        let alive = orphans.into_iter().filter(|orphan| orphan.is_alive);
+        let orphans: BTreeSet<_> = alive.map(|orphan| orphan.record.spec.name).collect();
         let host = Arc::new(Self {
             vms: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
@@ -40,11 +44,10 @@ impl Host {
             shared,
         });
         for record in records {
-            let runtime = &host.shared.places.runtime;
             // Processes of a daemon that was killed: a second guest on their disks would be worse.
-            let left = crate::vm::home::path_of(runtime, &record.name).exists();
+            let left = orphans.contains(&record.name);
             if left {
-                tracing::error!(vm = record.name, "its processes were left behind");
+                tracing::error!(vm = record.name, "it runs without a broker");
             }
             let starts = starts_now(&record, fresh) && !left;
             let vm = host.know(record);

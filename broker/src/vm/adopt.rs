@@ -209,6 +209,7 @@ mod tests {
             state: "/s".into(),
             runtime: runtime.into(),
             core: None,
+            reach: crate::launch::cgroup::Reach::Within,
             reboot: true,
         }
     }

@@ -436,6 +436,7 @@ mod tests {
             state: "/s".into(),
             runtime: "/r".into(),
             core: None,
+            reach: crate::launch::cgroup::Reach::Within,
             reboot: true,
         };
         let mut record = Record::new(&spec, &options).unwrap();
