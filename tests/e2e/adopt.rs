@@ -139,6 +139,22 @@ fn next_broker_hears_of_vcpus_that_died_meanwhile() {
 }
 
 #[test]
+fn machine_that_cannot_be_taken_over_stays_on_record_and_alive() {
+    let mut machine = Machine::test_guest("mode=idle", &["--name=web"]);
+    machine.expect("BH idle ");
+    machine.expect_phase("running");
+    machine.kill_broker();
+    let ring = machine.scratch().join("state/vms/web/serial.ring");
+    let aside = ring.with_extension("aside");
+    std::fs::rename(&ring, &aside).unwrap();
+    next_broker(&machine, &[]).unwrap_err();
+    assert!(machine.orphans()[0].is_alive);
+    std::fs::rename(&aside, &ring).unwrap();
+    let finished = next_broker(&machine, &[Command::Kill]).unwrap();
+    assert_eq!(finished.ending, Ending::Killed);
+}
+
+#[test]
 fn machine_that_is_owned_is_not_taken_over_and_an_orphan_can_be_killed() {
     let mut machine = Machine::test_guest("mode=idle", &["--name=web"]);
     machine.expect("BH idle ");

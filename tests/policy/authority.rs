@@ -92,9 +92,9 @@ fn every_kind_reaches_what_its_policy_grants_and_nothing_else() {
     let disk = disks.path().join("first.img");
     let disk = disk.to_str().unwrap();
     let thing = graph.things.iter().find(|t| t.label == disk).unwrap();
-    // The broker keeps a reader's descriptor, to see when the last lock on a disk is gone.
+    // The broker holds the disk for the next process of it, and sees when the last lock on it is gone.
     assert_eq!(thing.processes(), ["blk0.1", "broker"]);
-    assert_eq!(thing.reached_by[1].access, "r");
+    assert_eq!(thing.reached_by[1].access, "rw");
     for device in ["console0.1", "blk0.1", "blk1.1", "rng0.1"] {
         let mut windows = graph.things.iter().filter(|t| t.is_window());
         let window = windows.find(|t| t.processes().contains(&device)).unwrap();

@@ -330,7 +330,11 @@ pub async fn adopt(
         }
     }
     let done = run_at(&mut keeper, launcher, &compiled, commands, events, found).await;
-    keeper.close();
+    // One that could not be taken over stays on record, so that the next broker finds it.
+    let left = keeper.record().processes.iter().any(|p| p.is_alive());
+    if done.is_ok() || !left {
+        keeper.close();
+    }
     done
 }
 
