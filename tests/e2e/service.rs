@@ -44,8 +44,9 @@ impl Drop for Groups {
 
 #[test]
 fn machines_are_in_no_control_group_of_the_daemon() {
-    let daemon = Daemon::start();
+    // Dropped after the daemon that is in them.
     let groups = Groups::new();
+    let daemon = Daemon::start();
     if groups.0.is_empty() {
         assert!(!nix::unistd::geteuid().is_root(), "root has control groups");
         return;
