@@ -19,8 +19,8 @@ const KILLS: usize = 1000;
 const GUEST_S: u64 = 30;
 /// How long a process may take to be back.
 const BACK_WITHIN: Duration = Duration::from_secs(20);
-/// Kinds that are killed.
-const KINDS: [&str; 4] = ["blk", "console", "rng", "legacy"];
+/// Kinds that are killed: those that are restarted.
+const KINDS: [&str; 2] = ["blk", "rng"];
 
 pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
     let mut after_ms = Vec::new();
