@@ -10,7 +10,7 @@ fn keys_arrive_in_order_and_once() {
     check(|| {
         let memory = SharedMemory::with_cells([0, 0x40, 0x1000, 0x1001, 0x1002]);
         let mut writer = InputWriter::over(memory.clone());
-        let reader = InputReader::over(memory, 0);
+        let mut reader = InputReader::over(memory, 0);
         let writer = thread::spawn(move || {
             assert_eq!(writer.write(b"a"), 1);
             assert_eq!(writer.write(b"bc"), 2);
