@@ -141,26 +141,38 @@ fn company(machine: &Machine, lines: &mut [Option<Line>]) -> Result<usize, Failu
     });
     let mut used = 0;
     for device in devices.into_iter().flatten() {
-        let features = device.negotiate(feature::EVENT_IDX)?;
-        // Of a console the receive queue and the transmit queue, of the entropy source its one.
-        let queues = if device.id == id::CONSOLE { 2 } else { 1 };
-        let first = used;
-        for index in 0..queues {
-            let Some(line) = lines.get_mut(used) else {
-                break;
-            };
-            *line = Some(Line::new(device, index, features, index == 0)?);
-            used += 1;
-        }
-        device.start()?;
-        for line in lines[first..used].iter_mut().flatten() {
-            for number in 0..BUFFERS {
-                line.offer(number)?;
-            }
-            line.queue.kick();
+        match join(device, &mut lines[used..]) {
+            Ok(joined) => used += joined,
+            // It is lost already, as a taken-over device may be at any time; the rest is what counts.
+            Err(failure) => say!("beside.absent slot={} {failure}", device.slot),
         }
     }
     Ok(used)
+}
+
+/// Starts a device and puts requests in flight on its queues. Returns how many lines that took.
+fn join(device: Device, lines: &mut [Option<Line>]) -> Result<usize, Failure> {
+    let features = device.negotiate(feature::EVENT_IDX)?;
+    // Of a console the receive queue and the transmit queue, of the entropy source its one.
+    let queues = if device.id == id::CONSOLE { 2 } else { 1 };
+    let lines = lines
+        .get_mut(..queues)
+        .ok_or(Failure::Parameter("devices"))?;
+    for (line, index) in lines.iter_mut().zip(0..) {
+        *line = Some(Line::new(device, index, features, index == 0)?);
+    }
+    let started = device.start();
+    if started.is_err() {
+        lines.fill_with(|| None);
+    }
+    started?;
+    for line in lines.iter_mut().flatten() {
+        for number in 0..BUFFERS {
+            line.offer(number)?;
+        }
+        line.queue.kick();
+    }
+    Ok(queues)
 }
 
 /// Verifies until the time is over.
