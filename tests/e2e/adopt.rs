@@ -9,17 +9,11 @@
 use bulkhead::vm::session::{Command, EVENTS_CAPACITY, Ending, Finished, RunError};
 use bulkhead::vm::take_over;
 use bulkhead_ipc::ident::ProcKind;
-use bulkhead_tests::Machine;
+use bulkhead_tests::{Machine, disk};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
-
-fn disk(bytes: u64) -> NamedTempFile {
-    let disk = NamedTempFile::new().unwrap();
-    disk.as_file().set_len(bytes).unwrap();
-    disk
-}
 
 #[test]
 fn guest_and_its_verified_io_go_on_when_the_broker_is_killed() {

@@ -95,8 +95,7 @@ fn directory_as_a_disk_is_refused() {
 
 #[test]
 fn two_writers_on_one_disk_are_refused() {
-    let disk = tempfile::NamedTempFile::new().unwrap();
-    disk.as_file().set_len(1 << 20).unwrap();
+    let disk = bulkhead_tests::disk(1 << 20);
     let path = text(disk.path());
     refused(
         &["--kernel", &guest(), "--disk", path, "--disk", path],

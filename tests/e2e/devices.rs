@@ -6,17 +6,10 @@
     reason = "an integration test is a test module"
 )]
 
-use bulkhead_tests::Machine;
+use bulkhead_tests::{Machine, disk};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::Write;
-use tempfile::NamedTempFile;
-
-fn disk(bytes: u64) -> NamedTempFile {
-    let disk = NamedTempFile::new().unwrap();
-    disk.as_file().set_len(bytes).unwrap();
-    disk
-}
 
 fn succeeds(cmdline: &str, arguments: &[&str]) -> String {
     let ended = Machine::test_guest(cmdline, arguments).wait();

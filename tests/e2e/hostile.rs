@@ -95,8 +95,7 @@ fn rounds(console: &str) -> f64 {
 }
 
 fn attacked_by(kind: &str) {
-    let disk = tempfile::NamedTempFile::new().unwrap();
-    disk.as_file().set_len(4 << 20).unwrap();
+    let disk = bulkhead_tests::disk(4 << 20);
     let canary = tempfile::NamedTempFile::new().unwrap();
     fs::write(canary.path(), [0xc7; 4096]).unwrap();
 

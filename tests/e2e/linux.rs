@@ -26,9 +26,8 @@ fn boot(kernel: &str, disk: &Path, arguments: &[&str]) -> Machine {
 
 #[test]
 fn shell_session_uses_disk_entropy_and_both_cpus() {
-    let disk = tempfile::NamedTempFile::new().unwrap();
+    let disk = bulkhead_tests::disk(DISK_BYTES);
     let path = disk.path().to_str().unwrap();
-    disk.as_file().set_len(DISK_BYTES).unwrap();
     tool("mkfs.ext4", &["-q", "-F", path]);
 
     let mut machine = boot(
@@ -96,8 +95,6 @@ fn shell_session_uses_disk_entropy_and_both_cpus() {
 
 #[test]
 fn elf_kernel_boots_as_well() {
-    let disk = tempfile::NamedTempFile::new().unwrap();
-    disk.as_file().set_len(DISK_BYTES).unwrap();
     let cmdline = format!("{} bh.run=true", bulkhead_tests::linux_cmdline());
     let kernel = bulkhead_tests::path("BULKHEAD_TEST_LINUX_VMLINUX");
     let initrd = bulkhead_tests::path("BULKHEAD_TEST_LINUX_INITRD");

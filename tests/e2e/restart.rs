@@ -8,18 +8,12 @@
 )]
 
 use bulkhead_tests::pattern::{self, SECTOR};
-use bulkhead_tests::{Fate, Intruder, Machine, Restart, kill, signal_process, window_of};
+use bulkhead_tests::{Fate, Intruder, Machine, Restart, disk, kill, signal_process, window_of};
 use nix::sys::signal::Signal;
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 use tempfile::NamedTempFile;
-
-fn disk(bytes: u64) -> NamedTempFile {
-    let disk = NamedTempFile::new().unwrap();
-    disk.as_file().set_len(bytes).unwrap();
-    disk
-}
 
 /// The keys of the first record that begins with `name`.
 fn record(console: &str, name: &str) -> HashMap<String, u64> {

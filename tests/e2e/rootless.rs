@@ -24,8 +24,7 @@ fn status<'a>(text: &'a str, key: &str) -> &'a str {
 }
 
 fn with_disk() -> (tempfile::NamedTempFile, String) {
-    let disk = tempfile::NamedTempFile::new().unwrap();
-    disk.as_file().set_len(16 << 20).unwrap();
+    let disk = bulkhead_tests::disk(16 << 20);
     let path = disk.path().to_str().unwrap().to_owned();
     if nix::unistd::geteuid().is_root() {
         bulkhead_tests::tool("chown", &[&USER.to_string(), &path]);

@@ -52,8 +52,7 @@ fn machines_are_in_no_control_group_of_the_daemon() {
         return;
     }
     groups.add(daemon.pid());
-    let disk = tempfile::NamedTempFile::new().unwrap();
-    disk.as_file().set_len(1 << 20).unwrap();
+    let disk = bulkhead_tests::disk(1 << 20);
     daemon.create_and_start(
         "web",
         "mode=idle",

@@ -14,9 +14,8 @@ fn stock_debian_kernel_mounts_its_disk() {
     if !bulkhead_tests::slow() {
         return;
     }
-    let disk = tempfile::NamedTempFile::new().unwrap();
+    let disk = bulkhead_tests::disk(64 << 20);
     let path = disk.path().to_str().unwrap();
-    disk.as_file().set_len(64 << 20).unwrap();
     let files = tempfile::tempdir().unwrap();
     std::fs::write(files.path().join("greeting"), "written by the host\n").unwrap();
     let from = files.path().to_str().unwrap();

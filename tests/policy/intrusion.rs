@@ -69,8 +69,7 @@ const AT_FDCWD: u64 = (-100i64).cast_unsigned();
 
 fn try_everything(kind: &str, thread: Option<&str>) {
     for attempt in &ATTEMPTS {
-        let disk = tempfile::NamedTempFile::new().unwrap();
-        disk.as_file().set_len(1 << 20).unwrap();
+        let disk = bulkhead_tests::disk(1 << 20);
         let disk_path = disk.path().to_str().unwrap();
         let mut machine = Machine::test_guest("mode=idle", &["--disk", disk_path]);
         machine.expect("BH idle ");

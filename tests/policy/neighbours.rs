@@ -17,8 +17,7 @@ const KINDS: [&str; 5] = ["vcpu", "legacy", "console", "rng", "blk"];
 const DISK_BYTES: u64 = (1 << 20) + 512;
 
 fn idle() -> (Machine, tempfile::NamedTempFile) {
-    let disk = tempfile::NamedTempFile::new().unwrap();
-    disk.as_file().set_len(DISK_BYTES).unwrap();
+    let disk = bulkhead_tests::disk(DISK_BYTES);
     let path = disk.path().to_str().unwrap().to_owned();
     let mut machine = Machine::test_guest("mode=idle", &["--disk", &path]);
     machine.expect("BH idle ");
@@ -157,8 +156,7 @@ fn group_says(pid: u32, controller: &str, unified: &str, separate: &str) -> Opti
 
 #[test]
 fn machine_takes_no_more_of_its_host_than_its_file_says() {
-    let disk = tempfile::NamedTempFile::new().unwrap();
-    disk.as_file().set_len(1 << 20).unwrap();
+    let disk = bulkhead_tests::disk(1 << 20);
     let file = tempfile::NamedTempFile::new().unwrap();
     let text = format!(
         "[boot]\nkernel = {:?}\ncmdline = \"mode=idle\"\n[machine]\nmemory = \"64MiB\"\n\

@@ -10,7 +10,6 @@
     reason = "an integration test is a test module"
 )]
 
-mod prng;
 mod world;
 
 use world::{Mood, World};

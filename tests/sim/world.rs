@@ -1,7 +1,6 @@
 //! Everything around the two state machines: processes that live and die, delays, an owner, and what
 //! the broker's driver does with each action (`broker/src/vm/driver.rs`). Time is a number.
 
-use crate::prng::Prng;
 use bulkhead::supervisor::state::{self as supervision, Action, Moment, Rule, Supervisor};
 use bulkhead::vm::session::Command;
 use bulkhead::vm::spec::{Lifecycle, OnEnd};
@@ -9,6 +8,7 @@ use bulkhead::vm::state::{Input, Life, Output, Verdict};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::vcpu::{Outcome, ToVcpu};
 use bulkhead_policies::schema::{HeartbeatEntry, OnDeath, RestartEntry};
+use bulkhead_tests::prng::Prng;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -135,9 +135,9 @@ impl World {
         let mut prng = Prng::new(seed);
         let ends = [OnEnd::Destroy, OnEnd::Restart, OnEnd::Preserve];
         let lifecycle = Lifecycle {
-            on_poweroff: prng.pick(&ends),
-            on_reboot: prng.pick(&ends),
-            on_crash: prng.pick(&ends),
+            on_poweroff: *prng.pick(&ends),
+            on_reboot: *prng.pick(&ends),
+            on_crash: *prng.pick(&ends),
             ..Lifecycle::default()
         };
         let may_restart = prng.one_in(2);
@@ -278,7 +278,7 @@ impl World {
 
     /// Something that nobody wanted.
     fn misfortune(&mut self) {
-        let device = self.prng.pick(&DEVICES);
+        let device = *self.prng.pick(&DEVICES);
         let chance = if self.mood == Mood::Deadly { 8 } else { 30 };
         if self.prng.one_in(chance) {
             let id = self.processes[&device].id;
@@ -332,7 +332,7 @@ impl World {
                 Outcome::TripleFault,
                 Outcome::DebugExit(3),
             ];
-            let outcome = self.prng.pick(&outcomes);
+            let outcome = *self.prng.pick(&outcomes);
             self.after(0, 5, Later::Vcpu(Input::Ended(outcome)));
         }
     }

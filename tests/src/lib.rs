@@ -55,6 +55,17 @@ pub fn linux_cmdline() -> String {
     std::env::var("BULKHEAD_TEST_LINUX_CMDLINE").unwrap_or_default()
 }
 
+/// A disk image of `bytes` zero bytes, which vanishes with the test.
+///
+/// # Panics
+/// When it cannot be made.
+#[must_use]
+pub fn disk(bytes: u64) -> tempfile::NamedTempFile {
+    let disk = tempfile::NamedTempFile::new().expect("a temporary file");
+    disk.as_file().set_len(bytes).expect("room for a disk");
+    disk
+}
+
 /// Runs a tool of the host and returns what it printed.
 ///
 /// # Panics

@@ -92,19 +92,14 @@ impl Ring {
             }
         };
         let output = OpenOptions::new().read(true).write(true).open(path)?;
-        let ends = ConsoleEnds {
-            output: OutputReader::new(File::open(path)?)?,
-            output_bell: output_bell.try_clone()?,
-            input: InputWriter::go_on(input.try_clone()?).map_err(io::Error::other)?,
-            input_bell: input_bell.try_clone()?,
-        };
+        let writer = InputWriter::go_on(input.try_clone()?).map_err(io::Error::other)?;
         let ring = Self {
             output,
             output_bell,
             input,
             input_bell,
         };
-        Ok((ring, ends))
+        ring.with_ends(path, writer)
     }
 
     /// What the vCPU process keeps of it for the next broker.
@@ -130,21 +125,26 @@ impl Ring {
             .open(path)?;
         output_ring::create(&output, history)?;
         let input = sealed_memfd("bulkhead-input", INPUT_RING_BYTES)?;
-        let (output_bell, input_bell) = (Doorbell::new()?, Doorbell::new()?);
+        let writer = InputWriter::map(input.try_clone()?).map_err(io::Error::other)?;
+        let ring = Self {
+            output,
+            output_bell: Doorbell::new()?,
+            input,
+            input_bell: Doorbell::new()?,
+        };
+        ring.with_ends(path, writer)
+    }
+
+    /// The ring in `path`, and the ends of it that a terminal holds.
+    fn with_ends(self, path: &Path, input: InputWriter) -> io::Result<(Self, ConsoleEnds)> {
         let ends = ConsoleEnds {
             // A file description of its own: reading moves no offset of the writer's.
             output: OutputReader::new(File::open(path)?)?,
-            output_bell: output_bell.try_clone()?,
-            input: InputWriter::map(input.try_clone()?).map_err(io::Error::other)?,
-            input_bell: input_bell.try_clone()?,
-        };
-        let ring = Self {
-            output,
-            output_bell,
+            output_bell: self.output_bell.try_clone()?,
             input,
-            input_bell,
+            input_bell: self.input_bell.try_clone()?,
         };
-        Ok((ring, ends))
+        Ok((self, ends))
     }
 
     /// Where a machine that starts now goes on, as the rings claim.

@@ -118,17 +118,6 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::path::{Path, PathBuf};
 
-    fn spec(path: &Path, read_only: bool) -> DiskSpec {
-        DiskSpec {
-            name: "d".into(),
-            path: path.into(),
-            read_only,
-            ephemeral: false,
-            serial: String::new(),
-            queues: 1,
-        }
-    }
-
     fn image(dir: &tempfile::TempDir) -> PathBuf {
         let path = dir.path().join("d.img");
         std::fs::write(&path, [7; 512]).unwrap();
@@ -143,7 +132,7 @@ mod tests {
             .open(path)
             .unwrap();
         lock(&file, Part::Use, writes).unwrap();
-        let hold = DiskHold::new(&spec(path, !writes), &file).unwrap();
+        let hold = DiskHold::new(&DiskSpec::for_test(path, !writes), &file).unwrap();
         (file, hold)
     }
 
@@ -192,7 +181,7 @@ mod tests {
                 .open(&path)
                 .unwrap();
             lock(&other, Part::Use, writes).unwrap();
-            assert!(DiskHold::new(&spec(&path, !writes), &other).is_err());
+            assert!(DiskHold::new(&DiskSpec::for_test(&path, !writes), &other).is_err());
         }
         drop(hold);
         first(&path, true);

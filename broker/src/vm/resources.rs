@@ -302,33 +302,24 @@ mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
 
-    fn spec(path: &Path, read_only: bool) -> DiskSpec {
-        DiskSpec {
-            name: "d".into(),
-            path: path.into(),
-            read_only,
-            ephemeral: false,
-            serial: String::new(),
-            queues: 1,
-        }
-    }
-
     #[test]
     fn second_writer_is_refused_and_readers_share() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("d.img");
         fs::write(&path, [0; 512]).unwrap();
-        let first = disk(&spec(&path, false)).unwrap();
+        let first = disk(&DiskSpec::for_test(&path, false)).unwrap();
         for read_only in [false, true] {
-            let error = disk(&spec(&path, read_only)).unwrap_err().to_string();
+            let error = disk(&DiskSpec::for_test(&path, read_only))
+                .unwrap_err()
+                .to_string();
             assert!(error.contains("is in use"), "{error}");
         }
         drop(first);
-        let reader = disk(&spec(&path, true)).unwrap();
-        assert!(disk(&spec(&path, true)).is_ok());
-        assert!(disk(&spec(&path, false)).is_err());
+        let reader = disk(&DiskSpec::for_test(&path, true)).unwrap();
+        assert!(disk(&DiskSpec::for_test(&path, true)).is_ok());
+        assert!(disk(&DiskSpec::for_test(&path, false)).is_err());
         drop(reader);
-        assert!(disk(&spec(&path, false)).is_ok());
+        assert!(disk(&DiskSpec::for_test(&path, false)).is_ok());
     }
 
     #[test]
@@ -340,7 +331,7 @@ mod tests {
         original.write_all_at(b"data", 2 << 20).unwrap();
         let spec = DiskSpec {
             ephemeral: true,
-            ..spec(&path, false)
+            ..DiskSpec::for_test(&path, false)
         };
         let copy = private_copy(&spec, &disk(&spec).unwrap(), dir.path()).unwrap();
         copy.write_all_at(b"DATA", 2 << 20).unwrap();
@@ -353,10 +344,14 @@ mod tests {
     #[test]
     fn what_is_no_disk_is_refused_with_a_reason() {
         let dir = tempfile::tempdir().unwrap();
-        let error = disk(&spec(dir.path(), true)).unwrap_err().to_string();
+        let error = disk(&DiskSpec::for_test(dir.path(), true))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("expected a regular file or a block device"));
         let missing = dir.path().join("missing\n.img");
-        let error = disk(&spec(&missing, true)).unwrap_err().to_string();
+        let error = disk(&DiskSpec::for_test(&missing, true))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("missing\\n.img"), "{error}");
         assert!(read_only("kernel", dir.path()).is_err());
     }

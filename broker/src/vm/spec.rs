@@ -88,6 +88,21 @@ pub struct DiskSpec {
     pub queues: u8,
 }
 
+#[cfg(test)]
+impl DiskSpec {
+    /// A disk with nothing special about it.
+    pub(super) fn for_test(path: &std::path::Path, read_only: bool) -> Self {
+        Self {
+            name: "d".into(),
+            path: path.into(),
+            read_only,
+            ephemeral: false,
+            serial: String::new(),
+            queues: 1,
+        }
+    }
+}
+
 /// The consoles: a serial port always, and a virtio console.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleSpec {

@@ -1,5 +1,6 @@
 //! The methods. None ever returns: a process that gives up attacks nothing.
 
+use crate::edges::{below, edge16, edge32};
 use crate::prey::Prey;
 use crate::prng::Prng;
 use bulkhead_ipc::channel::{Channel, ChannelError};
@@ -86,14 +87,14 @@ fn scribble(prey: &Prey, prng: &mut Prng) {
     let windows = prey.window.iter().map(|window| &window.memory);
     for memory in windows.chain(&prey.pages) {
         for _ in 0..64 {
-            let at = match prng.below(3) {
+            let at = match below(prng, 3) {
                 // Headers and rings are at the start.
-                0 => prng.below(0x2000.min(memory.len() - 8)),
-                1 => prng.below(0x200.min(memory.len() - 8)),
-                _ => prng.below(memory.len() - 8),
+                0 => below(prng, 0x2000.min(memory.len() - 8)),
+                1 => below(prng, 0x200.min(memory.len() - 8)),
+                _ => below(prng, memory.len() - 8),
             };
             if prey.window.is_some() || !RESET_WORD.contains(&(at & !3)) {
-                memory.write(at & !3, prng.edge32());
+                memory.write(at & !3, edge32(prng));
             }
         }
     }
@@ -104,7 +105,7 @@ fn rings(prey: &Prey, prng: &mut Prng) {
     match &prey.window {
         Some(window) => {
             let queues = &window.layout.queues;
-            if let Some(queue) = queues.get(prng.below(queues.len())) {
+            if let Some(queue) = queues.get(below(prng, queues.len())) {
                 lie_in_used_ring(&window.memory, *queue, prng);
             }
         }
@@ -119,11 +120,11 @@ fn lie_in_used_ring(memory: &SharedMemory, queue: QueueLayout, prng: &mut Prng) 
     let avail = memory.load::<u16>(queue.avail_ring + 2, Ordering::Relaxed);
     let place = usize::from(index) % usize::from(queue.descriptors);
     let element = queue.used_ring + 4 + 8 * place;
-    match prng.below(6) {
+    match below(prng, 6) {
         // A head in flight, with more bytes than it has.
         0 => {
-            memory.write(element, u32::from(prng.edge16() % queue.descriptors) & !3);
-            memory.write(element + 4, prng.edge32());
+            memory.write(element, u32::from(edge16(prng) % queue.descriptors) & !3);
+            memory.write(element + 4, edge32(prng));
             memory.store(
                 queue.used_ring + 2,
                 index.wrapping_add(1),
@@ -132,7 +133,7 @@ fn lie_in_used_ring(memory: &SharedMemory, queue: QueueLayout, prng: &mut Prng) 
         }
         // A descriptor that heads nothing.
         1 => {
-            memory.write(element, prng.edge32());
+            memory.write(element, edge32(prng));
             memory.write(element + 4, 0u32);
             memory.store(
                 queue.used_ring + 2,
@@ -154,7 +155,7 @@ fn lie_in_used_ring(memory: &SharedMemory, queue: QueueLayout, prng: &mut Prng) 
         // More than was ever asked.
         3 => memory.store(
             queue.used_ring + 2,
-            avail.wrapping_add(prng.edge16()),
+            avail.wrapping_add(edge16(prng)),
             Ordering::Release,
         ),
         // Backwards.
@@ -165,10 +166,10 @@ fn lie_in_used_ring(memory: &SharedMemory, queue: QueueLayout, prng: &mut Prng) 
         ),
         // The gate's own half: what it wrote must not be believed when it is read again.
         _ => {
-            let at = queue.desc_table + prng.below(16 * usize::from(queue.descriptors) / 8) * 8;
-            memory.write(at, prng.next());
-            memory.write(queue.avail_ring + 4 + 2 * place, prng.edge16());
-            memory.write(queue.avail_ring + 2, prng.edge16());
+            let at = queue.desc_table + below(prng, 16 * usize::from(queue.descriptors) / 8) * 8;
+            memory.write(at, prng.draw());
+            memory.write(queue.avail_ring + 4 + 2 * place, edge16(prng));
+            memory.write(queue.avail_ring + 2, edge16(prng));
         }
     }
 }
@@ -179,11 +180,11 @@ fn publish(prey: &Prey, prng: &mut Prng) {
     };
     for _ in 0..256 {
         let mut config = prey.config.clone();
-        let at = prng.below(config.len());
+        let at = below(prng, config.len());
         if let Some(byte) = config.get_mut(at) {
-            *byte = u8::try_from(prng.next() & 0xff).unwrap_or(0);
+            *byte = u8::try_from(prng.draw() & 0xff).unwrap_or(0);
         }
-        window.publish(prng.next(), &config);
+        window.publish(prng.draw(), &config);
         tell_state(window, prng);
         prey.ring_all();
     }
@@ -191,7 +192,7 @@ fn publish(prey: &Prey, prng: &mut Prng) {
 
 /// Mostly that all is well, or the attack would be over.
 fn tell_state(window: &Window, prng: &mut Prng) {
-    if prng.below(100_000) == 0 {
+    if below(prng, 100_000) == 0 {
         window.set_device_state(DeviceState::Failed);
     }
 }
@@ -205,14 +206,14 @@ fn fill(prey: &Prey) {
 
 fn flood(prey: &Prey, channel: &Channel, prng: &mut Prng) {
     for _ in 0..1000 {
-        let noise: Vec<u8> = (0..prng.below(600))
+        let noise: Vec<u8> = (0..below(prng, 600))
             .map(|n| u8::try_from(n % 251).unwrap_or(0))
             .collect();
         let fds: Vec<_> = prey.bells.iter().map(AsFd::as_fd).collect();
-        let sent = match prng.below(3) {
+        let sent = match below(prng, 3) {
             0 => channel.send(&noise, &fds),
-            1 => channel.send(&FromDevice::Pong(prng.next()), &fds),
-            _ => channel.send(&FromDevice::Pong(prng.next()), &[]),
+            1 => channel.send(&FromDevice::Pong(prng.draw()), &fds),
+            _ => channel.send(&FromDevice::Pong(prng.draw()), &[]),
         };
         if matches!(sent, Err(ChannelError::Full | ChannelError::Closed)) {
             return;
@@ -221,8 +222,8 @@ fn flood(prey: &Prey, channel: &Channel, prng: &mut Prng) {
 }
 
 fn lie(channel: &Channel, prng: &mut Prng) {
-    let _told = match prng.below(3) {
-        0 => channel.send(&FromDevice::Pong(prng.next()), &[]),
+    let _told = match below(prng, 3) {
+        0 => channel.send(&FromDevice::Pong(prng.draw()), &[]),
         1 => channel.send(
             &Born::Locked {
                 version: 77,
@@ -233,7 +234,7 @@ fn lie(channel: &Channel, prng: &mut Prng) {
         ),
         _ => channel.send(
             &FromDevice::Fault {
-                reason: "\u{1b}]0;taken over\u{7}\r\n".repeat(prng.below(40)),
+                reason: "\u{1b}]0;taken over\u{7}\r\n".repeat(below(prng, 40)),
             },
             &[],
         ),

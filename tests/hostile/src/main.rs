@@ -7,7 +7,15 @@
 #![forbid(unsafe_code)]
 
 mod attack;
+mod edges;
 mod prey;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    clippy::cast_possible_truncation,
+    reason = "the test guest's own, for whose CPU the width is known"
+)]
+#[path = "../../guests/src/prng.rs"]
 mod prng;
 
 use attack::Method;

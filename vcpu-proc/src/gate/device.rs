@@ -5,7 +5,7 @@
 //! when the device process dies is in [`super::succession`].
 
 use super::link::{Attachment, ConfigImage, GateLink, INTERRUPT_CONFIG, INTERRUPT_VRING, Phase};
-use super::queue::{Backing, GateQueue, GuestFault, Taken};
+use super::queue::{Backing, GateQueue, GuestFault};
 use bulkhead_ipc::device_kind::{CONFIG_BYTES_MAX, VirtioKind};
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::ring::WindowPages;
@@ -340,14 +340,12 @@ impl Gate {
         self.queues.iter().any(|queue| queue.in_flight() > 0)
     }
 
-    /// One round over the queues: completions first, since they free slots and pages. Returns
-    /// whether it did anything.
-    fn turn(&mut self, memory: &GuestMemoryMmap, budget: &mut u32) -> bool {
-        let before = *budget;
-        let mut guest_fault = None;
-        let mut device_fault = None;
-        let mut kick = false;
-        let alone = self.alone;
+    /// Lets `work` do something with every queue, and with what all of them work on.
+    pub(super) fn each_queue(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        mut work: impl FnMut(&mut GateQueue, &mut Backing<'_>),
+    ) {
         for (queue, stream) in self.queues.iter_mut().zip(&mut self.streams) {
             let mut backing = Backing {
                 memory,
@@ -357,17 +355,28 @@ impl Gate {
                 order: &mut self.order,
                 epoch: self.epoch,
             };
-            if let Err(fault) = queue.complete(&mut backing, budget) {
-                device_fault = Some(fault.to_string());
-                break;
-            }
-            if !alone {
-                match queue.take(&mut backing, budget) {
-                    Ok(Taken::All | Taken::Some) => {}
-                    Err(fault) => guest_fault = Some(fault),
-                }
-            }
+            work(queue, &mut backing);
         }
+    }
+
+    /// One round over the queues: completions first, since they free slots and pages. Returns
+    /// whether it did anything.
+    fn turn(&mut self, memory: &GuestMemoryMmap, budget: &mut u32) -> bool {
+        let before = *budget;
+        let mut guest_fault = None;
+        let mut device_fault = None;
+        let mut kick = false;
+        let alone = self.alone;
+        self.each_queue(memory, |queue, backing| {
+            if device_fault.is_some() {
+                return;
+            }
+            if let Err(fault) = queue.complete(backing, budget) {
+                device_fault = Some(fault.to_string());
+            } else if !alone && let Err(fault) = queue.take(backing, budget) {
+                guest_fault = Some(fault);
+            }
+        });
         if alone && device_fault.is_none() {
             let tried = self.try_suspects(memory, budget);
             guest_fault = tried.err();
@@ -403,19 +412,11 @@ impl Gate {
     fn dead_pass(&mut self, memory: &GuestMemoryMmap) -> Pass {
         let mut budget = PASS_BUDGET;
         let mut fault = None;
-        for (queue, stream) in self.queues.iter_mut().zip(&mut self.streams) {
-            let mut backing = Backing {
-                memory,
-                window: &self.channel.window,
-                pages: &mut self.pages,
-                stream,
-                order: &mut self.order,
-                epoch: self.epoch,
-            };
-            if let Err(e) = queue.fail_all(&mut backing, &mut budget) {
+        self.each_queue(memory, |queue, backing| {
+            if let Err(e) = queue.fail_all(backing, &mut budget) {
                 fault = Some(e);
             }
-        }
+        });
         self.raise_if_wanted(memory);
         if let Some(fault) = fault {
             self.guest_fault(&fault);

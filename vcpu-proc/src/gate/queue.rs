@@ -76,15 +76,6 @@ pub(crate) struct Backing<'a> {
     pub(crate) epoch: u64,
 }
 
-/// How one attempt to take requests ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Taken {
-    /// The guest's ring is empty.
-    All,
-    /// The window or the budget is full; more is waiting.
-    Some,
-}
-
 #[derive(Debug)]
 pub(crate) struct GateQueue {
     index: usize,
@@ -174,43 +165,37 @@ impl GateQueue {
         &mut self,
         backing: &mut Backing<'_>,
         budget: &mut u32,
-    ) -> Result<Taken, GuestFault> {
+    ) -> Result<(), GuestFault> {
         loop {
             if self.waiting.is_none() {
-                if *budget == 0 {
-                    return Ok(Taken::Some);
+                if *budget == 0 || self.shadow.next_slot().is_none() {
+                    return Ok(());
                 }
-                if self.shadow.next_slot().is_none() {
-                    return Ok(Taken::Some);
-                }
-                if let Some(entry) = self.replay.pop_front() {
-                    self.waiting = Some(entry);
-                    *budget -= 1;
-                    if !self.submit_waiting(backing)? {
-                        return Ok(Taken::Some);
-                    }
-                    continue;
-                }
-                let mut entry = std::mem::take(&mut self.spare);
-                entry.clear();
-                let got = self.pop(backing, &mut entry);
-                match got {
-                    Ok(true) => self.waiting = Some(entry),
-                    Ok(false) => {
-                        self.spare = entry;
-                        return Ok(Taken::All);
-                    }
-                    Err(e) => {
-                        self.spare = entry;
-                        return Err(e);
-                    }
+                self.waiting = self.next_request(backing)?;
+                if self.waiting.is_none() {
+                    return Ok(());
                 }
                 *budget -= 1;
             }
             if !self.submit_waiting(backing)? {
-                return Ok(Taken::Some);
+                return Ok(());
             }
         }
+    }
+
+    /// The oldest request that is to be done again, else the guest's next one.
+    fn next_request(&mut self, backing: &mut Backing<'_>) -> Result<Option<Entry>, GuestFault> {
+        if let Some(entry) = self.replay.pop_front() {
+            return Ok(Some(entry));
+        }
+        let mut entry = std::mem::take(&mut self.spare);
+        entry.clear();
+        let got = self.pop(backing, &mut entry);
+        if matches!(got, Ok(true)) {
+            return Ok(Some(entry));
+        }
+        self.spare = entry;
+        got.map(|_| None)
     }
 
     /// Reads the guest's next chain into `entry`. False when there is none.

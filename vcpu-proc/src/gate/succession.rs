@@ -77,20 +77,12 @@ impl Gate {
     /// What the dead process completed and nobody has seen yet is as good as ever. Nonsense only means
     /// that the rest is done again.
     fn take_last_completions(&mut self, memory: &GuestMemoryMmap) {
-        for (queue, stream) in self.queues.iter_mut().zip(&mut self.streams) {
-            let mut backing = Backing {
-                memory,
-                window: &self.channel.window,
-                pages: &mut self.pages,
-                stream,
-                order: &mut self.order,
-                epoch: self.epoch,
-            };
+        self.each_queue(memory, |queue, backing| {
             let mut no_limit = u32::MAX;
-            if let Err(fault) = queue.complete(&mut backing, &mut no_limit) {
+            if let Err(fault) = queue.complete(backing, &mut no_limit) {
                 tracing::debug!(%fault, "the dead process left nonsense in a used ring");
             }
-        }
+        });
     }
 
     /// Whether a successor is what its predecessor was, so that the guest need not know of it.
@@ -128,20 +120,16 @@ impl Gate {
             return Ok(());
         }
         *budget -= 1;
-        let mut pairs = self.queues.iter_mut().zip(&mut self.streams);
-        let Some((queue, stream)) = pairs.find(|(queue, _)| queue.has_suspects()) else {
+        let mut tried = None;
+        self.each_queue(memory, |queue, backing| {
+            if tried.is_none() && queue.has_suspects() {
+                tried = Some(queue.submit_suspect(backing));
+            }
+        });
+        tried.unwrap_or_else(|| {
             self.hold(false);
-            return Ok(());
-        };
-        let mut backing = Backing {
-            memory,
-            window: &self.channel.window,
-            pages: &mut self.pages,
-            stream,
-            order: &mut self.order,
-            epoch: self.epoch,
-        };
-        queue.submit_suspect(&mut backing)
+            Ok(())
+        })
     }
 
     /// While suspects are tried nothing else is taken.

@@ -4,6 +4,7 @@
 use super::Print;
 use super::figure::Figure;
 use super::guest::{Bench, value};
+use super::prng::Prng;
 use crate::process;
 use anyhow::{Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -47,13 +48,10 @@ fn one_guest(bench: &Bench, seed: u64, after_ms: &mut Vec<f64>) -> Result<u32> {
     let mut running = bench.spawn(bench.bulkhead(&cmdline, Some(&disk), 4 * GUEST_S))?;
     running.record("beside")?;
     let until = Instant::now() + Duration::from_secs(GUEST_S - 2);
-    let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut prng = Prng::new(seed);
     let mut killed = 0;
     while Instant::now() < until && after_ms.len() + killed < KILLS {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        let kind = KINDS[usize::try_from(random >> 32)? % KINDS.len()];
+        let kind = *prng.pick(&KINDS);
         let Some(victim) = of_kind(running.pid(), kind) else {
             bail!("no {kind} process: {}", running.errors());
         };
@@ -68,7 +66,7 @@ fn one_guest(bench: &Bench, seed: u64, after_ms: &mut Vec<f64>) -> Result<u32> {
             );
             sleep(Duration::from_millis(1));
         }
-        sleep(Duration::from_micros(random % 20_000));
+        sleep(Duration::from_micros(prng.below(20_000)));
     }
     after_ms.extend(times(&running.errors()));
     let (_, keys) = running.record("beside.end")?;

@@ -14,6 +14,14 @@ mod guest;
 mod kernel_memory;
 mod memory;
 mod mmio;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    clippy::cast_possible_truncation,
+    reason = "the test guest's own, for whose CPU the width is known"
+)]
+#[path = "../../../guests/src/prng.rs"]
+mod prng;
 
 use crate::{packages, suite};
 use anyhow::Result;
