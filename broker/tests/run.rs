@@ -214,19 +214,14 @@ fn killed_paused_and_timed_out_machines_end_at_once() {
 }
 
 /// Kills the process of `kind` when every process is locked.
-fn losing(kind: ProcKind, guest: Guest, then: Option<Command>) -> Seen {
+fn losing(kind: ProcKind, guest: Guest) -> Seen {
     let dir = tempfile::tempdir().unwrap();
     let spec = spec(dir.path(), guest);
     let mut victim = 0;
-    let seen = watch(&spec, &options(dir.path()), |event, to| match event {
+    let seen = watch(&spec, &options(dir.path()), |event, _| match event {
         Event::Started { id, pid, .. } if id.kind == kind => victim = *pid,
         Event::AllLocked { .. } => {
             kill(victim);
-        }
-        Event::Degraded { .. } => {
-            if let Some(command) = &then {
-                to.try_send(command.clone()).unwrap();
-            }
         }
         _ => {}
     });
@@ -241,7 +236,12 @@ fn kill(pid: i32) {
 
 #[test]
 fn killed_device_is_followed_by_another_and_the_machine_is_whole() {
-    for kind in [ProcKind::Blk, ProcKind::Rng] {
+    for kind in [
+        ProcKind::Blk,
+        ProcKind::Rng,
+        ProcKind::Console,
+        ProcKind::Legacy,
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let spec = spec(dir.path(), Guest::Spin);
         let mut pid_now = 0;
@@ -315,22 +315,8 @@ fn device_that_dies_too_often_is_given_up_and_comes_back_when_asked_for() {
 }
 
 #[test]
-fn lost_device_degrades_the_machine() {
-    for kind in [ProcKind::Console, ProcKind::Legacy] {
-        let seen = losing(kind, Guest::Spin, Some(Command::Kill));
-        assert_eq!(*ending(&seen), Ending::Killed);
-        let finished = seen.result.unwrap();
-        let [(_, reason)] = finished.degraded.as_slice() else {
-            panic!("{finished:?}");
-        };
-        let expected = format!("bulkhead-{kind} was killed by SIGKILL, while serving");
-        assert_eq!(*reason, expected);
-    }
-}
-
-#[test]
 fn lost_vcpu_process_ends_the_machine() {
-    let seen = losing(ProcKind::Vcpu, Guest::Spin, None);
+    let seen = losing(ProcKind::Vcpu, Guest::Spin);
     let Ending::Lost { reason } = ending(&seen) else {
         panic!("{:?}", seen.result);
     };

@@ -133,7 +133,17 @@ impl InputReader {
 
     /// Takes `n` bytes that [`InputReader::peek`] showed, once their effect is safe.
     pub fn take(&mut self, n: usize) {
+        self.advance(n);
+        self.release();
+    }
+
+    /// Takes `n` bytes, whose places the writer must not use before [`InputReader::release`].
+    pub const fn advance(&mut self, n: usize) {
         self.consumed = self.consumed.saturating_add(n as u64);
+    }
+
+    /// Gives the places of everything that was taken back to the writer.
+    pub fn release(&self) {
         self.memory
             .store(OFFSET_CONSUMED, self.consumed, Ordering::Release);
     }

@@ -9,7 +9,13 @@
 //! 0x000 identity      0x040 mirrored registers     0x080 interrupt requests (device to vCPU)
 //! 0x0c0 posted: producer   0x100 posted: consumer, sleeping flag   0x180 call slot
 //! 0x1000 posted ring, 512 entries of 16 bytes
+//! 0x3000 two places for the legacy process's state
 //! ```
+//!
+//! After each step the legacy process leaves its state in one of two places and then says which, before
+//! it reports the step as done. When it has died, the vCPU process reads that once, makes the page
+//! as new with what is still to be done, and a successor goes on from there: each write and each call
+//! has its effect once.
 //!
 //! vCPU threads take turns as the one producer and caller under a lock of their own process.
 //! Numbers are little endian.
@@ -22,13 +28,14 @@ use nix::sys::uio::pwrite;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 /// Size of the page in bytes.
-pub const LEGACY_PAGE_BYTES: u64 = 0x3000;
+pub const LEGACY_PAGE_BYTES: u64 = 0x4000;
 /// Entries of the posted ring.
 pub const POSTED_ENTRIES: u32 = 512;
 /// Bit of the interrupt word that asks for a machine reset (i8042 command 0xfe).
 pub const RESET_REQUEST: u32 = 1 << 31;
 
 const OFFSET_GENERATION: usize = 0x08;
+const OFFSET_SERVING: usize = 0x0c;
 const OFFSET_MIRROR: usize = 0x40;
 const OFFSET_INTERRUPTS: usize = 0x80;
 const OFFSET_PRODUCER: usize = 0xc0;
@@ -39,7 +46,13 @@ const OFFSET_CALL_PORT: usize = 0x184;
 const OFFSET_CALL_SIZE: usize = 0x186;
 const OFFSET_REPLY_SEQ: usize = 0x1c0;
 const OFFSET_REPLY_VALUE: usize = 0x1c4;
+const OFFSET_SAVED: usize = 0x200;
 const OFFSET_POSTED: usize = 0x1000;
+const OFFSET_STATE: usize = 0x3000;
+const STATE_PLACE_BYTES: usize = 0x400;
+const STATE_HEAD_BYTES: usize = 32;
+/// Most bytes of a saved state.
+pub const STATE_BYTES_MAX: usize = 512;
 const ENTRY_BYTES: usize = 16;
 
 /// How an access to a legacy port is carried out.
@@ -112,6 +125,32 @@ pub struct Call {
     pub size: u8,
 }
 
+/// How far a legacy process has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Posted writes that are carried out.
+    pub taken: u32,
+    /// Calls that are answered.
+    pub answered: u32,
+    /// Answer to the last of them.
+    pub reply: u32,
+    /// Bytes of input that the guest has been given.
+    pub input_position: u64,
+}
+
+/// What the vCPU process still wants of a legacy process that died.
+#[derive(Debug)]
+pub struct Unfinished<'a> {
+    /// Posted writes so far.
+    pub produced: u32,
+    /// All of them that may still be in the ring; number `n` is at place `n` modulo the ring's size.
+    pub posted: &'a [Posted],
+    /// Calls so far.
+    pub calls: u32,
+    /// The last of them, if a vCPU waits for its answer.
+    pub call: Option<Call>,
+}
+
 /// The mapped page. Each side uses its own half of the methods.
 #[derive(Debug)]
 pub struct LegacyPage {
@@ -142,6 +181,13 @@ impl LegacyPage {
         Self { memory }
     }
 
+    /// The memfd, to be handed to the legacy process's successor.
+    #[cfg(not(loom))]
+    #[must_use]
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.memory.descriptor()
+    }
+
     /// vCPU: writes the identity before the legacy process is told of the page.
     pub fn initialise(&self, generation: u32) {
         self.memory
@@ -154,6 +200,97 @@ impl LegacyPage {
         self.memory
             .load::<u32>(OFFSET_GENERATION, Ordering::Acquire)
             == generation
+    }
+
+    /// vCPU: makes the page of a dead process ready for its successor, which goes on from `progress` and
+    /// `state` with what is unfinished. Nothing else of what the dead one wrote is left.
+    pub fn renew(
+        &self,
+        generation: u32,
+        unfinished: &Unfinished<'_>,
+        progress: Progress,
+        state: &[u8],
+    ) {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        let pages = usize::try_from(LEGACY_PAGE_BYTES).unwrap_or(0) / ZEROES.len();
+        for page in 0..pages {
+            self.memory.copy_in(page * ZEROES.len(), &ZEROES);
+        }
+        let mut number = progress.taken;
+        while number != unfinished.produced {
+            let place = (number % POSTED_ENTRIES) as usize;
+            if let Some(write) = unfinished.posted.get(place) {
+                self.put_posted(place, *write);
+            }
+            number = number.wrapping_add(1);
+        }
+        self.memory
+            .store(OFFSET_PRODUCER, unfinished.produced, Ordering::Relaxed);
+        self.set_consumed(progress.taken);
+        if let Some(call) = unfinished.call {
+            self.memory.write(OFFSET_CALL_PORT, call.port);
+            self.memory.write(OFFSET_CALL_SIZE, call.size);
+        }
+        self.memory
+            .store(OFFSET_CALL_SEQ, unfinished.calls, Ordering::Relaxed);
+        self.answer(progress.answered, progress.reply);
+        self.save(1, progress, state);
+        self.initialise(generation);
+    }
+
+    /// Legacy: leaves its progress and `state` (at most [`STATE_BYTES_MAX`] bytes) for a successor, as
+    /// number `number`, counted from 1.
+    pub fn save(&self, number: u32, progress: Progress, state: &[u8]) {
+        let at = state_place(number);
+        let len = state.len().min(STATE_BYTES_MAX);
+        self.memory.write(at, progress.taken);
+        self.memory.write(at + 4, progress.answered);
+        self.memory.write(at + 8, progress.reply);
+        self.memory.write(at + 12, u32::try_from(len).unwrap_or(0));
+        self.memory.write(at + 16, progress.input_position);
+        self.memory
+            .copy_in(at + STATE_HEAD_BYTES, state.get(..len).unwrap_or_default());
+        self.memory.store(OFFSET_SAVED, number, Ordering::Release);
+    }
+
+    /// The last progress and state that were left, as the process claims. `None` when there are none.
+    #[must_use]
+    pub fn saved(&self) -> Option<(Progress, Vec<u8>)> {
+        let number = self.memory.load::<u32>(OFFSET_SAVED, Ordering::Acquire);
+        if number == 0 {
+            return None;
+        }
+        let at = state_place(number);
+        let progress = Progress {
+            taken: self.memory.read(at),
+            answered: self.memory.read(at + 4),
+            reply: self.memory.read(at + 8),
+            input_position: self.memory.read(at + 16),
+        };
+        let len = usize::try_from(self.memory.read::<u32>(at + 12)).unwrap_or(usize::MAX);
+        let mut state = vec![0; len.min(STATE_BYTES_MAX)];
+        self.memory.copy_out(at + STATE_HEAD_BYTES, &mut state);
+        Some((progress, state))
+    }
+
+    /// Legacy: its registers are mirrored and it serves. The caller rings the interrupt doorbell.
+    pub fn set_serving(&self, generation: u32) {
+        self.memory
+            .store(OFFSET_SERVING, generation, Ordering::Release);
+    }
+
+    /// vCPU: the generation that serves, as the process claims.
+    #[must_use]
+    pub fn serving(&self) -> u32 {
+        self.memory.load(OFFSET_SERVING, Ordering::Acquire)
+    }
+
+    fn put_posted(&self, place: usize, write: Posted) {
+        let at = OFFSET_POSTED + place * ENTRY_BYTES;
+        self.memory.write(at, write.port);
+        self.memory.write(at + 2, write.size);
+        self.memory.write(at + 4, write.value);
+        self.memory.write(at + 8, write.stream_position);
     }
 
     /// vCPU: a mirrored register.
@@ -238,11 +375,7 @@ impl LegacyPage {
     /// fewer than [`POSTED_ENTRIES`] are outstanding. Returns whether the kick doorbell must be rung.
     #[must_use]
     pub fn post(&self, produced: u32, write: Posted) -> bool {
-        let at = OFFSET_POSTED + (produced % POSTED_ENTRIES) as usize * ENTRY_BYTES;
-        self.memory.write(at, write.port);
-        self.memory.write(at + 2, write.size);
-        self.memory.write(at + 4, write.value);
-        self.memory.write(at + 8, write.stream_position);
+        self.put_posted((produced % POSTED_ENTRIES) as usize, write);
         self.memory
             .store(OFFSET_PRODUCER, produced.wrapping_add(1), Ordering::Release);
         self.must_kick()
@@ -290,6 +423,12 @@ impl LegacyPage {
         self.memory.load::<u32>(OFFSET_SLEEPING, Ordering::Relaxed) != 0
     }
 }
+
+const fn state_place(number: u32) -> usize {
+    OFFSET_STATE + (number % 2) as usize * STATE_PLACE_BYTES
+}
+
+const _: () = assert!(STATE_HEAD_BYTES + STATE_BYTES_MAX <= STATE_PLACE_BYTES);
 
 #[cfg(test)]
 #[cfg(not(loom))]
@@ -347,6 +486,61 @@ mod tests {
         p.answer(1, 0x26);
         assert_eq!(p.reply(1), Some(0x26));
         assert_eq!(p.take_call(1), None);
+    }
+
+    fn byte(n: u32) -> Posted {
+        Posted {
+            port: 0x3f8,
+            size: 1,
+            value: n,
+            stream_position: n.into(),
+        }
+    }
+
+    #[test]
+    fn successor_finds_what_is_unfinished_and_nothing_else() {
+        let p = page();
+        let posted: Vec<Posted> = (0..POSTED_ENTRIES).map(byte).collect();
+        let progress = Progress {
+            taken: 3,
+            answered: 1,
+            reply: 0x26,
+            input_position: 9,
+        };
+        p.save(1, Progress::default(), b"older");
+        p.save(2, progress, b"state");
+        let (claimed, state) = p.saved().unwrap();
+        assert_eq!((claimed, &state[..]), (progress, &b"state"[..]));
+        p.memory.copy_in(0, &[0xee; 4096]);
+        let unfinished = Unfinished {
+            produced: 5,
+            posted: &posted,
+            calls: 2,
+            call: Some(Call {
+                port: 0x71,
+                size: 1,
+            }),
+        };
+        p.renew(7, &unfinished, claimed, &state);
+        assert!(p.is_generation(7));
+        assert_eq!(p.saved().unwrap(), (progress, b"state".to_vec()));
+        assert_eq!((p.consumed(), p.serving(), p.take_requests()), (3, 0, 0));
+        assert_eq!(p.take_posted(3), Some(byte(3)));
+        assert_eq!(p.take_posted(4), Some(byte(4)));
+        assert_eq!(p.take_posted(5), None);
+        assert_eq!(p.reply(1), Some(0x26), "an answer that nobody has seen yet");
+        assert_eq!(p.take_call(1).map(|(number, _)| number), Some(2));
+    }
+
+    #[test]
+    fn lies_about_a_saved_state_stay_inside_of_the_page() {
+        let p = page();
+        assert!(p.saved().is_none());
+        for number in [1, 2, u32::MAX] {
+            p.memory.store(OFFSET_SAVED, number, Ordering::Release);
+            p.memory.write(state_place(number) + 12, u32::MAX);
+            assert_eq!(p.saved().unwrap().1.len(), STATE_BYTES_MAX);
+        }
     }
 
     #[test]

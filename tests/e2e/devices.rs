@@ -7,8 +7,6 @@
 )]
 
 use bulkhead_tests::{Machine, disk};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use std::io::Write;
 
 fn succeeds(cmdline: &str, arguments: &[&str]) -> String {
@@ -81,33 +79,4 @@ fn nonsense_from_the_guest_harms_nothing() {
             &["--disk", path],
         );
     }
-}
-
-#[test]
-fn dead_console_degrades_the_machine_and_hangs_nothing() {
-    let mut machine = Machine::test_guest("mode=idle seconds=5", &[]);
-    machine.expect("BH idle ");
-    let victim = machine.process("console");
-    kill(
-        Pid::from_raw(i32::try_from(victim).unwrap()),
-        Signal::SIGKILL,
-    )
-    .unwrap();
-    machine.expect_error("degraded");
-    let ended = machine.wait();
-    assert_eq!(ended.code, 0, "the guest powers off as ever: {ended:?}");
-}
-
-#[test]
-fn dead_legacy_process_does_not_hang_the_shutdown() {
-    let mut machine = Machine::test_guest("mode=idle seconds=5", &[]);
-    machine.expect("BH idle ");
-    let victim = machine.process("legacy");
-    kill(
-        Pid::from_raw(i32::try_from(victim).unwrap()),
-        Signal::SIGKILL,
-    )
-    .unwrap();
-    machine.expect_error("degraded");
-    assert_eq!(machine.wait().code, 0);
 }

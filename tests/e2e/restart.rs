@@ -148,3 +148,108 @@ fn disk_that_dies_too_often_gives_errors_and_the_machine_lives() {
     assert!(record(&said, "bench-blk.end ")["failed"] > 0, "{said}");
     assert!(machine.processes().of("vcpu").is_some());
 }
+
+/// Values of `key` in the records named `name`, in order.
+fn values<'a>(console: &'a str, name: &str, key: &str) -> Vec<&'a str> {
+    let lines = console
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("BH "));
+    let records = lines.filter_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    let value = |record: &'a str| {
+        record
+            .split(' ')
+            .find_map(|w| w.strip_prefix(key)?.strip_prefix('='))
+    };
+    records.filter_map(value).collect()
+}
+
+/// Kills the process of `kind` again and again while it is being typed at the console.
+fn kill_while_typing(machine: &mut Machine, kind: &str, rounds: usize) {
+    for n in 0..rounds {
+        machine.type_keys(&format!("key-{n:03}\n"));
+        std::thread::sleep(Duration::from_millis(15 + n as u64 % 5 * 7));
+        kill(machine.process(kind));
+        machine.type_keys(&format!("and-{n:03}\n"));
+        machine.expect_restarts(n + 1);
+    }
+}
+
+fn typed(rounds: usize) -> Vec<String> {
+    let lines = (0..rounds).flat_map(|n| [format!("key-{n:03}"), format!("and-{n:03}")]);
+    lines.collect()
+}
+
+#[test]
+fn serial_port_prints_and_reads_everything_once_while_its_process_is_killed() {
+    const ROUNDS: usize = 30;
+    let mut machine = Machine::test_guest("mode=serial seconds=8 timeout=60", &[]);
+    machine.expect("BH serial.begin");
+    kill_while_typing(&mut machine, "legacy", ROUNDS);
+    let ended = machine.wait();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    let lines: Vec<u64> = values(&ended.console, "serial.line", "n")
+        .iter()
+        .map(|n| n.parse().unwrap())
+        .collect();
+    let first_wrong = lines
+        .iter()
+        .zip(lines[0]..)
+        .find(|(n, expected)| **n != *expected);
+    assert_eq!(first_wrong, None, "of {} lines", lines.len());
+    assert_eq!(
+        record(&ended.console, "serial.end ")["lines"],
+        lines.last().unwrap() + 1
+    );
+    assert_eq!(values(&ended.console, "serial.echo", "text"), typed(ROUNDS));
+    let restarts = Restart::all(&ended.errors);
+    assert_eq!(restarts.len(), ROUNDS, "{}", ended.errors);
+    let mut times: Vec<u64> = restarts.iter().map(|r| r.after_us).collect();
+    times.sort_unstable();
+    println!(
+        "{} lines; restart p50 {} us",
+        lines.len(),
+        times[ROUNDS / 2]
+    );
+}
+
+#[test]
+fn virtio_console_prints_and_reads_everything_once_while_its_process_is_killed() {
+    const ROUNDS: usize = 30;
+    let load = format!("mode=console lines=0 count={} timeout=60", 2 * ROUNDS);
+    let mut machine = Machine::test_guest(&load, &["--console", "virtio"]);
+    // The guest's records go to the serial port, which nobody sees.
+    machine.type_keys("\n");
+    kill_while_typing(&mut machine, "console", ROUNDS);
+    let ended = machine.wait();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    let echoed = ended
+        .console
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("echo: "));
+    assert_eq!(
+        echoed.collect::<Vec<_>>(),
+        typed(ROUNDS),
+        "{}",
+        ended.errors
+    );
+    assert_eq!(
+        Restart::all(&ended.errors).len(),
+        ROUNDS,
+        "{}",
+        ended.errors
+    );
+}
+
+#[test]
+fn entropy_source_that_is_killed_costs_nothing() {
+    let mut machine = Machine::test_guest("mode=rng,rng,rng,rng size=4194304 timeout=60", &[]);
+    machine.expect("BH hello");
+    for n in 1..=20 {
+        kill(machine.process("rng"));
+        machine.expect_restarts(n);
+        std::thread::sleep(Duration::from_millis(15));
+    }
+    let ended = machine.wait();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(ended.console.contains("BH done errors=0"), "{ended:?}");
+}

@@ -238,6 +238,12 @@ impl Machine {
         }
     }
 
+    /// Takes what has been printed, so that whoever prints is not held up.
+    fn gather(&mut self) {
+        let bytes = self.output.try_iter().flatten().collect::<Vec<_>>();
+        self.seen.push_str(&String::from_utf8_lossy(&bytes));
+    }
+
     /// As [`Machine::expect_within`] two minutes.
     pub fn expect(&mut self, text: &str) -> String {
         self.expect_within(text, Duration::from_secs(120))
@@ -248,6 +254,7 @@ impl Machine {
     /// # Panics
     /// When the pipe is closed.
     pub fn type_keys(&mut self, keys: &str) {
+        self.gather();
         let input = self.input.as_mut().expect("standard input is open");
         input
             .write_all(keys.as_bytes())
@@ -440,9 +447,8 @@ impl Machine {
             if let Some(status) = self.child.try_wait().expect("a child") {
                 break status;
             }
+            self.gather();
             if Instant::now() >= deadline {
-                let bytes = self.output.try_iter().flatten().collect::<Vec<_>>();
-                self.seen.push_str(&String::from_utf8_lossy(&bytes));
                 panic!(
                     "it does not end within {patience:?}\nconsole:\n{}\nstderr:\n{}",
                     self.seen,

@@ -4,6 +4,7 @@
 //! sleeps in `ppoll`; it never waits for the broker or a device without a deadline, and what it
 //! decides is decided in [`Lifecycle`].
 
+use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,7 +59,6 @@ impl Control<'_> {
     /// Serves while the guest runs, and returns when the process is to end.
     pub fn serve(&mut self) {
         let mut life = Lifecycle::default();
-        let mut legacy_fault_told = false;
         loop {
             let again = life.is_waiting().then_some(KICK_AGAIN);
             let wake = self.group.wake().as_fd();
@@ -82,8 +82,7 @@ impl Control<'_> {
             if faults {
                 self.pass_faults_on();
             }
-            if let Some(fault) = self.legacy.fault().filter(|_| !legacy_fault_told) {
-                legacy_fault_told = true;
+            if let Some(fault) = self.legacy.take_fault() {
                 let reason = fault.to_owned();
                 self.outbox.tell(FromVcpu::LegacyFault { reason });
             }
@@ -95,12 +94,13 @@ impl Control<'_> {
                 self.outbox.flush();
                 events.extend(self.listen());
             }
-            for event in events {
+            let mut events = VecDeque::from(events);
+            while let Some(event) = events.pop_front() {
                 for action in life.step(event) {
                     if action == Action::Exit {
                         return;
                     }
-                    self.act(action);
+                    events.extend(self.act(action));
                 }
             }
             if life.is_waiting() {
@@ -122,9 +122,16 @@ impl Control<'_> {
         events
     }
 
-    fn take_requests(&self) -> Option<Event> {
+    fn take_requests(&mut self) -> Option<Event> {
         self.legacy.interrupt().take();
+        if let Some(generation) = self.legacy.take_service() {
+            self.outbox.tell(FromVcpu::LegacyServing { generation });
+        }
         let requests = self.legacy.take_requests();
+        self.raise(requests)
+    }
+
+    fn raise(&self, requests: u32) -> Option<Event> {
         self.lines.raise_legacy(requests);
         (requests & RESET_REQUEST != 0).then(|| {
             Event::GuestEnded(Ending {
@@ -148,7 +155,8 @@ impl Control<'_> {
         events
     }
 
-    fn act(&mut self, action: Action) {
+    /// Returns what comes of it at once.
+    fn act(&mut self, action: Action) -> Option<Event> {
         match action {
             Action::Direct(directive) => {
                 if directive == Directive::Stop {
@@ -167,6 +175,15 @@ impl Control<'_> {
                 self.news.tell(&mut self.outbox, &self.virtio);
             }
             Action::LoseDevice(slot) => self.virtio.device_lost(slot),
+            Action::PrepareLegacy(generation) => {
+                let prepared = self.legacy.prepare(generation)?;
+                self.outbox.tell(FromVcpu::LegacyPrepared {
+                    generation: prepared.generation,
+                    output_position: prepared.output_position,
+                    input_position: prepared.input_position,
+                });
+                return self.raise(prepared.requests);
+            }
             Action::LoseLegacy => self.legacy.set_lost(),
             Action::Conclude(ending) => {
                 self.pass_faults_on();
@@ -178,6 +195,7 @@ impl Control<'_> {
             }
             Action::Exit => {}
         }
+        None
     }
 
     fn pass_faults_on(&mut self) {

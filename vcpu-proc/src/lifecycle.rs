@@ -42,6 +42,8 @@ pub enum Action {
     PrepareSlot(u8, u32, bool),
     /// Answer the requests of this slot with errors.
     LoseDevice(u8),
+    /// Make the legacy page ready for a process of this generation.
+    PrepareLegacy(u32),
     /// Let the legacy registers read as all ones.
     LoseLegacy,
     /// Report the end: a crash report where the outcome calls for one, then the outcome.
@@ -109,6 +111,7 @@ impl Lifecycle {
             } => vec![Action::PrepareSlot(slot, generation, blame)],
             ToVcpu::Tell => self.tell(),
             ToVcpu::DeviceLost { slot } => vec![Action::LoseDevice(slot)],
+            ToVcpu::PrepareLegacy { generation } => vec![Action::PrepareLegacy(generation)],
             ToVcpu::LegacyLost => vec![Action::LoseLegacy],
             ToVcpu::Pause => match self.phase {
                 Phase::Running => {

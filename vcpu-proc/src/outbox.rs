@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use crate::legacy_client::LegacyClient;
 use crate::virtio::VirtioBus;
 
 /// Most text that is kept in bytes: a whole crash report, and what the gates say besides.
@@ -21,8 +22,9 @@ const PLAIN_BYTES: usize = 64;
 #[derive(Debug)]
 pub struct Outbox<'a> {
     channel: &'a Channel,
-    /// Lends the descriptors that go with some messages.
+    /// These lend the descriptors that go with some messages.
     bus: Option<Arc<VirtioBus>>,
+    legacy: Option<Arc<LegacyClient>>,
     waiting: VecDeque<FromVcpu>,
     bytes: usize,
     lost: u64,
@@ -35,17 +37,19 @@ impl<'a> Outbox<'a> {
         Self {
             channel,
             bus: None,
+            legacy: None,
             waiting: VecDeque::new(),
             bytes: 0,
             lost: 0,
         }
     }
 
-    /// Descriptors that go with messages are those of `bus`.
+    /// Descriptors that go with messages are those of `bus` and `legacy`.
     #[must_use]
-    pub fn lending(self, bus: Arc<VirtioBus>) -> Self {
+    pub fn lending(self, bus: Arc<VirtioBus>, legacy: Arc<LegacyClient>) -> Self {
         Self {
             bus: Some(bus),
+            legacy: Some(legacy),
             ..self
         }
     }
@@ -74,12 +78,7 @@ impl<'a> Outbox<'a> {
     /// Sends what there is room for.
     pub fn flush(&mut self) {
         while let Some(message) = self.waiting.front() {
-            let lent = match (message, &self.bus) {
-                (FromVcpu::SlotPrepared { slot, .. }, Some(bus)) => bus.descriptors(*slot),
-                _ => None,
-            };
-            let descriptors: &[BorrowedFd<'_>] = lent.as_ref().map_or(&[], |lent| lent);
-            match self.channel.send(message, descriptors) {
+            match self.channel.send(message, &self.lent(message)) {
                 Err(ChannelError::Full) => return,
                 Ok(()) | Err(ChannelError::Closed) => {}
                 Err(error) => tracing::warn!(%error, "a message to the broker is lost"),
@@ -87,6 +86,20 @@ impl<'a> Outbox<'a> {
             self.bytes -= PLAIN_BYTES + text_bytes(message);
             self.waiting.pop_front();
         }
+    }
+}
+
+impl Outbox<'_> {
+    /// The descriptors that go with a message.
+    fn lent(&self, message: &FromVcpu) -> Vec<BorrowedFd<'_>> {
+        let window = |slot| Some(self.bus.as_ref()?.descriptors(slot)?.to_vec());
+        let page = || Some(self.legacy.as_ref()?.descriptors()?.to_vec());
+        let lent = match message {
+            FromVcpu::SlotPrepared { slot, .. } => window(*slot),
+            FromVcpu::LegacyPrepared { .. } => page(),
+            _ => None,
+        };
+        lent.unwrap_or_default()
     }
 }
 

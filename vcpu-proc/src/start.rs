@@ -158,7 +158,7 @@ pub fn run<W: Walls>(
     walls.announce().map_err(StartError::Walls)?;
     let mut control = Control {
         channel,
-        outbox: Outbox::new(channel).lending(Arc::clone(&virtio)),
+        outbox: Outbox::new(channel).lending(Arc::clone(&virtio), Arc::clone(&legacy)),
         adoption,
         group,
         legacy,

@@ -610,7 +610,7 @@ impl Machine<'_> {
                     output: output_position,
                     input: input_position,
                 };
-                self.prepared(slot, generation, positions, descriptors);
+                self.prepared(Some(slot), generation, positions, descriptors);
             }
             FromVcpu::SlotServing { slot, generation } => {
                 let mut members = self.household.members.iter();
@@ -619,6 +619,25 @@ impl Machine<'_> {
                 if let Some(id) = serving.map(|m| m.launched.id) {
                     self.supervise(supervision::Event::Serving(id));
                 }
+            }
+            FromVcpu::LegacyPrepared {
+                generation,
+                output_position,
+                input_position,
+            } => {
+                let positions = Positions {
+                    output: output_position,
+                    input: input_position,
+                };
+                self.prepared(None, generation, positions, descriptors);
+            }
+            FromVcpu::LegacyServing { generation } => {
+                let id = ProcId {
+                    kind: ProcKind::Legacy,
+                    index: 0,
+                    generation,
+                };
+                self.supervise(supervision::Event::Serving(id));
             }
             FromVcpu::RequestGivenUp { slot, reason } => {
                 let (name, reason) = (self.name_of_slot(slot), fault::said(&reason));

@@ -118,7 +118,7 @@ pub(super) struct DeviceWiring {
 }
 
 /// Between the vCPUs and legacy.
-struct LegacyWiring {
+pub(super) struct LegacyWiring {
     page: OwnedFd,
     kick: Doorbell,
     interrupt: Doorbell,
@@ -162,6 +162,17 @@ impl From<[OwnedFd; 3]> for DeviceWiring {
     }
 }
 
+impl From<[OwnedFd; 4]> for LegacyWiring {
+    fn from([page, kick, interrupt, reply]: [OwnedFd; 4]) -> Self {
+        Self {
+            page,
+            kick: kick.into(),
+            interrupt: interrupt.into(),
+            reply: reply.into(),
+        }
+    }
+}
+
 impl LegacyWiring {
     fn new(generation: u32) -> io::Result<Self> {
         let page = sealed_memfd("bulkhead-legacy-page", LEGACY_PAGE_BYTES)?;
@@ -172,6 +183,13 @@ impl LegacyWiring {
             interrupt: Doorbell::new()?,
             reply: Doorbell::new()?,
         })
+    }
+
+    /// As [`DeviceWiring::silence`].
+    pub(super) fn silence(&self) {
+        self.kick.take();
+        self.interrupt.take();
+        self.reply.take();
     }
 
     fn gifts(&self) -> [Gift<'_>; 4] {
@@ -214,6 +232,7 @@ impl Household {
         };
         let hold = |spec, file| DiskHold::new(spec, file).map_err(|cause| in_use(spec, cause));
         let holds = holds.map(|(spec, file)| hold(spec, file).map(Some));
+        let serial = nursery.rings.serial.positions();
         let console = nursery.rings.console.as_ref();
         let console = console.map(Ring::positions).unwrap_or_default();
         let disk_bytes = resources.disks.iter().map(|mut file| {
@@ -239,8 +258,8 @@ impl Household {
             nursery,
             household: &mut household,
         };
-        midwife.vcpu(generation, &wirings, &legacy, &resources, console)?;
-        midwife.legacy(generation, &legacy)?;
+        midwife.vcpu(generation, &wirings, &legacy, &resources, serial, console)?;
+        midwife.legacy(generation, &legacy, serial)?;
         household.rest = Some(Rest {
             wirings,
             disks: resources.disks,
@@ -364,6 +383,21 @@ impl Household {
         midwife.device(device, id.generation, wiring, disk, positions, size)
     }
 
+    /// The same for the legacy process.
+    pub(super) fn launch_legacy_again(
+        &mut self,
+        nursery: &mut Nursery<'_>,
+        id: ProcId,
+        wiring: &LegacyWiring,
+        positions: Positions,
+    ) -> Result<(), RunError> {
+        let mut midwife = Midwife {
+            nursery,
+            household: self,
+        };
+        midwife.legacy(id.generation, wiring, positions)
+    }
+
     /// Puts every process into a control group with the limits of its policy. Not part of the start,
     /// of which the guest's first instruction would be the later.
     pub(super) fn limit(&mut self, spec: &VmSpec, reach: Reach, keeper: &mut Keeper) {
@@ -465,6 +499,7 @@ impl Midwife<'_, '_> {
         wirings: &[DeviceWiring],
         legacy: &LegacyWiring,
         resources: &Resources,
+        serial: Positions,
         console: Positions,
     ) -> Result<(), RunError> {
         let (devices, spec) = (self.nursery.devices, self.nursery.spec);
@@ -501,7 +536,7 @@ impl Midwife<'_, '_> {
             quirks: resources.quirks,
             devices: slots.collect(),
             legacy_generation: generation,
-            legacy_output_position: self.nursery.rings.serial.positions().output,
+            legacy_output_position: serial.output,
         };
         let id = ProcId {
             kind: ProcKind::Vcpu,
@@ -511,7 +546,12 @@ impl Midwife<'_, '_> {
         self.birth(id, "vcpu", None, &gifts, KindConfig::Vcpu(config))
     }
 
-    fn legacy(&mut self, generation: u32, wiring: &LegacyWiring) -> Result<(), RunError> {
+    fn legacy(
+        &mut self,
+        generation: u32,
+        wiring: &LegacyWiring,
+        positions: Positions,
+    ) -> Result<(), RunError> {
         let rings = self.nursery.rings;
         let gifts: Vec<Gift<'_>> = rings
             .serial
@@ -519,7 +559,6 @@ impl Midwife<'_, '_> {
             .into_iter()
             .chain(wiring.gifts())
             .collect();
-        let positions = rings.serial.positions();
         let config = LegacyConfig {
             output_capacity: self.nursery.spec.console.history_bytes,
             output_position: positions.output,

@@ -1,16 +1,20 @@
 //! The devices behind the legacy page: takes posted writes and calls, keeps the mirrored registers
 //! right, gathers output and asks for interrupts.
 //!
+//! Before anything is reported as done, the state after it is left in the page ([`crate::saved_state`]), so
+//! that a successor neither repeats nor misses it. Output alone may be repeated: it has its position.
+//!
 //! Output bytes are gathered for as long as more keep coming and stored with one write. A posted
 //! write counts as consumed only when what it put out is in the file, so that a vCPU which waits for the
 //! ring to drain knows that nothing can be lost any more.
 
 use crate::keyboard::Controller;
 use crate::rtc::Rtc;
+use crate::saved_state;
 use crate::uart::{Input, Uart};
 use bulkhead_ipc::input_ring::InputReader;
 use bulkhead_ipc::legacy_page::{
-    Call, LegacyPage, MIRROR_I8042_STATUS, POSTED_ENTRIES, Posted, RESET_REQUEST,
+    Call, LegacyPage, MIRROR_I8042_STATUS, POSTED_ENTRIES, Posted, Progress, RESET_REQUEST,
 };
 use bulkhead_ipc::platform::{
     COM1_GSI, COM1_PORT, DEBUG_CONSOLE_PORT, I8042_COMMAND_PORT, I8042_DATA_PORT, RTC_GSI, RTC_PORT,
@@ -34,7 +38,8 @@ impl Input for InputReader {
     }
 
     fn take(&mut self) {
-        Self::take(self, 1);
+        // The place is given back when the state that says so has been left.
+        self.advance(1);
     }
 }
 
@@ -63,6 +68,9 @@ pub(crate) struct Board {
     /// Posted writes taken, and calls answered, in this generation.
     taken: u32,
     answered: u32,
+    reply: u32,
+    /// States left in the page by this process.
+    saved: u32,
     pending: Vec<u8>,
     pending_at: u64,
     mirrored: [Option<u8>; MIRRORED.len()],
@@ -70,22 +78,38 @@ pub(crate) struct Board {
 }
 
 impl Board {
-    /// The board after power-on.
+    /// The board after power-on, with this clock, or as the last process has left it.
     pub(crate) fn new(wiring: Wiring, rtc: Rtc) -> Self {
-        let mut board = Self {
+        let (progress, state) = wiring.page.saved().unwrap_or_default();
+        let restored = saved_state::restore(&state);
+        let (uart, rtc, controller) =
+            restored.unwrap_or_else(|| (Uart::default(), rtc, Controller::default()));
+        Self {
             wiring,
-            uart: Uart::default(),
+            uart,
             rtc,
-            controller: Controller::default(),
-            taken: 0,
-            answered: 0,
+            controller,
+            taken: progress.taken,
+            answered: progress.answered,
+            reply: progress.reply,
+            saved: 1,
             pending: Vec::with_capacity(POSTED_ENTRIES as usize),
             pending_at: 0,
             mirrored: [None; MIRRORED.len()],
             mirrored_status: None,
-        };
-        board.mirror();
-        board
+        }
+    }
+
+    /// Shows its registers, says that it serves, and asks for interrupts that the last process may not have
+    /// asked for.
+    pub(crate) fn begin(&mut self, generation: u32, now: Duration) {
+        self.mirror();
+        self.wiring.page.set_serving(generation);
+        if self.rtc.is_requesting() {
+            self.wiring.page.request(1 << RTC_GSI);
+        }
+        self.interrupt(now);
+        self.wiring.interrupt.ring();
     }
 
     /// Takes what has been posted, at most one ring full, and answers a call. Returns whether there
@@ -98,8 +122,8 @@ impl Board {
             while self.drain(now) {}
             let value = self.read_all(call, now);
             self.mirror();
+            (self.answered, self.reply) = (number, value);
             self.flush();
-            self.answered = number;
             self.wiring.page.answer(number, value);
             self.wiring.reply.ring();
         }
@@ -123,7 +147,7 @@ impl Board {
             if self.pending.len() >= POSTED_ENTRIES as usize / 2 {
                 self.flush();
             } else if self.pending.is_empty() {
-                self.wiring.page.set_consumed(self.taken);
+                self.commit();
             }
         }
         drained > 0
@@ -140,6 +164,24 @@ impl Board {
             self.wiring.transcript.put(self.pending_at, &self.pending);
             self.pending.clear();
         }
+        self.commit();
+    }
+
+    /// Leaves the state for a successor and reports what has been taken as done.
+    fn commit(&mut self) {
+        let state = saved_state::save(&self.uart, &self.rtc, &self.controller);
+        let progress = Progress {
+            taken: self.taken,
+            answered: self.answered,
+            reply: self.reply,
+            input_position: self.wiring.input.position(),
+        };
+        // The other place is the next one, also when the numbers begin again.
+        self.saved = self.saved.checked_add(1).unwrap_or(2);
+        self.wiring
+            .page
+            .save(self.saved, progress, state.as_bytes());
+        self.wiring.input.release();
         self.wiring.page.set_consumed(self.taken);
     }
 
@@ -198,7 +240,7 @@ impl Board {
     fn write_all(&mut self, write: Posted, now: Duration) {
         let bytes = write.value.to_le_bytes();
         let size = usize::from(write.size).min(bytes.len());
-        for (port, &byte) in (write.port..).zip(bytes.iter().take(size)) {
+        for (port, &byte) in ports(write.port).zip(bytes.iter().take(size)) {
             self.write(port, byte, write.stream_position, now);
         }
     }
@@ -220,7 +262,8 @@ impl Board {
                     self.controller.command(value)
                 };
                 if reset {
-                    self.flush();
+                    // Not reported as done yet: if this process dies now, its successor asks.
+                    self.flush_pending_only();
                     self.wiring.page.request(RESET_REQUEST);
                     self.wiring.interrupt.ring();
                 }
@@ -248,7 +291,7 @@ impl Board {
     fn read_all(&mut self, call: Call, now: Duration) -> u32 {
         let mut bytes = [0u8; 4];
         let size = usize::from(call.size).min(bytes.len());
-        for (port, place) in (call.port..).zip(bytes.iter_mut().take(size)) {
+        for (port, place) in ports(call.port).zip(bytes.iter_mut().take(size)) {
             *place = self.read(port, now);
         }
         u32::from_le_bytes(bytes)
@@ -279,6 +322,11 @@ impl Board {
             self.wiring.page.set_mirror(MIRROR_I8042_STATUS, status);
         }
     }
+}
+
+/// `first` and the ports behind it, as far as there are any.
+fn ports(first: u16) -> impl Iterator<Item = u16> {
+    first..=u16::MAX
 }
 
 #[cfg(test)]

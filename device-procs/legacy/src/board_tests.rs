@@ -2,7 +2,7 @@
 
 use super::*;
 use bulkhead_ipc::input_ring::{INPUT_RING_BYTES, InputWriter};
-use bulkhead_ipc::legacy_page::{Access, LEGACY_PAGE_BYTES, read_access};
+use bulkhead_ipc::legacy_page::{Access, LEGACY_PAGE_BYTES, Unfinished, read_access};
 use bulkhead_ipc::output_ring::{self, OutputReader, OutputRing};
 use bulkhead_ipc::shared::sealed_memfd;
 use proptest::prelude::*;
@@ -19,6 +19,11 @@ struct Machine {
     posted: u32,
     calls: u32,
     position: u64,
+    /// What successors are given, and copies of everything that was posted.
+    wiring: Box<dyn Fn(u64, u64) -> Wiring>,
+    copies: Vec<Posted>,
+    call: Option<Call>,
+    generation: u32,
 }
 
 impl Machine {
@@ -31,15 +36,19 @@ impl Machine {
         output_ring::create(&file, 65536).unwrap();
         let output = OutputReader::new(file.try_clone().unwrap()).unwrap();
         let interrupt = Doorbell::new().unwrap();
-        let wiring = Wiring {
-            page: LegacyPage::map(page_fd).unwrap(),
+        let interrupts = interrupt.try_clone().unwrap();
+        let wiring = move |output: u64, input: u64| Wiring {
+            page: LegacyPage::map(page_fd.try_clone().unwrap()).unwrap(),
             reply: Doorbell::new().unwrap(),
-            interrupt: interrupt.try_clone().unwrap(),
-            transcript: Transcript::new(OutputRing::new(file, 65536, 0), Doorbell::new().unwrap()),
-            input: InputReader::map(input_fd, 0).unwrap(),
+            interrupt: interrupts.try_clone().unwrap(),
+            transcript: Transcript::new(
+                OutputRing::new(file.try_clone().unwrap(), 65536, output),
+                Doorbell::new().unwrap(),
+            ),
+            input: InputReader::map(input_fd.try_clone().unwrap(), input).unwrap(),
         };
-        Self {
-            board: Board::new(wiring, Rtc::new(0, NOW)),
+        let mut machine = Self {
+            board: Board::new(wiring(0, 0), Rtc::new(0, NOW)),
             page,
             interrupt,
             keys,
@@ -47,19 +56,56 @@ impl Machine {
             posted: 0,
             calls: 0,
             position: 0,
-        }
+            wiring: Box::new(wiring),
+            copies: vec![
+                Posted {
+                    port: 0,
+                    size: 0,
+                    value: 0,
+                    stream_position: 0
+                };
+                POSTED_ENTRIES as usize
+            ],
+            call: None,
+            generation: 1,
+        };
+        machine.board.begin(1, NOW);
+        machine.requests();
+        machine
+    }
+
+    /// The process dies where it stands, and another goes on, as the vCPU process lets it.
+    fn die(&mut self) {
+        let (progress, state) = self.page.saved().unwrap_or_default();
+        let unfinished = Unfinished {
+            produced: self.posted,
+            posted: &self.copies,
+            calls: self.calls,
+            call: self.call,
+        };
+        self.generation += 1;
+        let next = (progress.taken % POSTED_ENTRIES) as usize;
+        let output = match progress.taken == self.posted {
+            true => self.position,
+            false => self.copies[next].stream_position,
+        };
+        self.page
+            .renew(self.generation, &unfinished, progress, &state);
+        let wiring = (self.wiring)(output, progress.input_position);
+        self.board = Board::new(wiring, Rtc::new(0, NOW));
+        self.board.begin(self.generation, NOW);
+        assert_eq!(self.page.serving(), self.generation);
     }
 
     fn post(&mut self, port: u16, value: u8) {
-        let _kick = self.page.post(
-            self.posted,
-            Posted {
-                port,
-                size: 1,
-                value: value.into(),
-                stream_position: self.position,
-            },
-        );
+        let write = Posted {
+            port,
+            size: 1,
+            value: value.into(),
+            stream_position: self.position,
+        };
+        self.copies[(self.posted % POSTED_ENTRIES) as usize] = write;
+        let _kick = self.page.post(self.posted, write);
         self.posted = self.posted.wrapping_add(1);
     }
 
@@ -107,6 +153,86 @@ impl Machine {
             }
             text.extend_from_slice(&buffer[..got.bytes]);
         }
+    }
+}
+
+#[test]
+fn successor_has_the_registers_of_the_process_that_died() {
+    let mut m = Machine::new();
+    for (port, value) in [(0x3fb, 0x1b), (0x3ff, 0x5a), (0x3fc, 0x0b), (0x3f9, 0x05)] {
+        m.post(port, value);
+    }
+    for (port, value) in [(0x70, 0x40), (0x71, 0xaa), (0x64, 0x60), (0x60, 0x47)] {
+        m.post(port, value);
+    }
+    m.run();
+    let ports = [0x3fb, 0x3ff, 0x3fc, 0x3f9, 0x3fd, 0x3fe, 0x71, 0x64];
+    let before = ports.map(|port| m.read(port));
+    m.die();
+    assert_eq!(ports.map(|port| m.read(port)), before);
+}
+
+#[test]
+fn interrupt_that_is_pending_is_asked_for_again() {
+    let mut m = Machine::new();
+    m.post(0x3f9, 1);
+    m.run();
+    m.keys.write(b"k");
+    m.board.input_arrived(NOW);
+    // Whether anybody saw the request before the process died, nobody knows.
+    m.requests();
+    m.die();
+    assert_eq!(m.requests() & 1 << COM1_GSI, 1 << COM1_GSI);
+}
+
+proptest! {
+    /// Wherever processes die, what is printed is printed once, and each key is read once.
+    #[test]
+    fn nothing_is_lost_or_doubled_by_deaths(
+        steps in prop::collection::vec((0u8..6, any::<u8>()), 1..120),
+    ) {
+        let mut m = Machine::new();
+        let (mut printed, mut typed, mut read) = (Vec::new(), Vec::new(), Vec::new());
+        for (step, byte) in steps {
+            match step {
+                0 | 1 if m.posted.wrapping_sub(m.page.consumed()) < POSTED_ENTRIES => {
+                    m.put(0x3f8, &[byte]);
+                    printed.push(byte);
+                }
+                2 => if m.keys.write(&[byte]) == 1 {
+                    typed.push(byte);
+                },
+                3 => {
+                    // A call that may be served by several processes before it is answered.
+                    m.calls += 1;
+                    let call = Call { port: 0x3f8, size: 1 };
+                    m.call = Some(call);
+                    let there = typed.len() > read.len();
+                    let _kick = m.page.call(m.calls, call);
+                    for bit in 0..4 {
+                        if byte & 1 << bit != 0 {
+                            m.board.pass(NOW);
+                        }
+                        if byte & 16 << bit != 0 {
+                            m.die();
+                        }
+                    }
+                    m.run();
+                    let answer = m.page.reply(m.calls).unwrap().to_le_bytes()[0];
+                    m.call = None;
+                    if there {
+                        read.push(answer);
+                    }
+                }
+                4 => {
+                    m.board.pass(NOW);
+                }
+                _ => m.die(),
+            }
+        }
+        m.run();
+        prop_assert_eq!(m.transcript(), printed);
+        prop_assert_eq!(&read[..], &typed[..read.len()]);
     }
 }
 

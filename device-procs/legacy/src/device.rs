@@ -49,12 +49,14 @@ pub(crate) fn run() -> ExitCode {
 
 fn bear(mut newborn: Newborn) -> Result<Process, Stillbirth> {
     let waiter = Waiter::new().map_err(Stillbirth::setup)?;
-    let (board, watched) = match prepare(&mut newborn, &waiter) {
+    let (mut board, watched) = match prepare(&mut newborn, &waiter) {
         Ok(prepared) => prepared,
         Err(cause) => newborn.fail(&cause),
     };
     let cpus = newborn.cpus;
-    let (control, _id) = newborn.lock()?;
+    let (control, id) = newborn.lock()?;
+    // Only a locked process touches what a guest can see.
+    board.begin(id.generation, host_now());
     Ok(Process {
         board,
         waiter,

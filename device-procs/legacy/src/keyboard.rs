@@ -3,6 +3,7 @@
 //! It answers its own commands, so that a guest which looks for it finds a working controller with
 //! nothing attached and does not wait for time-outs. ACPI does not announce it.
 
+use crate::saved_state::{Reader, Writer};
 use std::collections::VecDeque;
 
 const STATUS_OUTPUT_FULL: u8 = 1 << 0;
@@ -54,6 +55,56 @@ impl Default for Controller {
 }
 
 impl Controller {
+    /// Writes its state.
+    pub(crate) fn save(&self, to: &mut Writer) {
+        to.put(&[
+            self.config,
+            u8::from(self.awaiting.is_some()),
+            self.awaiting.unwrap_or(0),
+            u8::from(self.last_was_command),
+            u8::try_from(self.output.len()).unwrap_or(0),
+        ]);
+        let mut answers = [[0; 2]; OUTPUT_BYTES_MAX];
+        for (place, answer) in answers.iter_mut().zip(&self.output) {
+            *place = match *answer {
+                Answer::Controller(byte) => [0, byte],
+                Answer::Aux(byte) => [1, byte],
+                Answer::TimedOut(byte) => [2, byte],
+            };
+        }
+        to.put(answers.as_flattened());
+        to.put(&[self.last]);
+    }
+
+    /// Reads its state.
+    pub(crate) fn restore(from: &mut Reader<'_>) -> Option<Self> {
+        let config = from.byte()?;
+        let awaits = from.flag()?;
+        let command = from.byte()?;
+        let last_was_command = from.flag()?;
+        let count = from.byte()?;
+        let mut output = VecDeque::with_capacity(OUTPUT_BYTES_MAX);
+        for place in 0..OUTPUT_BYTES_MAX {
+            let [source, byte] = from.take()?;
+            if place < usize::from(count) {
+                output.push_back(match source {
+                    0 => Answer::Controller(byte),
+                    1 => Answer::Aux(byte),
+                    2 => Answer::TimedOut(byte),
+                    _ => return None,
+                });
+            }
+        }
+        let last = from.byte()?;
+        (usize::from(count) <= OUTPUT_BYTES_MAX).then_some(Self {
+            config,
+            awaiting: awaits.then_some(command),
+            last_was_command,
+            output,
+            last,
+        })
+    }
+
     /// The status register.
     pub(crate) fn status(&self) -> u8 {
         let command = if self.last_was_command {

@@ -9,6 +9,7 @@ mod calendar;
 mod device;
 mod keyboard;
 mod rtc;
+mod saved_state;
 mod uart;
 
 /// Runs the process from its birth to its end.

@@ -5,6 +5,7 @@
 //! [`Rtc::deadline`] says when the guest wants an interrupt. The caller passes the host's time in.
 
 use crate::calendar::DateTime;
+use crate::saved_state::{Reader, Writer};
 use std::time::Duration;
 
 const SECONDS: u8 = 0x00;
@@ -47,6 +48,8 @@ const SECOND_NS: i128 = 1_000_000_000;
 const UPDATE_WARNING_NS: i128 = 244_000;
 /// Part of a second that has passed when the divider leaves reset.
 const DIVIDER_START_NS: i128 = SECOND_NS / 2;
+/// No clock with four digits for the year is farther from 1970 or from its host.
+const FARTHEST_NS: i128 = 20_000 * 366 * 86_400 * SECOND_NS;
 const ALARM_SEARCH_SECONDS: i64 = 2 * 86_400;
 
 /// The chip. Times are nanoseconds since 1970.
@@ -81,6 +84,39 @@ impl Rtc {
         };
         rtc.seen_ns = rtc.guest_ns(host_now);
         rtc
+    }
+
+    /// Writes its state.
+    pub(crate) fn save(&self, to: &mut Writer) {
+        to.put(&[self.index]);
+        to.put(&self.registers);
+        to.put(&self.offset_ns.to_le_bytes());
+        to.put(&[u8::from(self.stands)]);
+        to.put(&self.resume_ns.to_le_bytes());
+        to.put(&self.seen_ns.to_le_bytes());
+    }
+
+    /// Reads its state.
+    pub(crate) fn restore(from: &mut Reader<'_>) -> Option<Self> {
+        let index = from.byte()?;
+        let registers = from.take()?;
+        let nanoseconds = |from: &mut Reader<'_>| from.take().map(i128::from_le_bytes);
+        let offset_ns = nanoseconds(from)?;
+        let stands = from.flag()?;
+        let resume_ns = nanoseconds(from)?;
+        let seen_ns = nanoseconds(from)?;
+        let sound = index < 0x80
+            && offset_ns.abs() <= FARTHEST_NS
+            && seen_ns.abs() <= FARTHEST_NS
+            && (0..SECOND_NS).contains(&resume_ns);
+        sound.then_some(Self {
+            index,
+            registers,
+            offset_ns,
+            stands,
+            resume_ns,
+            seen_ns,
+        })
     }
 
     /// The guest writes the index port; bit 7 masks NMIs, of which there are none.

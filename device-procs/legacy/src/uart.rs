@@ -8,6 +8,7 @@
 //! receives only while it asserts RTS or has receive interrupts enabled. Linux reads the receiver while it
 //! identifies the port and would swallow what was typed early.
 
+use crate::saved_state::{Reader, Writer};
 use std::collections::VecDeque;
 
 const IER_RECEIVED: u8 = 1 << 0;
@@ -99,6 +100,66 @@ impl Default for Uart {
 }
 
 impl Uart {
+    /// Writes its state.
+    pub(crate) fn save(&self, to: &mut Writer) {
+        let flags = u8::from(self.modem_control_written)
+            | u8::from(self.fifo_enabled) << 1
+            | u8::from(self.transmit_empty) << 2
+            | u8::from(self.overrun) << 3;
+        to.put(&[
+            self.interrupt_enable,
+            self.line_control,
+            self.modem_control,
+            flags,
+            self.scratch,
+        ]);
+        to.put(&self.divisor);
+        let count = u8::try_from(self.looped.len()).unwrap_or(0);
+        to.put(&[self.modem_changes, count]);
+        let mut looped = [0; FIFO_BYTES];
+        for (place, byte) in looped.iter_mut().zip(&self.looped) {
+            *place = *byte;
+        }
+        to.put(&looped);
+    }
+
+    /// Reads its state. Causes of interrupt that are pending come up anew, since nobody knows whether
+    /// the last process got to ask for the interrupt.
+    pub(crate) fn restore(from: &mut Reader<'_>) -> Option<Self> {
+        let [
+            interrupt_enable,
+            line_control,
+            modem_control,
+            flags,
+            scratch,
+        ] = from.take()?;
+        let divisor = from.take()?;
+        let [modem_changes, count] = from.take()?;
+        let looped = from.take::<FIFO_BYTES>()?;
+        let sound = interrupt_enable & !IER_BITS == 0
+            && modem_control & !MCR_BITS == 0
+            && flags & !0x0f == 0
+            && modem_changes & !0x0f == 0;
+        let looped = looped.get(..usize::from(count)).filter(|_| sound)?;
+        let mut queue = VecDeque::with_capacity(FIFO_BYTES);
+        queue.extend(looped);
+        Some(Self {
+            interrupt_enable,
+            line_control,
+            modem_control,
+            modem_control_written: flags & 1 != 0,
+            scratch,
+            divisor,
+            fifo_enabled: flags & 2 != 0,
+            transmit_empty: flags & 4 != 0,
+            overrun: flags & 8 != 0,
+            modem_changes,
+            looped: queue,
+            causes_seen: 0,
+            renewed: true,
+        })
+    }
+
     /// The guest writes register `offset` (0 to 7). Returns a byte for the output stream.
     pub(crate) fn write(&mut self, offset: u16, value: u8) -> Option<u8> {
         match (offset, self.latch_open()) {

@@ -35,7 +35,13 @@ pub enum ToVcpu {
         /// virtio-mmio slot.
         slot: u8,
     },
-    /// The legacy process is gone; its registers read as all ones from now on.
+    /// The legacy process is dead: its page is made ready for its successor. Answered by
+    /// [`FromVcpu::LegacyPrepared`]; register accesses wait.
+    PrepareLegacy {
+        /// Generation of the successor.
+        generation: u32,
+    },
+    /// The legacy process is gone and will have no successor; its registers read as all ones.
     LegacyLost,
 }
 
@@ -108,8 +114,23 @@ pub enum FromVcpu {
         /// What it did; one line.
         reason: String,
     },
-    /// The legacy process broke its protocol or did not answer in time; its registers read as all ones
-    /// from now on. Sent at most once.
+    /// Answer to [`ToVcpu::PrepareLegacy`], with the descriptors of page, kick, interrupt and reply
+    /// doorbell.
+    LegacyPrepared {
+        /// Generation that the page is ready for.
+        generation: u32,
+        /// Position in the output stream up to which everything is stored.
+        output_position: u64,
+        /// Bytes of input that the guest has been given.
+        input_position: u64,
+    },
+    /// The legacy process of this generation serves.
+    LegacyServing {
+        /// Its generation.
+        generation: u32,
+    },
+    /// The legacy process broke its protocol or did not answer in time. Register accesses wait until the
+    /// broker has decided. Sent at most once for each generation.
     LegacyFault {
         /// What it did; one line.
         reason: String,

@@ -217,6 +217,10 @@ impl Vm {
         let outcome = loop {
             match self.hear() {
                 FromVcpu::Ended(outcome) => break outcome,
+                fault @ FromVcpu::LegacyFault { .. } => {
+                    said.push(fault);
+                    self.send(&ToVcpu::LegacyLost);
+                }
                 other => said.push(other),
             }
         };

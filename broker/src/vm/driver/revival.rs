@@ -11,8 +11,8 @@ use super::{GROUPS_AFTER, Machine};
 use crate::launch::Gift;
 use crate::supervisor::state::Event;
 use crate::vm::disk_hold::{Claimed, Unlocked};
-use crate::vm::household::{DeviceWiring, Positions};
-use crate::vm::session::{self as vm, RESTARTS_KEPT_MAX, Restart};
+use crate::vm::household::{DeviceWiring, LegacyWiring, Positions};
+use crate::vm::session::{self as vm, RESTARTS_KEPT_MAX, Restart, RunError};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::vcpu::ToVcpu;
 use std::os::fd::OwnedFd;
@@ -42,7 +42,8 @@ pub(super) struct LateLock {
 #[derive(Debug)]
 pub(super) struct Revival {
     id: ProcId,
-    slot: u8,
+    /// Of a virtio device; the legacy process has none.
+    slot: Option<u8>,
     blame: bool,
     stage: Stage,
     until: Instant,
@@ -64,8 +65,8 @@ impl Machine<'_> {
         if let Some((dead, _)) = dead {
             self.nursery.keeper.home().forget(dead);
         }
-        let Some((_, Some(slot))) = dead else {
-            return self.not_revived(id, "has no slot".to_owned(), true);
+        let Some((_, slot)) = dead else {
+            return self.not_revived(id, "was never there".to_owned(), true);
         };
         self.revivals.push(Revival {
             id,
@@ -137,10 +138,14 @@ impl Machine<'_> {
                     Ok(Some(disk)) => {
                         revival.stage = Stage::Preparing(disk);
                         revival.until = now + PREPARE_TIMEOUT;
-                        self.tell_vcpu(&ToVcpu::PrepareSlot {
-                            slot: revival.slot,
-                            generation: revival.id.generation,
-                            blame: revival.blame,
+                        let generation = revival.id.generation;
+                        self.tell_vcpu(&match revival.slot {
+                            Some(slot) => ToVcpu::PrepareSlot {
+                                slot,
+                                generation,
+                                blame: revival.blame,
+                            },
+                            None => ToVcpu::PrepareLegacy { generation },
                         });
                         None
                     }
@@ -170,7 +175,7 @@ impl Machine<'_> {
     /// The vCPU process hands a window over.
     pub(super) fn prepared(
         &mut self,
-        slot: u8,
+        slot: Option<u8>,
         generation: u32,
         positions: Positions,
         descriptors: Vec<OwnedFd>,
@@ -185,18 +190,12 @@ impl Machine<'_> {
         let Stage::Preparing(disk) = stage else {
             return;
         };
-        let Ok(descriptors) = <[OwnedFd; 3]>::try_from(descriptors) else {
-            let reason = "the vCPU process hands over something else than a window";
-            return self.not_revived(id, reason.to_owned(), false);
-        };
-        let wiring = DeviceWiring::from(descriptors);
-        wiring.silence();
         let (disk, unlocked) = disk.map(|d| (d.file, d.unlocked)).unzip();
         let disk = disk.as_ref().map(Gift::disk);
-        let size = self.size;
-        let launched =
-            self.household
-                .launch_again(&mut self.nursery, id, &wiring, disk, positions, size);
+        let launched = match slot {
+            Some(_) => self.launch_device(id, descriptors, disk, positions),
+            None => self.launch_legacy(id, descriptors, positions),
+        };
         match launched.and_then(|()| self.watch(id)) {
             Ok(()) => {
                 self.unlocked
@@ -216,6 +215,34 @@ impl Machine<'_> {
                 self.not_revived(id, error.to_string(), false);
             }
         }
+    }
+
+    fn launch_device(
+        &mut self,
+        id: ProcId,
+        descriptors: Vec<OwnedFd>,
+        disk: Option<Gift<'_>>,
+        positions: Positions,
+    ) -> Result<(), RunError> {
+        let descriptors = <[OwnedFd; 3]>::try_from(descriptors).map_err(|_| unexpected(id))?;
+        let wiring = DeviceWiring::from(descriptors);
+        wiring.silence();
+        let size = self.size;
+        self.household
+            .launch_again(&mut self.nursery, id, &wiring, disk, positions, size)
+    }
+
+    fn launch_legacy(
+        &mut self,
+        id: ProcId,
+        descriptors: Vec<OwnedFd>,
+        positions: Positions,
+    ) -> Result<(), RunError> {
+        let descriptors = <[OwnedFd; 4]>::try_from(descriptors).map_err(|_| unexpected(id))?;
+        let wiring = LegacyWiring::from(descriptors);
+        wiring.silence();
+        self.household
+            .launch_legacy_again(&mut self.nursery, id, &wiring, positions)
     }
 
     /// The device is served again.
@@ -284,5 +311,12 @@ impl Machine<'_> {
             return self.tell.event(refuse(error.to_string()));
         }
         self.supervise(Event::Replace(current));
+    }
+}
+
+fn unexpected(id: ProcId) -> RunError {
+    RunError::Start {
+        who: id.to_string(),
+        reason: "the vCPU process hands over something else than what it is to share".to_owned(),
     }
 }

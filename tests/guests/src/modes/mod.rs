@@ -17,6 +17,7 @@ mod legacy;
 mod memory;
 mod nonce;
 mod rng;
+mod serial;
 mod smp;
 
 use bulkhead_guest::record::Escaped;
@@ -45,6 +46,7 @@ const MODES: &[(&str, Mode)] = &[
     ("memory", memory::run),
     ("nonce", nonce::run),
     ("rng", rng::run),
+    ("serial", serial::run),
     ("smp", smp::run),
 ];
 

@@ -20,8 +20,8 @@ const KILLS: usize = 1000;
 const GUEST_S: u64 = 30;
 /// How long a process may take to be back.
 const BACK_WITHIN: Duration = Duration::from_secs(20);
-/// Kinds that are killed: those that are restarted.
-const KINDS: [&str; 2] = ["blk", "rng"];
+/// Kinds that are killed: all devices.
+const KINDS: [&str; 4] = ["blk", "console", "legacy", "rng"];
 
 pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
     let mut after_ms = Vec::new();
