@@ -7,7 +7,7 @@
     reason = "an integration test is a test module"
 )]
 
-use bulkhead_tests::{Machine, tool};
+use bulkhead_tests::{Machine, Programs, tool};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -20,19 +20,6 @@ const GROWTH_KIB: u64 = 4096;
 /// The share of its undisturbed pace that a guest keeps at least: it is not brought to a standstill. How
 /// much it keeps depends on the CPUs that the attacker can take from it (docs/known-debt.md).
 const PACE_MIN: f64 = 0.01;
-
-/// The processes of Bulkhead, with the hostile one in the place of `kind`.
-fn programs(kind: &str) -> tempfile::TempDir {
-    let binaries = bulkhead_tests::path("BULKHEAD_BIN_DIR");
-    let folder = tempfile::tempdir().unwrap();
-    for name in ["blk", "console", "legacy", "rng", "vcpu"] {
-        let name = format!("bulkhead-{name}");
-        fs::copy(binaries.join(&name), folder.path().join(&name)).unwrap();
-    }
-    let victim = folder.path().join(format!("bulkhead-{kind}"));
-    fs::copy(binaries.join("bulkhead-hostile"), victim).unwrap();
-    folder
-}
 
 fn start(name: &str, programs: &Path, disk: &Path, seconds: u32) -> Machine {
     let cmdline = format!("mode=beside seconds={seconds}");
@@ -104,7 +91,7 @@ fn attacked_by(kind: &str) {
     assert_eq!(undisturbed.code, 0, "{undisturbed:?}");
     let pace = rounds(&undisturbed.console);
 
-    let programs = programs(kind);
+    let programs = Programs::with(kind, "bulkhead-hostile");
     for (method, seed) in METHODS.into_iter().zip(1..) {
         let name = format!("hostile-{method}-{seed}");
         let mut machine = start(&name, programs.path(), disk.path(), 2);

@@ -22,11 +22,13 @@ pub mod pattern;
 )]
 #[path = "../guests/src/prng.rs"]
 pub mod prng;
+mod programs;
 mod spoil;
 
 pub use daemon::{Daemon, Done};
 pub use intruder::{Fate, Intruder};
 pub use machine::{Ended, Machine, Processes, bulkhead, is_alive};
+pub use programs::{Programs, with_version};
 pub use spoil::{Restart, kill, signal_process, window_of};
 
 use std::path::PathBuf;

@@ -5,10 +5,12 @@
 //! Sizes are in bytes, times RFC 3339 or named by their unit. `docs/api.md` lists the requests.
 
 pub mod client;
+mod device;
 mod error;
 pub mod frame;
 pub mod time;
 
+pub use device::{Device, DeviceChanged, DeviceState, Devices};
 pub use error::{ApiError, Code};
 
 use crate::registry::Desired;

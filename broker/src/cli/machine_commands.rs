@@ -119,6 +119,11 @@ impl Verb {
 }
 
 impl Names {
+    /// Whether JSON is wanted, and then, whether as one object rather than an array.
+    pub(super) fn json(&self) -> Option<bool> {
+        self.client.json.then_some(self.names.len() == 1)
+    }
+
     /// Asks about each machine, [`AT_ONCE`] at a time, and returns the answers in order.
     pub(super) async fn each<T: Send + 'static, F>(
         &self,
@@ -134,18 +139,29 @@ impl Names {
                 format!("{name}: there is no such machine"),
             ));
         }
-        let (mut answers, mut asking) = (Vec::new(), JoinSet::new());
-        for (n, name) in self.names.iter().enumerate() {
-            if asking.len() == AT_ONCE {
-                answers.extend(asking.join_next().await.and_then(Result::ok));
-            }
-            let asked = ask(client.clone(), name.clone());
-            asking.spawn(async move { (n, asked.await) });
-        }
-        answers.extend(asking.join_all().await);
-        answers.sort_by_key(|(n, _)| *n);
-        Ok(answers.into_iter().map(|(_, answer)| answer).collect())
+        Ok(side_by_side(&self.names, |name| ask(client.clone(), name)).await)
     }
+}
+
+/// Asks about each of several things, [`AT_ONCE`] at a time, and returns the answers in order.
+pub(super) async fn side_by_side<I: Clone, T: Send + 'static, F>(
+    items: &[I],
+    ask: impl Fn(I) -> F,
+) -> Vec<Result<T, ClientError>>
+where
+    F: Future<Output = Result<T, ClientError>> + Send + 'static,
+{
+    let (mut answers, mut asking) = (Vec::new(), JoinSet::new());
+    for (n, item) in items.iter().enumerate() {
+        if asking.len() == AT_ONCE {
+            answers.extend(asking.join_next().await.and_then(Result::ok));
+        }
+        let asked = ask(item.clone());
+        asking.spawn(async move { (n, asked.await) });
+    }
+    answers.extend(asking.join_all().await);
+    answers.sort_by_key(|(n, _)| *n);
+    answers.into_iter().map(|(_, answer)| answer).collect()
 }
 
 /// Prints what went well as one object, or as an array where several machines were named, and tells
@@ -154,6 +170,17 @@ pub(super) fn conclude<T: Serialize>(
     names: &Names,
     answers: Vec<Result<T, ClientError>>,
     show: impl Fn(&T) -> String,
+) -> Result<u8, Failure> {
+    tell(names.json(), answers, |good| {
+        good.iter().map(&show).collect()
+    })
+}
+
+/// As [`conclude`]. `json` is whether one object is wanted rather than an array, if JSON is.
+pub(super) fn tell<T: Serialize>(
+    json: Option<bool>,
+    answers: Vec<Result<T, ClientError>>,
+    show: impl FnOnce(&[T]) -> String,
 ) -> Result<u8, Failure> {
     let mut code = 0;
     let mut good = Vec::new();
@@ -167,16 +194,11 @@ pub(super) fn conclude<T: Serialize>(
             }
         }
     }
-    if names.client.json {
-        match (good.as_slice(), names.names.len()) {
-            ([], 1) => {}
-            ([one], 1) => print_json(one)?,
-            (all, _) => print_json(&all)?,
-        }
-    } else {
-        for answer in &good {
-            print(&show(answer))?;
-        }
+    match (json, good.as_slice()) {
+        (Some(true), []) => {}
+        (Some(true), [one]) => print_json(one)?,
+        (Some(_), all) => print_json(&all)?,
+        (None, all) => print(&show(all))?,
     }
     Ok(code)
 }

@@ -7,6 +7,7 @@
 mod authority_command;
 mod client_args;
 mod console_command;
+mod device_commands;
 mod disk_arg;
 mod doctor_command;
 mod failure;
@@ -106,6 +107,9 @@ enum Command {
     Rm(machine_commands::RemoveArgs),
     /// Wait until machines have ended, and exit with the code that run would have
     Wait(machine_commands::Names),
+    /// List, restart and upgrade the devices of machines that run
+    #[command(subcommand)]
+    Device(device_commands::DeviceCommand),
     ShutdownHost(serve_command::ShutdownHostArgs),
     Doctor(doctor_command::DoctorArgs),
     /// Check, show, learn and compare what processes are granted
@@ -188,6 +192,7 @@ pub fn main() -> ExitCode {
         Command::Console(args) => console_command::run(&args, &cli.paths),
         Command::Rm(args) => machine_commands::remove(&args, &cli.paths),
         Command::Wait(names) => machine_commands::wait(&names, &cli.paths),
+        Command::Device(command) => device_commands::run(&command, &cli.paths),
         Command::ShutdownHost(args) => serve_command::shutdown_host(&args, &cli.paths),
         Command::Doctor(args) => doctor_command::run(&args),
         Command::Policy(command) => policy_command::run(&command, &cli.paths),

@@ -236,13 +236,16 @@ impl Watcher {
             Event::RequestGivenUp { name, reason } => {
                 notice(&format!("bulkhead: {name} gave up {reason}"));
             }
-            Event::Refused { command, reason } => {
+            Event::Refused {
+                command, reason, ..
+            } => {
                 notice(&format!("bulkhead: {command}: {reason}"));
             }
             Event::Restarting { count } => {
                 notice(&format!("bulkhead: the machine restarts (number {count})"));
             }
             Event::Started { .. }
+            | Event::Died { .. }
             | Event::Locked { .. }
             | Event::AllLocked { .. }
             | Event::Paused

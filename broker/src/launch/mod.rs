@@ -157,7 +157,16 @@ pub struct Launcher {
     proc_dir: OwnedFd,
     null: OwnedFd,
     programs: HashMap<ProcKind, OwnedFd>,
+    /// Programs of processes that have another than their kind's.
+    upgraded: HashMap<Slot, OwnedFd>,
 }
+
+/// What process it is, whichever its generation.
+type Slot = (ProcKind, u16);
+
+/// The program that a process had before [`Launcher::renew_program`].
+#[derive(Debug)]
+pub struct Before(Option<OwnedFd>);
 
 impl Launcher {
     /// A launcher for the programs in `binaries`. Begins to make the shared empty namespaces.
@@ -191,6 +200,7 @@ impl Launcher {
             proc_dir: open("/proc", libc::O_PATH | libc::O_DIRECTORY).map_err(os("/proc"))?,
             null: open("/dev/null", 0).map_err(os("/dev/null"))?,
             programs: HashMap::new(),
+            upgraded: HashMap::new(),
         })
     }
 
@@ -208,35 +218,50 @@ impl Launcher {
         if self.programs.contains_key(&kind) {
             return Ok(());
         }
-        let path = self.binaries.join(format!("bulkhead-{kind}"));
+        let program = self.open_program(kind)?;
+        self.programs.insert(kind, program);
+        Ok(())
+    }
+
+    fn open_program(&self, kind: ProcKind) -> Result<OwnedFd, LaunchError> {
+        let path = program_path(&self.binaries, kind);
         let opened = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_PATH)
             .open(&path);
         match opened {
-            Ok(file) => {
-                self.programs.insert(kind, file.into());
-                Ok(())
-            }
+            Ok(file) => Ok(file.into()),
             Err(cause) => Err(LaunchError::Program { path, cause }),
         }
     }
 
-    /// Forgets the program of `kind` and opens what is there now, for the next process of the kind.
+    /// Opens the program that is on disk now, for the processes after `id` in its place and nobody else.
     ///
     /// # Errors
     /// [`LaunchError::Program`]; the program is then the one that it was.
-    pub fn renew_program(&mut self, kind: ProcKind) -> Result<(), LaunchError> {
-        let before = self.programs.remove(&kind);
-        self.find_program(kind).inspect_err(|_| {
-            self.programs.extend(before.map(|program| (kind, program)));
-        })
+    pub fn renew_program(&mut self, id: ProcId) -> Result<Before, LaunchError> {
+        let program = self.open_program(id.kind)?;
+        Ok(Before(self.upgraded.insert((id.kind, id.index), program)))
     }
 
-    /// Device and inode of the program of `kind`, once it is open.
+    /// Takes [`Launcher::renew_program`] back.
+    pub fn revert_program(&mut self, id: ProcId, before: Before) {
+        let slot = (id.kind, id.index);
+        match before.0 {
+            Some(program) => self.upgraded.insert(slot, program),
+            None => self.upgraded.remove(&slot),
+        };
+    }
+
+    fn program_of(&self, id: ProcId) -> Option<&OwnedFd> {
+        let own = self.upgraded.get(&(id.kind, id.index));
+        own.or_else(|| self.programs.get(&id.kind))
+    }
+
+    /// Device and inode of the program that `id` is or would be started from, once it is open.
     #[must_use]
-    pub fn program(&self, kind: ProcKind) -> Option<(u64, u64)> {
-        let about = fstat(self.programs.get(&kind)?).ok()?;
+    pub fn program(&self, id: ProcId) -> Option<(u64, u64)> {
+        let about = fstat(self.program_of(id)?).ok()?;
         Some((about.st_dev, about.st_ino))
     }
 
@@ -289,7 +314,7 @@ impl Launcher {
                 nix::unistd::getegid().as_raw(),
             ),
             descriptors: &descriptors,
-            program: raw(self.programs.get(&id.kind)),
+            program: raw(self.program_of(id)),
             name: &name,
             report: childs_report.as_raw_fd(),
         })
@@ -404,6 +429,12 @@ impl Launched {
         let step = self.steps.get(step)?;
         Some(format!("{step:?} before exec: {errno}"))
     }
+}
+
+/// Where the program of `kind` is.
+#[must_use]
+pub fn program_path(binaries: &Path, kind: ProcKind) -> PathBuf {
+    binaries.join(format!("bulkhead-{kind}"))
 }
 
 /// The size of the disk image among the gifts; None for none or a block device.

@@ -55,6 +55,8 @@ pub(super) struct Begun {
 #[derive(Debug)]
 pub(super) struct Vm {
     asks: mpsc::Sender<Ask>,
+    /// Held by who replaces a device's process.
+    pub(super) replacing: tokio::sync::Mutex<()>,
     /// What is known of it.
     pub(super) view: watch::Receiver<View>,
 }
@@ -75,7 +77,11 @@ impl Vm {
             unwritten: None,
         };
         tokio::spawn(actor.run(asked));
-        Self { asks, view: seen }
+        Self {
+            asks,
+            replacing: tokio::sync::Mutex::default(),
+            view: seen,
+        }
     }
 
     /// Asks, and waits for the answer.
@@ -258,6 +264,7 @@ impl Actor {
             view.run += 1;
             view.started_at_ms = Some(now_ms());
             view.processes.clear();
+            view.devices.clear();
             view.degraded.clear();
             view.restarts = 0;
             view.failure = None;
@@ -351,6 +358,7 @@ impl Actor {
             view.record.desired = Desired::Stopped;
             view.record.last = Some(ended);
             view.processes.clear();
+            view.devices.clear();
             view.degraded.clear();
             view.started_at_ms = None;
             view.failure = failure;

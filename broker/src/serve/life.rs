@@ -78,9 +78,13 @@ pub(super) fn asked(command: &Command) -> Option<Value> {
 pub(super) fn line_of(event: &Event) -> Option<(&'static str, Value)> {
     Some(match event {
         Event::Consoles(_) => return None,
-        Event::Started { id, name, pid } => (
+        Event::Started { id, name, pid, .. } => (
             "process_started",
             json!({ "process": id.to_string(), "name": name, "pid": pid }),
+        ),
+        Event::Died { id, name, reason } => (
+            "process_died",
+            json!({ "process": id.to_string(), "name": name, "reason": reason }),
         ),
         Event::Locked {
             id,
@@ -122,9 +126,9 @@ pub(super) fn line_of(event: &Event) -> Option<(&'static str, Value)> {
             "request_given_up",
             json!({ "name": name, "reason": reason }),
         ),
-        Event::Refused { command, reason } => {
-            ("refused", json!({ "command": command, "reason": reason }))
-        }
+        Event::Refused {
+            command, reason, ..
+        } => ("refused", json!({ "command": command, "reason": reason })),
         Event::Denied { id, name, denial } => (
             "denied",
             json!({
@@ -166,8 +170,9 @@ const fn word_of_outcome(outcome: Outcome) -> &'static str {
 
 /// What an event changes.
 pub(super) fn apply(view: &mut View, event: Event) {
+    view.devices.apply(&event);
     match event {
-        Event::Started { id, name, pid } => {
+        Event::Started { id, name, pid, .. } => {
             let kind = id.kind.name();
             view.processes
                 .retain(|p| (p.kind.as_str(), p.index) != (kind, id.index));
@@ -214,6 +219,7 @@ pub(super) fn apply(view: &mut View, event: Event) {
             view.degraded.clear();
         }
         Event::Consoles(_)
+        | Event::Died { .. }
         | Event::Denied { .. }
         | Event::DeviceFault { .. }
         | Event::GuestFault { .. }

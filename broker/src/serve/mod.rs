@@ -20,6 +20,7 @@ mod attach;
 mod budget;
 pub mod config;
 mod consoles;
+mod devices;
 mod host;
 mod http;
 mod journal;

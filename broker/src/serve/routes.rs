@@ -1,7 +1,7 @@
 //! The requests of the API: each takes its parts from the request, asks, and answers with JSON.
 
 use super::host::Host;
-use super::{attach, shutdown, stats, stream};
+use super::{attach, devices, shutdown, stats, stream};
 use crate::api::{
     ApiError, Code, Create, HostShutdown, REQUEST_BYTES_MAX, SCHEMA_VERSION, Stop, Version,
 };
@@ -26,7 +26,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) struct Caller(pub(super) Option<u32>);
 
 type Hosted = State<Arc<Host>>;
-type Answer = Result<Response, ApiError>;
+pub(super) type Answer = Result<Response, ApiError>;
 
 /// Everything that can be asked.
 pub(super) fn router(host: Arc<Host>) -> Router {
@@ -46,6 +46,15 @@ pub(super) fn router(host: Arc<Host>) -> Router {
         .route("/v1/vms/{name}/events", get(stream::events))
         .route("/v1/vms/{name}/output", get(stream::output))
         .route("/v1/vms/{name}/console", get(attach::console))
+        .route("/v1/vms/{name}/devices", get(devices::list))
+        .route(
+            "/v1/vms/{name}/devices/{device}/restart",
+            post(devices::restart),
+        )
+        .route(
+            "/v1/vms/{name}/devices/{device}/upgrade",
+            post(devices::upgrade),
+        )
         .route("/v1/host/shutdown", post(host_shutdown))
         .fallback(nothing_there)
         .method_not_allowed_fallback(wrong_method)
@@ -183,7 +192,7 @@ struct Force {
 }
 
 /// Does what was asked to its end, even if the client goes away meanwhile.
-async fn carried_out<T: Send + 'static>(
+pub(super) async fn carried_out<T: Send + 'static>(
     work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
 ) -> Result<T, ApiError> {
     let done = tokio::spawn(work).await;

@@ -34,7 +34,7 @@ impl Vm {
     }
 
     /// Waits until `found` finds what it looks for.
-    async fn wait_until<T>(
+    pub(super) async fn wait_until<T>(
         &self,
         within: Duration,
         what: &str,

@@ -1,5 +1,6 @@
 //! What is known of a machine at a moment: written by its actor alone, read by everybody.
 
+use super::devices::Known;
 use crate::api::time::rfc3339;
 use crate::api::{
     ApiError, Changed, Degraded, Details, LastRun, Process, SCHEMA_VERSION, State, Summary,
@@ -17,6 +18,7 @@ pub(super) struct View {
     /// When the present run began, in milliseconds since 1970.
     pub(super) started_at_ms: Option<u64>,
     pub(super) processes: Vec<Process>,
+    pub(super) devices: Known,
     pub(super) degraded: Vec<Degraded>,
     /// Restarts of the whole machine within the run.
     pub(super) restarts: u32,
@@ -38,13 +40,14 @@ pub(super) fn last_run(ended: &Ended) -> LastRun {
 
 impl View {
     /// Of a machine that does not run.
-    pub(super) const fn new(record: VmRecord) -> Self {
+    pub(super) fn new(record: VmRecord) -> Self {
         Self {
             record,
             state: State::Stopped,
             run: 0,
             started_at_ms: None,
             processes: Vec::new(),
+            devices: Known::default(),
             degraded: Vec::new(),
             restarts: 0,
             failure: None,

@@ -54,6 +54,9 @@ pub(super) struct Entry {
     pub(super) vacancy: Option<Vacancy>,
     /// Its end was asked for.
     pub(super) planned: bool,
+    /// What follows one whose end was asked for may fail once without counting: it may be of a
+    /// program that does not work, and the one before it did.
+    pub(super) spare: bool,
     /// Restarts within the window of the policy.
     pub(super) restarts: VecDeque<Moment>,
     pub(super) pause: Duration,
@@ -73,6 +76,7 @@ impl Entry {
             broke: None,
             vacancy: None,
             planned: false,
+            spare: false,
             restarts: VecDeque::new(),
             pause: Duration::ZERO,
             serving_since: None,
@@ -112,6 +116,7 @@ impl Entry {
 
     pub(super) fn serve(&mut self, now: Moment, actions: &mut Vec<Action>) {
         self.phase = Phase::Serving;
+        self.spare = false;
         self.serving_since = Some(now);
         self.beat = Beat {
             next: next_beat(self.rule, now),
@@ -137,6 +142,7 @@ impl Entry {
         actions: &mut Vec<Action>,
     ) {
         let planned = std::mem::take(&mut self.planned);
+        let spared = !planned && std::mem::take(&mut self.spare);
         let pause = self.pause;
         self.broke = None;
         let first = self.vacancy.take();
@@ -146,7 +152,7 @@ impl Entry {
             reason: reason.clone(),
         });
         self.pause = Duration::ZERO;
-        if !planned {
+        if !planned && !spared {
             let Some(rule) = self.rule.restart else {
                 return self.lose(reason, actions);
             };
@@ -199,6 +205,7 @@ impl Entry {
 
     pub(super) fn lose(&mut self, reason: String, actions: &mut Vec<Action>) {
         self.phase = Phase::Lost;
+        self.spare = false;
         self.vacancy = None;
         self.pause = Duration::ZERO;
         actions.push(Action::Degraded {

@@ -92,7 +92,8 @@ pub enum Event {
         /// Whether trying again makes no sense.
         hopeless: bool,
     },
-    /// The owner wants another process in the place of this one, whether it is alive or given up.
+    /// The owner wants another process in the place of this one, whether it is alive or given up. If
+    /// that one fails before it serves, one more is started without counting as a restart.
     Replace(ProcId),
     /// The machine is to end.
     End,
@@ -376,7 +377,7 @@ impl Supervisor {
             return;
         }
         let Some(entry) = self.entry(id) else { return };
-        entry.planned = true;
+        (entry.planned, entry.spare) = (true, true);
         match entry.phase {
             Phase::Serving => {
                 actions.push(Action::Ask(id));

@@ -245,6 +245,32 @@ fn replaced_device_is_asked_to_go_and_that_counts_as_no_failure() {
 }
 
 #[test]
+fn what_follows_a_replaced_device_may_fail_once_without_counting() {
+    // A rule without restarts: what was asked for must not depend on them.
+    let mut s = running(
+        2,
+        Rule {
+            restart: None,
+            ..rule(OnDeath::Restart)
+        },
+    );
+    s.step(Event::Replace(id(1)), SECOND);
+    s.step(died(id(1)), SECOND);
+    s.step(Event::Launched(next(1, 2)), SECOND);
+    let actions = s.step(died(next(1, 2)), SECOND);
+    assert!(
+        matches!(&actions[..], [Action::Revive { id, .. }] if *id == next(1, 3)),
+        "{actions:?}"
+    );
+    s.step(Event::Launched(next(1, 3)), SECOND);
+    let actions = s.step(died(next(1, 3)), SECOND);
+    assert!(
+        matches!(&actions[..], [Action::Degraded { .. }]),
+        "{actions:?}"
+    );
+}
+
+#[test]
 fn stuck_process_is_killed_after_missed_heartbeats_and_an_answering_one_is_not() {
     let device = Rule {
         heartbeat: Some(HEARTBEAT),

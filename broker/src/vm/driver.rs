@@ -25,7 +25,7 @@ use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, ToVcpu};
 use bulkhead_policies::cache::Compiled;
-use revival::{LateLock, Revival};
+use revival::{LateLock, Revival, Trial};
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -155,6 +155,7 @@ async fn run_at(
             replaced: &mut replaced,
             revivals: Vec::new(),
             unlocked: Vec::new(),
+            trials: Vec::new(),
             size: None,
             watchers: notices.downgrade(),
             tell: &mut tell,
@@ -244,6 +245,8 @@ struct Machine<'a> {
     /// Processes on their way into the place of dead ones.
     revivals: Vec<Revival>,
     unlocked: Vec<LateLock>,
+    /// Programs that have not served yet.
+    trials: Vec<Trial>,
     /// The terminal's size, once it was told.
     size: Option<(u16, u16)>,
     /// For watchers of processes that are started later. It keeps nobody waiting who listens.
@@ -431,6 +434,7 @@ impl Machine<'_> {
             id,
             name: member.name.clone(),
             pid: member.launched.pid,
+            program: member.program.into(),
         });
         Ok(())
     }
@@ -519,6 +523,7 @@ impl Machine<'_> {
                     }
                     self.revivals.clear();
                     self.unlocked.clear();
+                    self.end_trials();
                     self.supervise(supervision::Event::End);
                 }
                 Output::Over(verdict) => return Some(verdict),
@@ -563,6 +568,10 @@ impl Machine<'_> {
             Notice::Died { reason, killed } => {
                 tracing::debug!(proc = %id, reason, "gone");
                 self.tell_of_denial(id);
+                if !self.life.is_stopping() {
+                    let (name, reason) = (self.name(id), reason.clone());
+                    self.tell.event(Event::Died { id, name, reason });
+                }
                 self.supervise(supervision::Event::Died { id, reason, killed });
             }
             Notice::Device(FromDevice::Pong(number)) => {
@@ -701,9 +710,13 @@ impl Machine<'_> {
             }
             Action::Revive { id, reason, blame } => {
                 tracing::warn!(proc = %id, reason, "a device process is dead; the next one takes its place");
+                self.take_back(id, &reason);
                 self.revive(id, blame);
             }
-            Action::Revived { id, reason, after } => self.revived(id, reason, after),
+            Action::Revived { id, reason, after } => {
+                self.revived(id, reason, after);
+                self.end_trial(id, None);
+            }
             Action::Ping { id, number } => self.send(id, &ToDevice::Ping(number)),
             Action::Degraded { id, reason } => self.degrade(id, reason),
             Action::MachineLost { id, reason } => {
@@ -729,6 +742,7 @@ impl Machine<'_> {
             return;
         };
         let (name, slot) = (member.name.clone(), member.slot);
+        self.end_trial(id, Some(&reason));
         tracing::error!(proc = %id, name, reason, "device lost; the machine goes on degraded");
         match slot {
             Some(slot) => self.tell_vcpu(&ToVcpu::DeviceLost { slot }),

@@ -43,8 +43,10 @@ pub(super) struct Member {
     /// virtio-mmio slot of a device.
     pub(super) slot: Option<u8>,
     pub(super) rule: Rule,
+    /// Device and inode of its program.
+    pub(super) program: (u64, u64),
     /// Version of its program, once it is locked.
-    pub(super) program: Option<String>,
+    pub(super) version: Option<String>,
     /// A restart that will be told of when the version is known.
     pub(super) restart: Option<Restart>,
     /// Limits of its control group.
@@ -285,7 +287,8 @@ impl Household {
                 name: process.map_or_else(|| id.to_string(), |p| p.name.clone()),
                 slot: process.and_then(|p| p.slot),
                 rule: Rule::of(policy, nursery.spec.limits.birth_timeout),
-                program: None,
+                program: process.map(|p| p.program).unwrap_or_default(),
+                version: None,
                 restart: None,
                 group_limits: GroupLimits {
                     memory_bytes: policy.limits.memory_bytes,
@@ -677,6 +680,7 @@ impl Midwife<'_, '_> {
         let launched = launched.map_err(fails)?;
         self.share_cores(&launched);
         let grants = launched.grants.clone();
+        let program = self.nursery.launcher.program(id).unwrap_or_default();
         // From here on it is killed when anything goes wrong.
         let launched = Arc::new(launched);
         let group_limits = self.group_limits(&policy.limits, &config);
@@ -685,7 +689,8 @@ impl Midwife<'_, '_> {
             name: name.to_owned(),
             slot,
             rule: Rule::of(policy, self.nursery.spec.limits.birth_timeout),
-            program: None,
+            program,
+            version: None,
             restart: None,
             group_limits,
             group: None,
@@ -705,7 +710,7 @@ impl Midwife<'_, '_> {
             pid: launched.pid,
             // It is not reaped, so there is one even if it is dead.
             start_time: start_time(launched.pid).unwrap_or(0),
-            program: self.nursery.launcher.program(id.kind).unwrap_or_default(),
+            program,
             groups: Vec::new(),
         };
         // From here on it lives without this broker, so the next one must be able to find it.

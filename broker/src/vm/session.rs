@@ -72,7 +72,8 @@ pub enum Command {
     /// Have another process serve this device (its name in the VM file, or its kind): the one that
     /// serves it finishes what it is doing and goes, or there is none any more. The guest sees a delay.
     RestartDevice(String),
-    /// The same with the program that is on disk now.
+    /// The same with the program that is on disk now. If that does not serve, the program that did is
+    /// started again, and [`Event::Refused`] says so.
     UpgradeDevice(String),
     /// The attached terminal has this size.
     Resize {
@@ -97,6 +98,17 @@ pub enum Event {
         name: String,
         /// Process id on the host.
         pid: i32,
+        /// Its program.
+        program: ProgramFile,
+    },
+    /// A process of a machine that goes on is dead.
+    Died {
+        /// Who.
+        id: ProcId,
+        /// Name in the VM file, or the kind's.
+        name: String,
+        /// How, in words.
+        reason: String,
     },
     /// A process is locked and serves.
     Locked {
@@ -118,8 +130,10 @@ pub enum Event {
         /// Which request.
         reason: String,
     },
-    /// A command was not carried out.
+    /// A command was not carried out, or was undone.
     Refused {
+        /// The device that it was about.
+        device: String,
         /// What was wanted of what.
         command: String,
         /// Why not.
@@ -176,6 +190,21 @@ pub enum Event {
         /// How often so far.
         count: u32,
     },
+}
+
+/// What tells a program from any other while a process of it lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramFile {
+    /// The host's number of the file system that it is on.
+    pub device: u64,
+    /// Its number there.
+    pub inode: u64,
+}
+
+impl From<(u64, u64)> for ProgramFile {
+    fn from((device, inode): (u64, u64)) -> Self {
+        Self { device, inode }
+    }
 }
 
 /// One process that took another's place.

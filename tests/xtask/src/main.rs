@@ -21,6 +21,7 @@ mod demo;
 mod guest;
 mod packages;
 mod process;
+mod restart;
 mod suite;
 mod tidy;
 mod workspace;
@@ -42,7 +43,7 @@ enum Task {
     Tidy,
     /// Run every check: tidy, unit tests, guest builds, end-to-end tests.
     Test(suite::Options),
-    /// Boot the built-in guest and show the processes that it is made of.
+    /// Boot the built-in guest, show the processes that it is made of, and kill one that it needs.
     Demo,
     /// Measure what the README publishes, beside QEMU.
     Bench(bench::Options),

@@ -29,6 +29,17 @@ pub(crate) fn tree(root: u32) -> Vec<u32> {
     tree
 }
 
+/// The process of `kind` below `root` that is alive.
+pub(crate) fn of_kind(root: u32, kind: &str) -> Option<u32> {
+    let name = format!("bulkhead-{kind}");
+    let is = |pid: &u32| {
+        // Empty for one that is dead and not reaped yet.
+        let cmdline = fs::read(format!("/proc/{pid}/cmdline"));
+        cmdline.is_ok_and(|line| line.split(|byte| *byte == 0).next() == Some(name.as_bytes()))
+    };
+    tree(root).into_iter().find(is)
+}
+
 fn parent(pid: u32) -> Option<u32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold anything, parentheses included.

@@ -8,7 +8,7 @@
 //! Each step has a deadline, and none is waited for: the machine's other events go on.
 
 use super::{GROUPS_AFTER, Machine};
-use crate::launch::Gift;
+use crate::launch::{Before, Gift};
 use crate::supervisor::state::Event;
 use crate::vm::disk_hold::{Claimed, Unlocked};
 use crate::vm::household::{DeviceWiring, LegacyWiring, Positions};
@@ -47,6 +47,23 @@ pub(super) struct Revival {
     blame: bool,
     stage: Stage,
     until: Instant,
+}
+
+/// A program that is to follow another and has not served yet.
+#[derive(Debug)]
+pub(super) struct Trial {
+    /// Who it was to replace.
+    id: ProcId,
+    /// What it was to follow, until it has failed.
+    before: Option<Before>,
+    /// Why it has failed.
+    failed: Option<String>,
+}
+
+impl Trial {
+    fn is_of(&self, id: ProcId) -> bool {
+        (self.id.kind, self.id.index) == (id.kind, id.index)
+    }
 }
 
 #[derive(Debug)]
@@ -259,7 +276,7 @@ impl Machine<'_> {
             reason,
             after,
         };
-        match member.program.clone() {
+        match member.version.clone() {
             Some(program) => self.tell_restart(restart, program),
             None => member.restart = Some(restart),
         }
@@ -270,7 +287,7 @@ impl Machine<'_> {
         let Some(member) = self.household.in_place_of(id) else {
             return;
         };
-        member.program = Some(program.clone());
+        member.version = Some(program.clone());
         if let Some(restart) = member.restart.take() {
             self.tell_restart(restart, program);
         }
@@ -287,8 +304,10 @@ impl Machine<'_> {
 
     /// The owner wants another process for a device, with the program that is on disk now if `renew`.
     pub(super) fn replace(&mut self, name: &str, renew: bool) {
+        let command = if renew { "upgrade" } else { "restart" };
         let refuse = |reason: String| vm::Event::Refused {
-            command: format!("{} {name}", if renew { "upgrade" } else { "restart" }),
+            device: name.to_owned(),
+            command: format!("{command} {name}"),
             reason,
         };
         let mut members = self.household.members.iter();
@@ -307,10 +326,67 @@ impl Machine<'_> {
             let reason = "it is being replaced, or the machine is starting or ending".to_owned();
             return self.tell.event(refuse(reason));
         }
-        if renew && let Err(error) = self.nursery.launcher.renew_program(id.kind) {
-            return self.tell.event(refuse(error.to_string()));
+        if renew {
+            match self.nursery.launcher.renew_program(current) {
+                Ok(before) => self.trials.push(Trial {
+                    id: current,
+                    before: Some(before),
+                    failed: None,
+                }),
+                Err(error) => return self.tell.event(refuse(error.to_string())),
+            }
         }
         self.supervise(Event::Replace(current));
+    }
+
+    /// A process is to follow as generation `id`. If it is not the first one of a program on trial, that
+    /// one has failed, and the program before it is the one again.
+    pub(super) fn take_back(&mut self, id: ProcId, reason: &str) {
+        let mut trials = self.trials.iter_mut();
+        let Some(trial) = trials.find(|trial| trial.is_of(id)) else {
+            return;
+        };
+        let first = trial.id.generation.saturating_add(1);
+        if id.generation > first
+            && let Some(before) = trial.before.take()
+        {
+            tracing::warn!(proc = %id, reason, "the new program does not serve: the one before it is taken");
+            self.nursery.launcher.revert_program(trial.id, before);
+            trial.failed = Some(reason.to_owned());
+        }
+    }
+
+    /// The device is served again, or is `lost`.
+    pub(super) fn end_trial(&mut self, id: ProcId, lost: Option<&str>) {
+        let Some(place) = self.trials.iter().position(|trial| trial.is_of(id)) else {
+            return;
+        };
+        let trial = self.trials.swap_remove(place);
+        let reason = match (lost, trial.failed) {
+            (None, None) => return,
+            (None, Some(failed)) => format!(
+                "the program on disk does not serve, and the one before it was taken again: {failed}"
+            ),
+            (Some(lost), _) => format!("the device is lost: {lost}"),
+        };
+        if let Some(before) = trial.before {
+            self.nursery.launcher.revert_program(trial.id, before);
+        }
+        let device = self.name(id);
+        self.tell.event(vm::Event::Refused {
+            command: format!("upgrade {device}"),
+            device,
+            reason,
+        });
+    }
+
+    /// The machine ends, and what has not served yet is no program for its next life.
+    pub(super) fn end_trials(&mut self) {
+        for trial in std::mem::take(&mut self.trials) {
+            if let Some(before) = trial.before {
+                self.nursery.launcher.revert_program(trial.id, before);
+            }
+        }
     }
 }
 

@@ -6,11 +6,11 @@ use super::figure::Figure;
 use super::guest::{Bench, value};
 use super::prng::Prng;
 use crate::process;
+use crate::restart::Restart;
 use anyhow::{Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::File;
-use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -52,7 +52,7 @@ fn one_guest(bench: &Bench, seed: u64, after_ms: &mut Vec<f64>) -> Result<u32> {
     let mut killed = 0;
     while Instant::now() < until && after_ms.len() + killed < KILLS {
         let kind = *prng.pick(&KINDS);
-        let Some(victim) = of_kind(running.pid(), kind) else {
+        let Some(victim) = process::of_kind(running.pid(), kind) else {
             bail!("no {kind} process: {}", running.errors());
         };
         kill(Pid::from_raw(i32::try_from(victim)?), Signal::SIGKILL)?;
@@ -81,37 +81,8 @@ fn one_guest(bench: &Bench, seed: u64, after_ms: &mut Vec<f64>) -> Result<u32> {
     Ok(errors)
 }
 
-/// The process of `kind` below `root` that is alive.
-fn of_kind(root: u32, kind: &str) -> Option<u32> {
-    let name = format!("bulkhead-{kind}");
-    let is = |pid: &u32| {
-        let cmdline = std::fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline"));
-        cmdline.is_ok_and(|line| line.split(|byte| *byte == 0).next() == Some(name.as_bytes()))
-    };
-    process::tree(root).into_iter().find(is)
-}
-
 /// Time from death to service of each restart so far, in milliseconds.
 fn times(errors: &str) -> Vec<f64> {
-    let time = |line: &str| -> Option<f64> {
-        let (_, rest) = line
-            .strip_prefix("bulkhead: restarted: ")?
-            .split_once(" after ")?;
-        let (us, _) = rest.split_once(" us")?;
-        us.parse::<f64>().ok().map(|us| us / 1000.0)
-    };
-    errors.lines().filter_map(time).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn time_to_service_is_read_from_the_notice() {
-        let errors = "x\nbulkhead: restarted: disk0 is served by process 7 (generation 2, version 0.1.0) \
-                      after 8123 us: killed\n";
-        assert_eq!(times(errors), [8.123]);
-        assert!(times("bulkhead: degraded: disk0").is_empty());
-    }
+    let restarts = errors.lines().filter_map(Restart::parse);
+    restarts.map(|restart| restart.after_ms).collect()
 }

@@ -2,16 +2,21 @@
 //!
 //! Boots the built-in guest with every device in a process of its own, shows its console and the
 //! processes, and checks that the guest read the random nonce that was put on its disk a moment ago.
+//! Then it kills the disk's process while the guest writes. The guest counts what it finds wrong.
 
+mod death;
 mod table;
 
 use crate::process;
+use crate::restart::Restart;
 use crate::{command, suite};
 use anyhow::{Context, Result, bail, ensure};
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::Path;
 use std::process::{Child, Stdio};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 use table::Row;
 
@@ -19,8 +24,11 @@ const NONCE_BYTES: usize = 64;
 /// How much of a line is shown: lines that break make a console hard to read.
 const LINE_CHARS: usize = 104;
 const DISK_BYTES: u64 = 16 << 20;
-/// The guest verifies the disk from behind the nonce's sector on, then sleeps while we look.
-const ARGUMENTS: &str = "mode=hello,nonce,rng,legacy,blk,idle seconds=2 sectors=4096";
+/// The guest verifies the disk from behind the nonce's sector on, sleeps while we look, and writes,
+/// flushes and verifies while the disk's process is killed.
+const ARGUMENTS: &str = "mode=hello,nonce,rng,legacy,blk,idle,blk-load seconds=2 sectors=4096";
+/// Lines that may wait to be shown.
+const LINES_CAPACITY: usize = 1024;
 const KINDS: [&str; 5] = ["vcpu", "legacy", "console", "blk", "rng"];
 
 /// Runs the demo.
@@ -39,49 +47,101 @@ pub(crate) fn run() -> Result<()> {
         &nonce[NONCE_BYTES..]
     );
 
-    let mut bulkhead = command::command(binaries.join("bulkhead"));
-    bulkhead.env("BULKHEAD_STATE_DIR", directory.path().join("state"));
-    bulkhead.env("BULKHEAD_RUNTIME_DIR", directory.path().join("run"));
-    bulkhead.env("BULKHEAD_LIBEXEC_DIR", &binaries);
-    bulkhead.arg("run").arg("--disk").arg(&disk);
-    bulkhead.args([
-        "-m",
-        "128MiB",
-        "-c",
-        "2",
-        "--timeout=50s",
-        "--cmdline",
-        ARGUMENTS,
-    ]);
-    bulkhead.stdout(Stdio::piped());
     let started = Instant::now();
-    let mut guard = Guard(bulkhead.spawn().context("cannot start bulkhead")?);
-    let pid = guard.0.id();
-    let output = guard.0.stdout.take().context("no pipe")?;
-
+    let mut machine = Running::start(&binaries, directory.path(), &disk)?;
     println!("The guest's console:");
     let mut seen = Seen::default();
-    for line in BufReader::new(output).lines() {
-        let line = line?;
-        println!(
-            "  {:>6.1} ms | {}",
-            started.elapsed().as_secs_f64() * 1e3,
-            shortened(&line)
-        );
-        if line.starts_with("BH idle ") {
-            seen.rows = show_processes(pid)?;
+    while let Ok(line) = machine.lines.recv() {
+        match line {
+            Line::Console(line) => {
+                let ms = started.elapsed().as_secs_f64() * 1e3;
+                println!("  {ms:>6.1} ms | {}", shortened(&line));
+                seen.console(&line, &nonce);
+                if line.starts_with("BH idle ") {
+                    seen.rows = show_processes(machine.pid())?;
+                } else if line.starts_with("BH blk-load.begin ") {
+                    seen.victim = Some(death::kill_while_writing(machine.pid(), &disk)?);
+                }
+            }
+            Line::Broker(line) => match (seen.victim, Restart::parse(&line)) {
+                (Some(victim), Some(restart)) => {
+                    death::show_successor(victim, &restart)?;
+                    seen.restarts += 1;
+                }
+                _ => eprintln!("{line}"),
+            },
         }
-        seen.nonce |= line.starts_with("BH nonce ") && line.contains(&nonce);
-        seen.done |= line.starts_with("BH done ") && line.contains("errors=0");
     }
-    let status = guard.0.wait()?;
-    ensure!(status.success(), "bulkhead ended with {status}");
-    seen.check()?;
+    let status = machine.child.wait()?;
+    let errors = seen.errors.context("the guest did not say how it went")?;
+    seen.check(errors)?;
+    ensure!(
+        status.success() || errors > 0,
+        "bulkhead ended with {status}"
+    );
     println!(
         "\nThe guest read the nonce, verified its disk, and powered off. All of this took {:.1} s.",
         started.elapsed().as_secs_f64()
     );
+    println!("guest errors: {errors}");
+    ensure!(errors == 0, "the guest found errors");
     Ok(())
+}
+
+/// What comes out of `bulkhead run`.
+enum Line {
+    Console(String),
+    Broker(String),
+}
+
+/// A `bulkhead run`. Dropped, it ends what was started, also after an error.
+struct Running {
+    child: Child,
+    lines: Receiver<Line>,
+}
+
+impl Running {
+    fn start(binaries: &Path, directory: &Path, disk: &Path) -> Result<Self> {
+        let mut bulkhead = command::command(binaries.join("bulkhead"));
+        bulkhead.env("BULKHEAD_STATE_DIR", directory.join("state"));
+        bulkhead.env("BULKHEAD_RUNTIME_DIR", directory.join("run"));
+        bulkhead.env("BULKHEAD_LIBEXEC_DIR", binaries);
+        bulkhead.arg("run").arg("--disk").arg(disk);
+        bulkhead.args(["-m", "128MiB", "-c", "2", "--timeout=50s"]);
+        bulkhead.args(["--cmdline", ARGUMENTS]);
+        bulkhead.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let (sender, lines) = sync_channel(LINES_CAPACITY);
+        let child = bulkhead.spawn().context("cannot start bulkhead")?;
+        let mut running = Self { child, lines };
+        let output = running.child.stdout.take().context("no pipe")?;
+        let errors = running.child.stderr.take().context("no pipe")?;
+        pass_on(output, sender.clone(), Line::Console);
+        pass_on(errors, sender, Line::Broker);
+        Ok(running)
+    }
+
+    fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            process::end_tree(self.child.id(), Duration::from_secs(2));
+            let _ended = self.child.wait();
+        }
+    }
+}
+
+/// Passes lines on until there are none, or nobody wants them.
+fn pass_on(from: impl Read + Send + 'static, to: SyncSender<Line>, as_line: fn(String) -> Line) {
+    std::thread::spawn(move || {
+        let lines = BufReader::new(from).lines().map_while(Result::ok);
+        lines
+            .map(as_line)
+            .try_for_each(|line| to.send(line).map_err(drop))
+    });
 }
 
 /// A line of the console as it fits beside the time.
@@ -95,14 +155,36 @@ fn shortened(line: &str) -> String {
 #[derive(Default)]
 struct Seen {
     nonce: bool,
-    done: bool,
     rows: Vec<Row>,
+    /// The process that was killed.
+    victim: Option<u32>,
+    /// Processes that took another's place since.
+    restarts: u32,
+    /// Rounds of writing and verifying, that of the death included.
+    rounds: u64,
+    /// The guest's own count, once it is done.
+    errors: Option<u64>,
 }
 
 impl Seen {
-    fn check(&self) -> Result<()> {
-        ensure!(self.nonce, "the guest did not read the nonce back");
-        ensure!(self.done, "the guest did not report success");
+    fn console(&mut self, line: &str, nonce: &str) {
+        self.nonce |= line.starts_with("BH nonce ") && line.contains(nonce);
+        if let Some(rest) = line.strip_prefix("BH blk-load.end ") {
+            self.rounds = value(rest, "rounds").unwrap_or(0);
+        }
+        if let Some(rest) = line.strip_prefix("BH done ") {
+            self.errors = value(rest, "errors");
+        }
+    }
+
+    /// Whether everything was there to be seen; a guest that counted `errors` may have stopped early.
+    fn check(&self, errors: u64) -> Result<()> {
+        ensure!(self.victim.is_some(), "nothing was killed");
+        if errors == 0 {
+            ensure!(self.nonce, "the guest did not read the nonce back");
+            ensure!(self.rounds > 0, "the guest verified nothing");
+            ensure!(self.restarts > 0, "nobody took the dead process's place");
+        }
         for kind in KINDS {
             let row = self.rows.iter().find(|row| row.kind() == kind);
             let row = row.with_context(|| format!("there was no process of kind {kind}"))?;
@@ -115,7 +197,14 @@ impl Seen {
     }
 }
 
-fn make_disk(path: &std::path::Path) -> Result<String> {
+/// The number of `key` in a record.
+fn value(record: &str, key: &str) -> Option<u64> {
+    let mut words = record.split_whitespace();
+    let number = words.find_map(|word| word.strip_prefix(key)?.strip_prefix('='))?;
+    number.parse().ok()
+}
+
+fn make_disk(path: &Path) -> Result<String> {
     let mut nonce = [0; NONCE_BYTES];
     File::open("/dev/urandom")?.read_exact(&mut nonce)?;
     let mut file = File::create(path)?;
@@ -155,16 +244,4 @@ fn show_processes(root: u32) -> Result<Vec<Row>> {
         pss.trim()
     );
     Ok(rows)
-}
-
-/// Ends what was started, also after an error.
-struct Guard(Child);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        if let Ok(None) = self.0.try_wait() {
-            process::end_tree(self.0.id(), Duration::from_secs(2));
-            let _ended = self.0.wait();
-        }
-    }
 }

@@ -1,0 +1,263 @@
+//! `device list`, `device restart`, `device upgrade`.
+
+use super::client_args::ClientArgs;
+use super::failure::{Failure, printable};
+use super::machine_commands::{Names, side_by_side, tell};
+use super::paths::PathOptions;
+use super::show_commands::{row, table};
+use crate::api::client::{Client, ClientError};
+use crate::api::{Device, DeviceChanged, Devices};
+use crate::vmfile::is_name;
+use clap::{Args, Subcommand};
+
+/// What to do with devices.
+#[derive(Debug, Subcommand)]
+pub(super) enum DeviceCommand {
+    /// List the devices of machines and the processes that serve them
+    ///
+    /// For each device: its name and kind, the pid and generation of its process, whether it is served,
+    /// the version of the process's program, and how often another process has taken over since the
+    /// machine was started. A device that is lost answers its guest with errors until it is
+    /// restarted; one that is restarting lets its guest wait.
+    #[command(after_long_help = LIST_EXAMPLES)]
+    List(Names),
+    /// Have devices served by other processes; their guests see a delay
+    ///
+    /// The process that serves the device finishes what it is doing and goes, and another one takes its
+    /// place with the same program. A device that is lost because its processes died too often gets
+    /// another one, and starts with a clean record.
+    #[command(after_long_help = RESTART_EXAMPLES)]
+    Restart(RestartArgs),
+    /// Have devices served by the programs that are on disk now; their guests see a delay
+    ///
+    /// As restart, with the program in the directory of process binaries. A device that is served by
+    /// that very file already is left alone. A program that does not come to serve is given up: the
+    /// one before it is started again, and the command fails and says so. Without a device, all
+    /// devices of a machine are upgraded, one after the other. bulkhead-vcpu and the broker stay as they are.
+    #[command(after_long_help = UPGRADE_EXAMPLES)]
+    Upgrade(UpgradeArgs),
+}
+
+const LIST_EXAMPLES: &str = "\
+Examples:
+  bulkhead device list web
+  bulkhead device list web db --json
+";
+
+const RESTART_EXAMPLES: &str = "\
+Exit codes:
+  0  all are served by another process
+  2  there is no such machine or device
+  6  a machine does not run, or a device could not be served again
+
+Examples:
+  bulkhead device restart web/disk0
+  bulkhead device restart web/console web/rng
+";
+
+const UPGRADE_EXAMPLES: &str = "\
+Exit codes:
+  0  all are served by the programs that are on disk
+  2  there is no such machine or device
+  6  a machine does not run, or a program does not serve and the one before it was taken again
+
+Examples:
+  bulkhead device upgrade web
+        upgrades all devices of a machine
+  bulkhead device upgrade web/disk0 --json
+        tells version and program of the process before and of the one now
+";
+
+/// A device of a machine, or all of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Target {
+    vm: String,
+    device: Option<String>,
+}
+
+fn target(text: &str) -> Result<Target, String> {
+    let (vm, device) = match text.split_once('/') {
+        Some((vm, device)) => (vm, Some(device)),
+        None => (text, None),
+    };
+    if !is_name(vm) || !device.is_none_or(is_name) {
+        return Err("expected VM/DEVICE".to_owned());
+    }
+    Ok(Target {
+        vm: vm.to_owned(),
+        device: device.map(str::to_owned),
+    })
+}
+
+fn one_device(text: &str) -> Result<Target, String> {
+    target(text).and_then(|target| match &target.device {
+        Some(_) => Ok(target),
+        None => Err(format!("expected VM/DEVICE, such as {text}/disk0")),
+    })
+}
+
+/// Options of `device restart`.
+#[derive(Debug, Args)]
+pub(super) struct RestartArgs {
+    /// Device
+    #[arg(value_name = "VM/DEVICE", required = true, value_parser = one_device)]
+    targets: Vec<Target>,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+/// Options of `device upgrade`.
+#[derive(Debug, Args)]
+pub(super) struct UpgradeArgs {
+    /// Device, or a machine for all of its devices
+    #[arg(value_name = "VM[/DEVICE]", required = true, value_parser = target)]
+    targets: Vec<Target>,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+/// Runs `device`.
+pub(super) fn run(command: &DeviceCommand, options: &PathOptions) -> Result<u8, Failure> {
+    match command {
+        DeviceCommand::List(names) => list(names, options),
+        DeviceCommand::Restart(args) => change("restart", &args.targets, &args.client, options),
+        DeviceCommand::Upgrade(args) => change("upgrade", &args.targets, &args.client, options),
+    }
+}
+
+async fn devices(client: Client, vm: String) -> Result<Devices, ClientError> {
+    client.get(&format!("/v1/vms/{vm}/devices")).await
+}
+
+fn list(names: &Names, options: &PathOptions) -> Result<u8, Failure> {
+    let answers = names
+        .client
+        .talk(options, async |client| names.each(&client, devices).await)?;
+    tell(names.json(), answers, show_devices)
+}
+
+fn show_devices(machines: &[Devices]) -> String {
+    let heading = [
+        "VM",
+        "DEVICE",
+        "KIND",
+        "PID",
+        "GENERATION",
+        "STATE",
+        "VERSION",
+        "RESTARTS",
+    ];
+    let mut rows = vec![row(heading)];
+    for machine in machines {
+        for device in &machine.devices {
+            let pid = device.pid.map_or("-".to_owned(), |pid| pid.to_string());
+            rows.push(row([
+                &machine.name,
+                &printable(&device.name),
+                &device.kind,
+                &pid,
+                &device.generation.to_string(),
+                device.state.word(),
+                &version(device),
+                &device.restarts.to_string(),
+            ]));
+        }
+    }
+    table(&rows)
+}
+
+fn version(device: &Device) -> String {
+    let version = device.version.as_deref();
+    version.map_or("-".to_owned(), printable)
+}
+
+/// Has devices served by other processes.
+fn change(
+    verb: &'static str,
+    targets: &[Target],
+    client: &ClientArgs,
+    options: &PathOptions,
+) -> Result<u8, Failure> {
+    let (answers, single) = client.talk(options, async |client| {
+        let single = matches!(targets, [one] if one.device.is_some());
+        let (mut found, mut missing) = (Vec::new(), Vec::new());
+        for target in targets {
+            match each_device(&client, target).await {
+                Ok(devices) => found.extend(devices),
+                Err(error) => missing.push(Err(error)),
+            }
+        }
+        let ask = |(vm, device): (String, String)| {
+            let client = client.clone();
+            async move {
+                let path = format!("/v1/vms/{vm}/devices/{device}/{verb}");
+                client.post::<DeviceChanged>(&path, None::<&()>).await
+            }
+        };
+        let mut answers = side_by_side(&found, ask).await;
+        answers.extend(missing);
+        Ok((answers, single))
+    })?;
+    tell(client.json.then_some(single), answers, |changed| {
+        changed.iter().map(show_change).collect()
+    })
+}
+
+/// The devices that a target names.
+async fn each_device(
+    client: &Client,
+    target: &Target,
+) -> Result<Vec<(String, String)>, ClientError> {
+    let vm = &target.vm;
+    if let Some(device) = &target.device {
+        return Ok(vec![(vm.clone(), device.clone())]);
+    }
+    let known = devices(client.clone(), vm.clone()).await?;
+    if known.devices.is_empty() {
+        let line = format!("{vm} does not run, so it has no devices");
+        let error = crate::api::ApiError::new(crate::api::Code::Conflict, line);
+        return Err(error.into());
+    }
+    let names = known.devices.into_iter().map(|device| device.name);
+    Ok(names.map(|name| (vm.clone(), name)).collect())
+}
+
+fn show_change(changed: &DeviceChanged) -> String {
+    let (old, new) = (&changed.old, &changed.new);
+    let name = format!("{}/{}", changed.name, printable(&new.name));
+    if !changed.changed {
+        let version = version(new);
+        return format!("{name}: is served by the program on disk already (version {version})\n");
+    }
+    let pid = |device: &Device| device.pid.map_or("none".to_owned(), |pid| pid.to_string());
+    format!(
+        "{name}: process {} (generation {}, version {}) now, {} (generation {}, version {}) before\n",
+        pid(new),
+        new.generation,
+        version(new),
+        pid(old),
+        old.generation,
+        version(old),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_are_a_machine_and_a_device_of_it() {
+        let web = |device: Option<&str>| Target {
+            vm: "web".to_owned(),
+            device: device.map(str::to_owned),
+        };
+        assert_eq!(target("web"), Ok(web(None)));
+        assert_eq!(target("web/disk0"), Ok(web(Some("disk0"))));
+        assert_eq!(one_device("web/disk0"), Ok(web(Some("disk0"))));
+        for wrong in ["", "/", "web/", "/disk0", "web/a/b", "web/../x", "a b"] {
+            assert!(target(wrong).is_err(), "{wrong}");
+            assert!(one_device(wrong).is_err(), "{wrong}");
+        }
+        assert!(one_device("web").unwrap_err().contains("web/disk0"));
+    }
+}

@@ -1,0 +1,340 @@
+//! The devices of a machine: who serves them, and having another process do so.
+//!
+//! What is known comes from the events of the machine's run alone. That a device was upgraded is
+//! believed when the process that serves it was started from the very file that is on disk.
+
+use super::Shared;
+use super::actor::{Ask, Vm};
+use super::host::Host;
+use super::routes::{Answer, Caller, carried_out, json};
+use super::view::View;
+use crate::api::{
+    ApiError, Code, Device, DeviceChanged, DeviceState, Devices, SCHEMA_VERSION, State as Doing,
+};
+use crate::launch::program_path;
+use crate::vm::session::{Command, Event, ProgramFile};
+use crate::vmfile::is_name;
+use axum::Extension;
+use axum::extract::{FromRequestParts, Path, State};
+use axum::http::request::Parts;
+use bulkhead_ipc::ident::{ProcId, ProcKind};
+use std::collections::VecDeque;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long it may take until another process serves: the run's own deadlines together are shorter.
+const REPLACE_TIMEOUT: Duration = Duration::from_secs(90);
+/// Refused commands that are remembered for whoever gave them.
+const REFUSALS_MAX: usize = 32;
+
+/// What is known of the devices of a machine.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Known {
+    devices: Vec<(ProcId, Device)>,
+    /// Refused commands so far.
+    refused: u64,
+    /// The last ones: number, device, reason.
+    refusals: VecDeque<(u64, String, String)>,
+}
+
+impl Known {
+    /// Of a machine that begins, or is over.
+    pub(super) fn clear(&mut self) {
+        self.devices.clear();
+    }
+
+    fn place_of(&mut self, id: ProcId) -> Option<&mut (ProcId, Device)> {
+        let same =
+            |known: &&mut (ProcId, Device)| (known.0.kind, known.0.index) == (id.kind, id.index);
+        self.devices.iter_mut().find(same)
+    }
+
+    /// The device, if its process is `id` and no later one.
+    fn served_by(&mut self, id: ProcId) -> Option<&mut Device> {
+        let place = self.place_of(id).filter(|place| place.0 == id)?;
+        Some(&mut place.1)
+    }
+
+    fn named(&self, name: &str) -> Option<&Device> {
+        let mut devices = self.devices.iter().map(|(_, device)| device);
+        devices.find(|device| device.name == name)
+    }
+
+    fn started(&mut self, id: ProcId, name: &str, pid: i32, program: ProgramFile) {
+        if id.kind == ProcKind::Vcpu {
+            return;
+        }
+        let new = Device {
+            kind: id.kind.name().to_owned(),
+            name: name.to_owned(),
+            pid: Some(pid),
+            generation: id.generation,
+            state: DeviceState::Starting,
+            version: None,
+            program,
+            restarts: 0,
+        };
+        match self.place_of(id) {
+            None => self.devices.push((id, new)),
+            Some(place) => {
+                let restarts = place.1.restarts;
+                let state = DeviceState::Restarting;
+                *place = (
+                    id,
+                    Device {
+                        state,
+                        restarts,
+                        ..new
+                    },
+                );
+            }
+        }
+    }
+
+    /// What an event changes.
+    pub(super) fn apply(&mut self, event: &Event) {
+        match event {
+            Event::Started {
+                id,
+                name,
+                pid,
+                program,
+            } => self.started(*id, name, *pid, *program),
+            Event::Locked { id, program, .. } => {
+                if let Some(device) = self.served_by(*id) {
+                    device.version = Some(program.clone());
+                    if device.state == DeviceState::Starting {
+                        device.state = DeviceState::Serving;
+                    }
+                }
+            }
+            Event::AllLocked { .. } => {
+                let devices = self.devices.iter_mut().map(|(_, device)| device);
+                for device in devices.filter(|d| d.state == DeviceState::Starting) {
+                    device.state = DeviceState::Serving;
+                }
+            }
+            Event::Died { id, .. } => {
+                if let Some(device) = self.served_by(*id) {
+                    (device.state, device.pid) = (DeviceState::Restarting, None);
+                }
+            }
+            Event::Restarted(restart) => {
+                if let Some(device) = self.served_by(restart.id) {
+                    device.state = DeviceState::Serving;
+                    device.version = Some(restart.program.clone());
+                    device.restarts = device.restarts.saturating_add(1);
+                }
+            }
+            Event::Degraded { id, .. } => {
+                if let Some(place) = self.place_of(*id) {
+                    // The process that was lost may never have been started.
+                    place.1.generation = id.generation;
+                    (place.1.state, place.1.pid) = (DeviceState::Lost, None);
+                    place.0 = *id;
+                }
+            }
+            Event::Refused { device, reason, .. } => {
+                self.refused += 1;
+                self.refusals.truncate(REFUSALS_MAX - 1);
+                let refusal = (self.refused, device.clone(), reason.clone());
+                self.refusals.push_front(refusal);
+            }
+            Event::Restarting { .. } => self.clear(),
+            _ => {}
+        }
+    }
+
+    /// Why a command about a device was refused, or undone, since `since` were.
+    fn refusal(&self, device: &str, since: u64) -> Option<&str> {
+        let mut later = self.refusals.iter().take_while(|(n, ..)| *n > since);
+        let (_, _, reason) = later.find(|(_, name, _)| name == device)?;
+        Some(reason)
+    }
+
+    pub(super) fn list(&self) -> Vec<Device> {
+        let devices = self.devices.iter().map(|(_, device)| device.clone());
+        devices.collect()
+    }
+}
+
+/// What a device was like when it was to be replaced.
+struct Before {
+    run: u64,
+    device: Device,
+    refused: u64,
+}
+
+impl Before {
+    fn of(view: &View, name: &str) -> Result<Self, ApiError> {
+        let (vm, known) = (&view.record.name, &view.devices);
+        if !matches!(view.state, Doing::Running | Doing::Paused) {
+            let line = format!(
+                "{vm} is {}, so no device of it is served",
+                view.state.word()
+            );
+            return Err(ApiError::new(Code::Conflict, line));
+        }
+        let device = known.named(name).ok_or_else(|| {
+            let names = known.devices.iter().map(|(_, device)| device.name.as_str());
+            let names = names.collect::<Vec<_>>().join(", ");
+            let line = format!("{vm} has no device {name}, expected one of {names}");
+            ApiError::new(Code::NotFound, line)
+        })?;
+        Ok(Self {
+            run: view.run,
+            device: device.clone(),
+            refused: known.refused,
+        })
+    }
+
+    /// What has become of it, once something has.
+    fn outcome(&self, view: &View) -> Option<Result<Device, ApiError>> {
+        let (name, known) = (&self.device.name, &view.devices);
+        let conflict = |what: String| {
+            let line = format!("{}/{name}: {what}", view.record.name);
+            Some(Err(ApiError::new(Code::Conflict, line)))
+        };
+        if view.run != self.run || !matches!(view.state, Doing::Running | Doing::Paused) {
+            return conflict("the machine has ended or begun again meanwhile".to_owned());
+        }
+        if let Some(reason) = known.refusal(name, self.refused) {
+            return conflict(reason.to_owned());
+        }
+        let now = known.named(name)?;
+        let is_later = now.generation > self.device.generation;
+        match now.state {
+            DeviceState::Serving if is_later => Some(Ok(now.clone())),
+            DeviceState::Lost if is_later || self.device.state != DeviceState::Lost => {
+                let lost = view.degraded.iter().find(|lost| lost.device == *name);
+                conflict(lost.map_or("it is lost".to_owned(), |lost| lost.reason.clone()))
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Vm {
+    /// Has another process serve a device.
+    async fn restart_device(&self, name: &str) -> Result<DeviceChanged, ApiError> {
+        let _one_at_a_time = self.replacing.lock().await;
+        let before = Before::of(&self.view.borrow(), name)?;
+        let new = self
+            .replace_device(&before, Command::RestartDevice(name.to_owned()))
+            .await?;
+        Ok(self.device_changed(true, before.device, new))
+    }
+
+    /// Has a device served by the program that is on disk now, unless it is already.
+    async fn upgrade_device(
+        &self,
+        shared: &Arc<Shared>,
+        name: &str,
+    ) -> Result<DeviceChanged, ApiError> {
+        let _one_at_a_time = self.replacing.lock().await;
+        let before = Before::of(&self.view.borrow(), name)?;
+        let old = before.device.clone();
+        if old.state == DeviceState::Serving && old.program == on_disk(shared, &old).await? {
+            return Ok(self.device_changed(false, old.clone(), old));
+        }
+        let new = self
+            .replace_device(&before, Command::UpgradeDevice(name.to_owned()))
+            .await?;
+        if new.program != on_disk(shared, &old).await? {
+            let vm = &self.view.borrow().record.name;
+            let line = format!("{vm}/{name}: the program on disk was replaced once more meanwhile");
+            return Err(ApiError::new(Code::Conflict, line));
+        }
+        Ok(self.device_changed(true, old, new))
+    }
+
+    async fn replace_device(&self, before: &Before, by: Command) -> Result<Device, ApiError> {
+        self.ask(|reply| Ask::Command(by, reply)).await?;
+        let what = format!("has no other process for {}", before.device.name);
+        let served = |view: &View| before.outcome(view);
+        self.wait_until(REPLACE_TIMEOUT, &what, served).await?
+    }
+
+    fn device_changed(&self, changed: bool, old: Device, new: Device) -> DeviceChanged {
+        DeviceChanged {
+            schema_version: SCHEMA_VERSION,
+            name: self.view.borrow().record.name.clone(),
+            changed,
+            old,
+            new,
+        }
+    }
+}
+
+/// The program of a device's kind that is on disk now.
+async fn on_disk(shared: &Arc<Shared>, device: &Device) -> Result<ProgramFile, ApiError> {
+    let kind = ProcKind::ALL.into_iter().find(|k| k.name() == device.kind);
+    let kind = kind.ok_or_else(|| ApiError::new(Code::Internal, "a device of no kind"))?;
+    let path = program_path(&shared.places.binaries, kind);
+    super::blocking(move || {
+        let about = std::fs::metadata(&path).map_err(|error| {
+            ApiError::new(Code::Host, format!("program {}: {error}", path.display()))
+        })?;
+        Ok((about.dev(), about.ino()).into())
+    })
+    .await
+}
+
+/// The machine and the device in a path.
+pub(super) struct Named(String, String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let names = Path::<(String, String)>::from_request_parts(parts, state).await;
+        match names {
+            Ok(Path((vm, _))) if !is_name(&vm) => Err(ApiError::no_machine(&vm)),
+            Ok(Path((vm, device))) if is_name(&device) => Ok(Self(vm, device)),
+            Ok(Path((vm, device))) => {
+                let device = crate::escape::excerpt(&device, 64);
+                let line = format!("{vm} has no device {device}");
+                Err(ApiError::new(Code::NotFound, line))
+            }
+            Err(_) => Err(ApiError::new(Code::BadRequest, "the names are not UTF-8")),
+        }
+    }
+}
+
+/// `GET /v1/vms/NAME/devices`.
+pub(super) async fn list(
+    State(host): State<Arc<Host>>,
+    super::routes::Name(name): super::routes::Name,
+) -> Answer {
+    let vm = host.vm(&name)?;
+    let devices = vm.view.borrow().devices.list();
+    json(&Devices {
+        schema_version: SCHEMA_VERSION,
+        name,
+        devices,
+    })
+}
+
+/// `POST /v1/vms/NAME/devices/DEVICE/restart`.
+pub(super) async fn restart(
+    State(host): State<Arc<Host>>,
+    Extension(caller): Extension<Caller>,
+    Named(name, device): Named,
+) -> Answer {
+    let vm = host.vm(&name)?;
+    tracing::info!(vm = name, device, user = caller.0, "restart device");
+    json(&carried_out(async move { vm.restart_device(&device).await }).await?)
+}
+
+/// `POST /v1/vms/NAME/devices/DEVICE/upgrade`.
+pub(super) async fn upgrade(
+    State(host): State<Arc<Host>>,
+    Extension(caller): Extension<Caller>,
+    Named(name, device): Named,
+) -> Answer {
+    let vm = host.vm(&name)?;
+    tracing::info!(vm = name, device, user = caller.0, "upgrade device");
+    let work = async move { vm.upgrade_device(&host.shared, &device).await };
+    json(&carried_out(work).await?)
+}
