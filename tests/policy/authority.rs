@@ -53,14 +53,12 @@ fn subjects(machine: &Machine) -> Vec<Subject> {
                     generation,
                 }),
                 pid: pid(process),
-                landlock_abi: None,
             });
         }
     }
     subjects.push(Subject {
         id: None,
         pid: pid(machine.pid()),
-        landlock_abi: None,
     });
     subjects
 }
@@ -86,6 +84,8 @@ fn every_kind_reaches_what_its_policy_grants_and_nothing_else() {
         assert!(process.descriptors.is_some() && process.memory.is_some());
         if process.id.is_some() {
             assert!(process.threads.iter().all(|t| t.permitted.is_some()));
+            let landlock = process.landlock.map(|landlock| landlock.to_string());
+            assert_eq!(landlock.as_deref(), Some("files+tcp"), "{}", process.name);
         }
     }
     let graph = Graph::of(&authority);

@@ -7,6 +7,7 @@
 use super::descriptors::{Descriptor, Object};
 use super::filters::Thread;
 use super::graph::Graph;
+use super::landlock::Landlock;
 use super::memory::Memory;
 use super::status::Status;
 use super::{Authority, Measured};
@@ -18,7 +19,7 @@ use bulkhead_policies::cache::Compiled;
 use bulkhead_policies::compile::Filters;
 use bulkhead_policies::evaluate::{Instruction, instructions, permitted};
 use bulkhead_policies::plan::{Limits, MadeGrant, Policy};
-use bulkhead_policies::schema::{Access, FdType, Held, MadeType, Namespace};
+use bulkhead_policies::schema::{Access, FdType, Held, LandlockDeny, MadeType, Namespace};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -101,6 +102,23 @@ fn process(measured: &Measured, policy: &Policy, filters: &Filters, out: &mut Di
         disk_ends(measured, out);
     }
     threads(measured, filters, out);
+    if let Some(measured) = measured.landlock {
+        landlock(measured, &policy.landlock, out);
+    }
+}
+
+/// Every policy has Landlock deny files; TCP is denied where the kernel's Landlock knows it (ABI 4).
+fn landlock(measured: Landlock, denied: &[LandlockDeny], out: &mut Differences<'_>) {
+    let files = denied.contains(&LandlockDeny::Filesystem);
+    out.unless(measured.denies_files == files, "landlock", || {
+        format!("denies {measured}, expected files among it: {files}")
+    });
+    let tcp = denied.contains(&LandlockDeny::Network);
+    out.unless(
+        measured.denies_tcp.is_none_or(|is| is == tcp),
+        "landlock",
+        || format!("denies {measured}, expected tcp among it: {tcp}"),
+    );
 }
 
 fn is_vcpu(thread: &Thread) -> bool {

@@ -1,11 +1,10 @@
 //! The authority graph: what each process of a machine can reach, measured from the kernel while it
 //! runs, and compared with what its policy grants.
 //!
-//! Nothing here is filled from a policy or from what a process says, with one exception that is marked:
-//! no source of the kernel tells whether Landlock is in force, so its ABI is shown as *claimed by the
-//! process at birth*. What the kernel does not tell this reader is `None`, shown as "not measurable
-//! here": without root those are the instructions of seccomp filters. Descriptors and mappings are
-//! measured without root too (see [`descriptors`]).
+//! Nothing here is filled from a policy or from what a process says. What the kernel does not tell this
+//! reader is `None`, shown as "not measurable here": without root those are the instructions of seccomp
+//! filters, and Landlock, which is tried out (see [`landlock`]). Descriptors and mappings are measured
+//! without root too (see [`descriptors`]).
 //!
 //! ```text
 //!   pids ──▶ measure ──▶ Authority ──┬─▶ compare (with the policies) ──▶ differences
@@ -17,6 +16,8 @@ pub mod compare;
 pub mod descriptors;
 pub mod filters;
 pub mod graph;
+pub mod guided;
+pub mod landlock;
 pub mod memory;
 mod peers;
 pub mod status;
@@ -27,6 +28,7 @@ pub mod table;
 use bulkhead_ipc::ident::ProcId;
 use descriptors::Descriptor;
 use filters::Thread;
+use landlock::Landlock;
 use memory::Memory;
 use serde::Serialize;
 use status::Status;
@@ -41,8 +43,6 @@ pub struct Subject {
     pub id: Option<ProcId>,
     /// Its pid.
     pub pid: i32,
-    /// The Landlock ABI that it said was in force when it was born.
-    pub landlock_abi: Option<u8>,
 }
 
 /// What a process can reach.
@@ -58,8 +58,8 @@ pub struct Measured {
     /// Device (as in `/proc/PID/maps`) and inode of its program.
     #[serde(skip)]
     pub program: Option<(String, u64)>,
-    /// The Landlock ABI in force *as it claims itself*.
-    pub landlock_abi_claimed: Option<u8>,
+    /// What Landlock denies it; `None` where that is not measurable, and for the broker.
+    pub landlock: Option<Landlock>,
     /// Who it is and what surrounds it.
     pub status: Status,
     /// Its descriptors; `None` where they are not measurable.
@@ -118,12 +118,17 @@ fn one(subject: &Subject) -> Result<Measured, MeasureError> {
     let descriptors = if_permitted(descriptors::measure(pid)).map_err(failed("descriptors"))?;
     let memory = if_permitted(memory::measure(pid)).map_err(failed("mappings"))?;
     let threads = filters::measure(pid).map_err(failed("threads"))?;
+    let landlock = match subject.id {
+        Some(_) => if_permitted(landlock::measure(pid)).map_err(failed("Landlock"))?,
+        // Nothing of Bulkhead confines its broker, and it may be the caller itself.
+        None => None,
+    };
     Ok(Measured {
         name,
         id: subject.id,
         pid,
         program: program(pid),
-        landlock_abi_claimed: subject.landlock_abi,
+        landlock,
         status,
         descriptors,
         memory,
@@ -131,11 +136,12 @@ fn one(subject: &Subject) -> Result<Measured, MeasureError> {
     })
 }
 
-/// `None` where the kernel says that it is none of our business.
+/// `None` where the kernel says that it is none of our business, or cannot tell.
 fn if_permitted<T>(measured: io::Result<T>) -> io::Result<Option<T>> {
+    use io::ErrorKind::{PermissionDenied, Unsupported};
     match measured {
         Ok(value) => Ok(Some(value)),
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(None),
+        Err(e) if matches!(e.kind(), PermissionDenied | Unsupported) => Ok(None),
         Err(e) => Err(e),
     }
 }
@@ -159,7 +165,6 @@ mod tests {
             id: None,
             // No pid is as large as this.
             pid: i32::MAX,
-            landlock_abi: None,
         };
         let error = measure(&[subject]).unwrap_err();
         assert_eq!((error.pid, error.what), (i32::MAX, "status"));

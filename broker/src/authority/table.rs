@@ -42,14 +42,14 @@ pub fn text(authority: &Authority) -> String {
         } else {
             "no new privileges"
         };
-        let landlock = process.landlock_abi_claimed.map_or_else(
-            || NOT_MEASURABLE.to_owned(),
-            |abi| format!("ABI {abi} (claimed)"),
+        let landlock = process.landlock.map_or_else(
+            || format!("Landlock {NOT_MEASURABLE}"),
+            |landlock| format!("Landlock denies {landlock}"),
         );
         line(
             &mut out,
             "confined",
-            &format!("{root}, {caps}, {gains}, Landlock {landlock}"),
+            &format!("{root}, {caps}, {gains}, {landlock}"),
         );
         line(&mut out, "permitted", &threads(&process.threads));
         if process.descriptors.is_none() {

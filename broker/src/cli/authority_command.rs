@@ -107,7 +107,6 @@ fn subjects(vm: &Details) -> Vec<Subject> {
                 generation: process.generation,
             }),
             pid: process.pid,
-            landlock_abi: None,
         })
     };
     vm.processes.iter().filter_map(subject).collect()

@@ -14,11 +14,13 @@ use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
 use bulkhead_ipc::protocol::adopt::{Adopt, Adopted};
 use bulkhead_ipc::shared::SharedError;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use std::fs;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -28,6 +30,8 @@ const MACHINES_MAX: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(3);
 /// When a process that does not answer is asked again.
 const KNOCK_AGAIN: Duration = Duration::from_millis(500);
+/// How long a process that has closed its channels is expected to die.
+const DYING: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_micros(500);
 
 /// A machine that no broker owns.
@@ -101,7 +105,7 @@ pub enum MeetError {
     Channel(#[from] ChannelError),
     /// The kernel refused.
     #[error(transparent)]
-    Os(#[from] nix::errno::Errno),
+    Os(#[from] Errno),
     /// Its control page is none.
     #[error(transparent)]
     Page(#[from] SharedError),
@@ -118,13 +122,25 @@ pub(super) struct Met {
 /// Meets the process on record whose adoption socket is in `directory`. Waits at most [`PATIENCE`].
 pub(super) fn meet(directory: BorrowedFd<'_>, process: &ProcessRecord) -> Result<Met, MeetError> {
     let pidfd = match open_process(process.pid) {
-        Err(nix::errno::Errno::ESRCH) => return Err(MeetError::Dead),
+        Err(Errno::ESRCH) => return Err(MeetError::Dead),
         opened => opened?,
     };
     // The handle came first: if the process is alive now, it is the handle's.
     if !process.is_alive() {
         return Err(MeetError::Dead);
     }
+    match answer(directory, process) {
+        Ok(received) => introduced(process, pidfd, received),
+        // A dying process closes its channels before its handle says that it is dead.
+        Err(MeetError::Channel(_)) if ends_within(pidfd.as_fd(), DYING)? => Err(MeetError::Dead),
+        Err(error) => Err(error),
+    }
+}
+
+fn answer(
+    directory: BorrowedFd<'_>,
+    process: &ProcessRecord,
+) -> Result<Received<Adopted>, MeetError> {
     let message = Adopt {
         version: PROTOCOL_VERSION,
         token: process.token,
@@ -134,7 +150,7 @@ pub(super) fn meet(directory: BorrowedFd<'_>, process: &ProcessRecord) -> Result
     while Instant::now() < until {
         match &knocked {
             Some((answer, at)) => match answer.try_recv_from::<Adopted>()? {
-                Some(received) => return introduced(process, pidfd, received),
+                Some(received) => return Ok(received),
                 None if at.elapsed() > KNOCK_AGAIN => knocked = None,
                 None => std::thread::sleep(POLL),
             },
@@ -146,6 +162,18 @@ pub(super) fn meet(directory: BorrowedFd<'_>, process: &ProcessRecord) -> Result
         }
     }
     Err(MeetError::Silent(PATIENCE))
+}
+
+/// Whether the process of `handle` is dead within `patience`.
+fn ends_within(handle: BorrowedFd<'_>, patience: Duration) -> Result<bool, Errno> {
+    let mut ended = [PollFd::new(handle, PollFlags::POLLIN)];
+    let patience = PollTimeout::try_from(patience).map_err(|_| Errno::EINVAL)?;
+    loop {
+        match poll(&mut ended, patience) {
+            Err(Errno::EINTR) => {}
+            polled => return polled.map(|ready| ready > 0),
+        }
+    }
 }
 
 fn introduced(

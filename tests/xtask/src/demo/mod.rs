@@ -230,8 +230,9 @@ fn show_processes(root: u32) -> Result<Vec<Row>> {
         "\nThe processes of this virtual machine, as /proc and the kernel's seccomp filters show them"
     );
     println!(
-        "(permitted: system calls and ioctl codes left to a thread; files: entries in its root):\n"
+        "(permitted: system calls and ioctl codes left to a thread; Landlock: what it denied when tried;"
     );
+    println!("files: entries in its root directory):\n");
     println!("{}", Row::heading());
     let broker = fs::read_to_string(format!("/proc/{root}/smaps_rollup"))?;
     let pss = broker

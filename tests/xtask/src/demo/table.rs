@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result, bail};
 use bulkhead::authority::filters;
+use bulkhead::authority::landlock::{self, Landlock};
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -19,6 +20,8 @@ pub(super) struct Row {
     /// Permitted requests of its threads: the least and the most.
     requests: (usize, usize),
     namespaces: Vec<&'static str>,
+    /// What Landlock denies it, found out by trying.
+    landlock: Landlock,
     root_entries: usize,
     capabilities: u64,
     no_new_privileges: bool,
@@ -74,6 +77,7 @@ impl Row {
                 .into_iter()
                 .filter(|name| own(name).ok() != its(name).ok())
                 .collect(),
+            landlock: landlock::measure(i32::try_from(pid)?).context("Landlock")?,
             root_entries: fs::read_dir(format!("/proc/{pid}/root/"))?.count(),
             capabilities: u64::from_str_radix(&field("CapEff")?, 16)?,
             no_new_privileges: field("NoNewPrivs")? == "1",
@@ -84,7 +88,7 @@ impl Row {
     /// The table's heading.
     pub(super) fn heading() -> String {
         format!(
-            "{:>7}  {:<8} {:>10}  {:>3}  {:>7}  {:>9}  {:<31}  {:>5}  {:>4}  {:>3}  {:>7}",
+            "{:>7}  {:<8} {:>10}  {:>3}  {:>7}  {:>9}  {:<31}  {:<9}  {:>5}  {:>4}  {:>3}  {:>7}",
             "pid",
             "kind",
             "uid",
@@ -92,6 +96,7 @@ impl Row {
             "threads",
             "permitted",
             "namespaces of its own",
+            "Landlock",
             "files",
             "caps",
             "nnp",
@@ -113,7 +118,7 @@ impl Row {
             (least, most) => format!("{}-{}", show(least), show(most)),
         };
         format!(
-            "{:>7}  {:<8} {:>10}  {:>3}  {:>7}  {:>9}  {:<31}  {:>5}  {:>4}  {:>3}  {:>7}",
+            "{:>7}  {:<8} {:>10}  {:>3}  {:>7}  {:>9}  {:<31}  {:<9}  {:>5}  {:>4}  {:>3}  {:>7}",
             self.pid,
             self.kind,
             self.uid,
@@ -121,6 +126,7 @@ impl Row {
             self.threads,
             requests,
             self.namespaces.join(" "),
+            self.landlock.to_string(),
             self.root_entries,
             self.capabilities.count_ones(),
             if self.no_new_privileges { "yes" } else { "no" },
@@ -130,7 +136,10 @@ impl Row {
 
     /// Whether it is confined at all; the broker is not.
     pub(super) fn is_confined(&self) -> bool {
-        self.requests.1 != usize::MAX && self.capabilities == 0 && self.no_new_privileges
+        self.requests.1 != usize::MAX
+            && self.capabilities == 0
+            && self.no_new_privileges
+            && self.landlock.denies_files
     }
 
     /// The kind of process.
