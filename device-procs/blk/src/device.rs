@@ -23,9 +23,9 @@ const TOKEN_RING: u8 = FIRST_TOKEN;
 /// the system call; the gate copies the last batch meanwhile.
 const BATCH_BYTES: u32 = 256 * 1024;
 
-/// The device.
+/// The device. Public for programs of tests that have one thing done differently.
 #[derive(Debug)]
-pub(crate) struct Blk {
+pub struct Blk {
     disk: Disk,
     geometry: Geometry,
     config: Vec<u8>,

@@ -10,8 +10,10 @@ mod device;
 mod job;
 mod request;
 
+pub use device::Blk;
+
 /// Runs the process from its birth to its end.
 #[must_use]
 pub fn run() -> std::process::ExitCode {
-    bulkhead_runtime::run::<device::Blk>()
+    bulkhead_runtime::run::<Blk>()
 }

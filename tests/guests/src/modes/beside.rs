@@ -206,6 +206,7 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
                 seed: seed ^ round << 32,
                 qd,
                 timeout_ms,
+                poison: None,
             };
             let mark = phys::heap_mark();
             blk_sweep::run(&mut blk, sweep, &mut prng)?;

@@ -59,6 +59,7 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
             seed,
             qd,
             timeout_ms,
+            poison: None,
         };
         let written = blk_sweep::run(&mut test.blk, sweep, &mut prng)?;
         test.flush()?;

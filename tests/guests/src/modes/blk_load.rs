@@ -35,6 +35,7 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
             seed,
             qd,
             timeout_ms,
+            poison: None,
         };
         let mark = crate::sys::phys::heap_mark();
         let written = blk_sweep::run(&mut blk, sweep, &mut prng)?;

@@ -39,6 +39,8 @@ pub struct Sweep {
     pub qd: usize,
     /// Time for one request.
     pub timeout_ms: u64,
+    /// A sector that the device refuses. It gets requests of its own.
+    pub poison: Option<u64>,
 }
 
 /// What a pass did.
@@ -50,8 +52,10 @@ pub struct Outcome {
     pub segments: u64,
     /// Requests with an indirect table.
     pub indirect: u64,
-    /// Sum over the sectors.
+    /// Sum over the sectors, but for a poisoned one.
     pub checksum: u64,
+    /// Requests for the poisoned sector that ended in an I/O error, as they have to.
+    pub refused: u64,
 }
 
 /// Pieces of the range: chunks out of order, cut at random.
@@ -60,15 +64,18 @@ struct Pieces {
     chunk: u64,
     at: u64,
     sectors: u64,
+    /// A sector that is a piece by itself.
+    alone: Option<u64>,
 }
 
 impl Pieces {
-    fn new(sectors: u64) -> Pieces {
+    fn new(sectors: u64, alone: Option<u64>) -> Pieces {
         Pieces {
             chunks: sectors.div_ceil(SECTORS_MAX),
             chunk: 0,
             at: 0,
             sectors,
+            alone,
         }
     }
 
@@ -83,7 +90,10 @@ impl Pieces {
         };
         let start = (self.chunk * stride % self.chunks) * SECTORS_MAX;
         let len = SECTORS_MAX.min(self.sectors - start);
-        let count = prng.within(1, len - self.at).min(most);
+        let mut count = prng.within(1, len - self.at).min(most);
+        if let Some(before) = self.alone.and_then(|s| s.checked_sub(start + self.at)) {
+            count = count.min(before.max(1));
+        }
         let piece = (start + self.at, count);
         self.at += count;
         if self.at == len {
@@ -110,7 +120,7 @@ pub fn run(blk: &mut Blk, sweep: Sweep, prng: &mut Prng) -> Result<Outcome, Fail
     let mut flights: [Option<Flight>; QD_MAX] = [None; QD_MAX];
     flights[..sweep.qd].fill_with(|| Some(free()));
     let most = (blk.limits.bytes_max() / SECTOR as u64).max(1);
-    let mut pieces = Pieces::new(sweep.sectors);
+    let mut pieces = Pieces::new(sweep.sectors, sweep.poison);
     let mut outcome = Outcome::default();
     let mut in_flight = 0_usize;
     let mut exhausted = false;
@@ -188,7 +198,9 @@ fn submit(
         Op::Write => {
             let data = &mut slot.data.all_mut()[..len];
             pattern::fill(sweep.seed, sector, data);
-            sum = pattern::sectors_checksum(data);
+            if sweep.poison != Some(sector) {
+                sum = pattern::sectors_checksum(data);
+            }
         }
         Op::Verify => slot.data.all_mut()[..len].fill(0xdd),
     }
@@ -233,6 +245,10 @@ fn complete(sweep: Sweep, flight: &mut Flight, used_len: u32, outcome: &mut Outc
     outcome.requests += 1;
     let len = count as usize * SECTOR;
     let status = flight.slot.status();
+    if sweep.poison == Some(sector) && status == answer::IOERR {
+        outcome.refused += 1;
+        return;
+    }
     if status != answer::OK {
         fail!(
             "blk",

@@ -5,6 +5,7 @@ mod bench_blk;
 mod beside;
 mod blk;
 mod blk_load;
+mod blk_poison;
 mod blk_sweep;
 mod button;
 mod changing;
@@ -35,6 +36,7 @@ const MODES: &[(&str, Mode)] = &[
     ("beside", beside::run),
     ("blk", blk::run),
     ("blk-load", blk_load::run),
+    ("blk-poison", blk_poison::run),
     ("button", button::run),
     ("console", console::run),
     ("counter", changing::counter),
