@@ -7,6 +7,7 @@
 
 use bulkhead_tests::Machine;
 use nix::sys::signal::Signal;
+use std::fs;
 
 #[test]
 fn guest_boots_and_powers_off() {
@@ -50,7 +51,7 @@ fn every_process_keeps_the_nice_value_of_the_run() {
     machine.expect("BH idle ");
     let processes = machine.processes();
     for pid in processes.pids() {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let (_, fields) = stat.rsplit_once(") ").unwrap();
         assert_eq!(fields.split(' ').nth(16), Some("5"), "{stat}");
     }
@@ -125,6 +126,45 @@ fn guests_have_from_sixteen_megabytes_to_beyond_four_gigabytes() {
         let high = high || ended.console.contains("start=4294967296");
         assert_eq!(high, beyond, "{memory}: {ended:?}");
     }
+}
+
+/// The host's pool of huge pages, as large as a test needs it. It goes with the test.
+struct Pool(String);
+
+impl Pool {
+    const FILE: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn of(pages: u32) -> Self {
+        let pool = Self(fs::read_to_string(Self::FILE).unwrap());
+        fs::write(Self::FILE, pages.to_string()).unwrap();
+        let got = fs::read_to_string(Self::FILE).unwrap();
+        assert_eq!(got.trim(), pages.to_string(), "the host has no such pages");
+        pool
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let _written = fs::write(Self::FILE, &self.0);
+    }
+}
+
+#[test]
+fn reserved_huge_pages_are_taken_from_the_pool_or_refused() {
+    let options = ["--hugepages=reserved"];
+    {
+        let _pool = Pool::of(40);
+        let mut machine = Machine::test_guest("mode=idle seconds=1", &options);
+        machine.expect("BH idle ");
+        let maps = fs::read_to_string(format!("/proc/{}/smaps", machine.process("vcpu"))).unwrap();
+        let huge = maps.matches("KernelPageSize:     2048 kB").count();
+        assert!(huge >= 1, "{maps}");
+        assert_eq!(machine.wait().code, 0);
+    }
+    let _pool = Pool::of(0);
+    let ended = Machine::test_guest("mode=idle seconds=1", &options).wait();
+    assert_eq!(ended.code, 2, "{ended:?}");
+    assert!(ended.errors.contains("pool of huge pages"), "{ended:?}");
 }
 
 #[test]

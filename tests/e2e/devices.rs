@@ -6,7 +6,7 @@
     reason = "an integration test is a test module"
 )]
 
-use bulkhead_tests::{Machine, disk};
+use bulkhead_tests::{Machine, disk, tool};
 use std::io::Write;
 
 fn succeeds(cmdline: &str, arguments: &[&str]) -> String {
@@ -39,6 +39,36 @@ fn what_the_host_wrote_is_what_the_guest_reads() {
     let console = succeeds("mode=nonce", &["--disk", path]);
     let hex: String = nonce.iter().map(|b| format!("{b:02x}")).collect();
     assert!(console.contains(&hex), "{console}");
+}
+
+/// A block device of the host over a file. It goes with the test.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn over(path: &str) -> Self {
+        let name = tool("losetup", &["--find", "--show", path]);
+        Self(name.trim().to_owned())
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        tool("losetup", &["--detach", &self.0]);
+    }
+}
+
+#[test]
+fn block_device_of_the_host_is_a_disk() {
+    let disk = disk(8 << 20);
+    let device = LoopDevice::over(disk.path().to_str().unwrap());
+    let console = succeeds("mode=blk sectors=16384 seed=3", &["--disk", &device.0]);
+    assert!(
+        console.contains("BH blk.info slot=2 gsi=7 capacity_sectors=16384"),
+        "{console}"
+    );
+    drop(device);
+    let bytes = std::fs::read(disk.path()).unwrap();
+    assert!(bytes.iter().any(|byte| *byte != 0), "nothing was written");
 }
 
 #[test]

@@ -213,3 +213,15 @@ fn install_built_in_guest(guest: &Path, folder: &Path) -> Result<()> {
     fs::copy(guest, &new).with_context(|| format!("cannot copy {}", guest.display()))?;
     fs::rename(&new, &place).with_context(|| format!("cannot write {}", place.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readme_tells_users_the_command_line_that_is_tested() {
+        let readme = fs::read_to_string(workspace::root().join("README.md")).unwrap();
+        let line = STOCK_CMDLINE.trim();
+        assert!(readme.lines().any(|l| l == line), "{line}");
+    }
+}
