@@ -39,6 +39,7 @@ fn options(directory: &Path) -> RunOptions {
         core: None,
         reach: Reach::Within,
         reboot: true,
+        id: None,
     }
 }
 

@@ -61,7 +61,7 @@ fn next_broker(machine: &Machine, commands: &[Command]) -> Result<Finished, RunE
     runtime.block_on(async {
         let listen = async { while heard.recv().await.is_some() {} };
         let directory = machine.runtime();
-        let run = take_over(&directory, "web", asked, events);
+        let run = take_over(&directory, "web", None, asked, events);
         let (finished, ()) = tokio::join!(run, listen);
         finished
     })

@@ -1,6 +1,7 @@
 //! A `bulkhead serve` of a test's own, and the commands that talk to it.
 
 use super::machine::{bulkhead, is_alive, pid};
+use bulkhead::vm::adopt::orphans;
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 use std::fs::{self, File};
@@ -332,17 +333,27 @@ impl Daemon {
         }
     }
 
-    fn clean_up(&mut self) {
-        if self.child.is_none() {
-            return;
-        }
-        let pids = match self.run(&["list"]).code {
-            0 => self.pids(),
-            _ => Vec::new(),
-        };
+    /// Kills the daemon as nothing can prepare for. Returns every process that it had started and
+    /// that was alive, whether or not it was on record.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn crash(&mut self) -> Vec<u32> {
+        let broker = self.pid();
+        // It stands still while its processes are counted.
+        kill(pid(broker), Signal::SIGSTOP).expect("it is alive");
+        let children = children_of(broker);
         self.end(Signal::SIGKILL);
-        for left in pids.into_iter().filter(|pid| is_alive(*pid)) {
-            let _gone = kill(pid(left), Signal::SIGKILL);
+        children
+    }
+
+    fn clean_up(&mut self) {
+        if self.child.is_some() {
+            self.end(Signal::SIGKILL);
+        }
+        // Without a broker, by their records; newborns that have none end by themselves.
+        for orphan in orphans(&self.runtime()).into_iter().flatten() {
+            orphan.record.kill_all();
         }
     }
 }
@@ -354,6 +365,21 @@ impl Drop for Daemon {
         }
         self.clean_up();
     }
+}
+
+/// The processes that `parent` has started and that are alive.
+fn children_of(parent: u32) -> Vec<u32> {
+    let parent = parent.to_string();
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_child = |pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let fields = stat
+            .rsplit_once(')')
+            .map(|(_, rest)| rest.split_whitespace());
+        fields.and_then(|mut fields| fields.nth(1)) == Some(parent.as_str())
+    };
+    pids.filter(is_child).filter(|pid| is_alive(*pid)).collect()
 }
 
 /// The text of a JSON string.

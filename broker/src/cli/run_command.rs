@@ -112,6 +112,7 @@ fn prepare(args: &RunArgs, paths: &Paths, spec: &VmSpec) -> Result<RunOptions, F
         core: args.core.clone(),
         reach: Reach::Within,
         reboot: !args.machine.no_reboot,
+        id: None,
     })
 }
 

@@ -248,6 +248,7 @@ impl Watcher {
             | Event::Died { .. }
             | Event::Locked { .. }
             | Event::AllLocked { .. }
+            | Event::TakenOver { .. }
             | Event::Paused
             | Event::Resumed
             | Event::Preserved
@@ -313,6 +314,7 @@ mod tests {
             core: None,
             reach: Reach::Within,
             reboot: true,
+            id: None,
         };
         let session = Session {
             json: false,

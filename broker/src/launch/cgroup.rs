@@ -241,7 +241,12 @@ impl Group {
     }
 
     fn create<V: AsRef<str>>(&mut self, at: &Path, files: &[(&str, V)]) -> io::Result<()> {
-        fs::create_dir(at)?;
+        match fs::create_dir(at) {
+            // A broker has made it that was killed before it could note that: nobody else gives a
+            // group this name.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made?,
+        }
         self.directories.push(at.to_owned());
         for (file, value) in files {
             // One write a line: each is a command of its own.

@@ -1,21 +1,30 @@
 //! The actor of one machine: the only one who starts it, talks to its run, and writes its record,
 //! its log and its [`View`]. Everybody else asks through a bounded channel and watches the view.
 
+mod takeover;
+
 use super::Shared;
 use super::budget::Share;
 use super::consoles::{Attachable, Hubs};
 use super::journal::{Journal, Line};
 use super::life::{self, ended_record};
 use super::machine::Machine;
+use super::orphans::condemned;
 use super::view::View;
 use crate::api::time::now_ms;
 use crate::api::{ApiError, Code, ConsoleName, State};
 use crate::registry::{Desired, Ended, RegistryError, VmRecord};
+use crate::vm::Over;
+use crate::vm::adopt::Orphan;
+use crate::vm::home::{owner_of, path_of};
+use crate::vm::keeper::Keeper;
 use crate::vm::session::{Command, Event, Finished, RunError};
 use serde_json::json;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use takeover::Stranded;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 /// Questions that may wait for one machine.
@@ -34,6 +43,8 @@ pub(super) enum Ask {
     Command(Command, Reply<()>),
     /// Whether it starts once more with the host.
     StartWithHost(bool, Reply<()>),
+    /// Take it over: it was found without a broker.
+    Found(Box<Orphan>, Reply<()>),
     /// Attach to a console.
     Attach(ConsoleName, Reply<Attachable>),
     /// The log's lines from now on.
@@ -75,6 +86,9 @@ impl Vm {
             journal,
             live: None,
             unwritten: None,
+            closing: None,
+            stranded: None,
+            stranded_before: None,
         };
         tokio::spawn(actor.run(asked));
         Self {
@@ -106,6 +120,8 @@ struct Live {
     _share: Share,
     /// Whether its events are over, so that only its result is waited for.
     told_all: bool,
+    /// Whether another broker had begun it.
+    found: bool,
 }
 
 struct Actor {
@@ -117,6 +133,12 @@ struct Actor {
     live: Option<Live>,
     /// An end that the registry does not know yet.
     unwritten: Option<Ended>,
+    /// The machine's place in the runtime directory until the registry knows.
+    closing: Option<Keeper>,
+    /// It lives and cannot be taken over.
+    stranded: Option<Stranded>,
+    /// The same while it is tried again.
+    stranded_before: Option<Stranded>,
 }
 
 /// What an actor wakes up for.
@@ -124,7 +146,7 @@ enum Woken {
     Asked(Option<Ask>),
     Event(Event),
     ToldAll,
-    Done(Result<Finished, RunError>),
+    Done(Box<Over>),
     Retry,
 }
 
@@ -148,7 +170,15 @@ impl Actor {
                         live.told_all = true;
                     }
                 }
-                Woken::Done(result) => self.ended(result).await,
+                Woken::Done(over) => {
+                    let Over { result, keeper } = *over;
+                    // Still on record: what is not in the registry yet is not forgotten.
+                    self.closing = keeper;
+                    match self.live.as_ref().is_some_and(|live| live.found) {
+                        true => self.found_over(result).await,
+                        false => self.ended(result).await,
+                    }
+                }
                 Woken::Retry => {
                     self.write_end().await;
                     if self.unwritten.is_none() {
@@ -167,10 +197,18 @@ impl Actor {
                     Some(event) => Woken::Event(event),
                     None => Woken::ToldAll,
                 },
-                Some(live) => Woken::Done((&mut live.machine.done).await.unwrap_or_else(|_| {
-                    let (who, reason) = ("its thread".to_owned(), "ended without a word".into());
-                    Err(RunError::Start { who, reason })
-                })),
+                Some(live) => {
+                    let done = (&mut live.machine.done).await;
+                    Woken::Done(Box::new(done.unwrap_or_else(|_| {
+                        let (who, reason) =
+                            ("its thread".to_owned(), "ended without a word".into());
+                        let result = Err(RunError::Start { who, reason });
+                        Over {
+                            result,
+                            keeper: None,
+                        }
+                    })))
+                }
                 None => std::future::pending().await,
             }
         };
@@ -194,6 +232,7 @@ impl Actor {
                 let edit = self.edit(move |record| record.start_with_host = on).await;
                 let _answered = reply.send(edit.map_err(registry_error));
             }
+            Ask::Found(orphan, reply) => self.found(*orphan, reply).await,
             Ask::Attach(name, reply) => {
                 let _answered = reply.send(self.attach(name));
             }
@@ -250,7 +289,9 @@ impl Actor {
             record.start_with_host = false;
         };
         self.edit(desired).await.map_err(registry_error)?;
-        let options = self.shared.places.run_options(&record.name);
+        self.close();
+        let places = &self.shared.places;
+        let options = places.run_options(&record.name, &record.id);
         let machine = Machine::start(spec, options)
             .map_err(|error| ApiError::new(Code::Host, format!("no thread: {error}")))?;
         self.live = Some(Live {
@@ -258,9 +299,12 @@ impl Actor {
             consoles: None,
             _share: share,
             told_all: false,
+            found: false,
         });
         self.view.send_modify(|view| {
             view.state = State::Starting;
+            view.taking_over = false;
+            view.rings = None;
             view.run += 1;
             view.started_at_ms = Some(now_ms());
             view.processes.clear();
@@ -282,7 +326,7 @@ impl Actor {
             ApiError::new(Code::Conflict, line)
         };
         if self.live.is_none() {
-            return Err(not_running(self.name()));
+            return self.command_stranded(command).await;
         }
         if command == Command::Kill {
             // First on disk: a daemon that dies now must not take its end for a crash.
@@ -324,7 +368,9 @@ impl Actor {
     fn hear(&mut self, event: Event) {
         let event = match event {
             Event::Consoles(consoles) => {
-                let hubs = Hubs::new(&self.directory, *consoles);
+                let rings = self.view.borrow().rings.clone();
+                let rings = rings.as_deref().unwrap_or(&self.directory);
+                let hubs = Hubs::new(rings, *consoles);
                 let hubs = hubs.inspect_err(|error| {
                     tracing::warn!(vm = self.name(), %error, "consoles cannot be attached to");
                 });
@@ -344,6 +390,7 @@ impl Actor {
     /// The run is over.
     async fn ended(&mut self, result: Result<Finished, RunError>) {
         self.live = None;
+        self.stranded = None;
         let (ended, failure) = ended_record(result);
         let about = json!({
             "ending": ended.ending,
@@ -355,6 +402,7 @@ impl Actor {
         self.write_end().await;
         self.view.send_modify(|view| {
             view.state = State::Stopped;
+            view.taking_over = false;
             view.record.desired = Desired::Stopped;
             view.record.last = Some(ended);
             view.processes.clear();
@@ -377,27 +425,68 @@ impl Actor {
             })
             .await;
         match written {
-            Ok(()) => self.unwritten = None,
+            Ok(()) => {
+                self.unwritten = None;
+                self.close();
+            }
             Err(error) => tracing::warn!(vm = self.name(), %error, "an end is not recorded yet"),
+        }
+    }
+
+    /// Nothing of the last run is needed any more.
+    fn close(&mut self) {
+        if let Some(keeper) = self.closing.take() {
+            keeper.close();
         }
     }
 
     async fn remove(&mut self) -> Result<(), ApiError> {
         let name = self.name();
-        if self.live.is_some() {
+        if self.live.is_some() || self.stranded.is_some() {
             let line = format!("{name} is running: stop it first, or remove it with --force");
             return Err(ApiError::new(Code::Conflict, line));
+        }
+        // One of `run` with this name has its consoles where this one would have them.
+        let home = path_of(&self.shared.places.runtime, &name);
+        if let (None, Some(owner)) = (&self.closing, owner_of(&home)) {
+            let owner =
+                owner.map_or_else(String::new, |pid| format!(": process {pid} is its broker"));
+            let line = format!("a machine named {name} is running{owner}");
+            return Err(ApiError::new(Code::Conflict, line));
+        }
+        let id = self.view.borrow().record.id.clone();
+        let condemned = condemned(&self.shared.places.state, &name, &id);
+        let (from, to) = (self.directory.clone(), condemned.clone());
+        // Out of the way first: a daemon that dies now finds it there, and the registry says whether
+        // it is to come back.
+        let moved = tokio::task::spawn_blocking(move || {
+            super::make_private(to.parent().unwrap_or(&to))?;
+            std::fs::rename(from, to)
+        });
+        let moved = moved.await.unwrap_or_else(|e| Err(io::Error::other(e)));
+        if let Err(error) = &moved
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            let line = format!("the state of {name} cannot be moved away: {error}");
+            return Err(ApiError::new(Code::Host, line));
         }
         let gone = name.clone();
         let removed = self
             .shared
             .registry(move |registry| registry.remove(&gone))
             .await;
-        removed.map_err(registry_error)?;
-        let directory = self.directory.clone();
-        let cleared = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(directory)).await;
+        if let Err(error) = removed {
+            if moved.is_ok()
+                && let Err(error) = std::fs::rename(&condemned, &self.directory)
+            {
+                tracing::warn!(vm = name, %error, "its state is not back in its place");
+            }
+            return Err(registry_error(error));
+        }
+        self.close();
+        let cleared = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(condemned)).await;
         if let Ok(Err(error)) = cleared
-            && error.kind() != std::io::ErrorKind::NotFound
+            && error.kind() != io::ErrorKind::NotFound
         {
             tracing::warn!(vm = name, %error, "state is left on disk");
         }

@@ -47,7 +47,7 @@ pub(super) async fn console(
     Asked(how): Asked<How>,
     mut request: Request,
 ) -> Result<Response, ApiError> {
-    let vm = host.vm(&name)?;
+    let vm = host.vm(&name).await?;
     let wants = request.headers().get(header::UPGRADE);
     let wants = wants.is_some_and(|protocol| protocol == CONSOLE_PROTOCOL);
     let upgrade = request.extensions_mut().remove::<OnUpgrade>();

@@ -56,6 +56,13 @@ impl Budget {
         Ok(self.share(name))
     }
 
+    /// The part of a machine that has its memory already, whether or not it fits.
+    pub(super) fn keep(self: &Arc<Self>, name: &str, has: u64) -> Share {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.insert(name.to_owned(), has);
+        self.share(name)
+    }
+
     fn share(self: &Arc<Self>, name: &str) -> Share {
         Share {
             budget: Arc::clone(self),
@@ -89,6 +96,9 @@ mod tests {
         assert!(budget.take("c", 7 << 20).is_err());
         assert!(budget.take("c", 6 << 20).is_ok(), "and was dropped at once");
         drop(second);
+        let found = budget.keep("found", 20 << 20);
+        assert!(budget.take("c", 1 << 20).is_err());
+        drop(found);
         assert!(budget.take("c", 10 << 20).is_ok());
     }
 }

@@ -12,6 +12,7 @@ use crate::api::{
     ApiError, Code, Device, DeviceChanged, DeviceState, Devices, SCHEMA_VERSION, State as Doing,
 };
 use crate::launch::program_path;
+use crate::vm::record::Record;
 use crate::vm::session::{Command, Event, ProgramFile};
 use crate::vmfile::is_name;
 use axum::Extension;
@@ -42,6 +43,24 @@ impl Known {
     /// Of a machine that begins, or is over.
     pub(super) fn clear(&mut self) {
         self.devices.clear();
+    }
+
+    /// Of a machine that another broker has begun.
+    pub(super) fn found(&mut self, record: &Record) {
+        self.clear();
+        for process in &record.processes {
+            let (id, alive) = (process.id, process.is_alive());
+            self.started(id, &process.name, process.pid, process.program.into());
+            let Some(device) = self.served_by(id) else {
+                continue;
+            };
+            (device.state, device.pid) = match alive {
+                true => (DeviceState::Serving, Some(process.pid)),
+                false => (DeviceState::Restarting, None),
+            };
+            device.version.clone_from(&process.version);
+            device.restarts = id.generation.saturating_sub(1);
+        }
     }
 
     fn place_of(&mut self, id: ProcId) -> Option<&mut (ProcId, Device)> {
@@ -307,7 +326,7 @@ pub(super) async fn list(
     State(host): State<Arc<Host>>,
     super::routes::Name(name): super::routes::Name,
 ) -> Answer {
-    let vm = host.vm(&name)?;
+    let vm = host.vm(&name).await?;
     let devices = vm.view.borrow().devices.list();
     json(&Devices {
         schema_version: SCHEMA_VERSION,
@@ -322,7 +341,7 @@ pub(super) async fn restart(
     Extension(caller): Extension<Caller>,
     Named(name, device): Named,
 ) -> Answer {
-    let vm = host.vm(&name)?;
+    let vm = host.vm(&name).await?;
     tracing::info!(vm = name, device, user = caller.0, "restart device");
     json(&carried_out(async move { vm.restart_device(&device).await }).await?)
 }
@@ -333,7 +352,7 @@ pub(super) async fn upgrade(
     Extension(caller): Extension<Caller>,
     Named(name, device): Named,
 ) -> Answer {
-    let vm = host.vm(&name)?;
+    let vm = host.vm(&name).await?;
     tracing::info!(vm = name, device, user = caller.0, "upgrade device");
     let work = async move { vm.upgrade_device(&host.shared, &device).await };
     json(&carried_out(work).await?)

@@ -2,12 +2,16 @@
 
 use super::actor::{Vm, registry_error};
 use super::life::spec_of;
+use super::orphans::{finish_removals, keep_looking};
 use super::{ServeError, Shared};
 use crate::api::time::now_ms;
 use crate::api::{ApiError, Changed, Code, Create};
-use crate::registry::{Desired, VmRecord};
+use crate::launch::cgroup::{Place, Reach};
+use crate::registry::{Desired, Ended, Registry, RegistryError, VmRecord};
+use crate::vm::home::path_of;
+use crate::vm::session::Ending;
 use crate::vmfile::{self, HostMemory, Surroundings};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
@@ -20,7 +24,7 @@ pub(super) struct Host {
     pub(super) shared: Arc<Shared>,
     vms: Mutex<BTreeMap<String, Arc<Vm>>>,
     /// Machines are made and removed one after the other.
-    changing: tokio::sync::Mutex<()>,
+    pub(super) changing: tokio::sync::Mutex<()>,
     /// Whether the host shuts down, so that nothing is started any more.
     pub(super) going_down: AtomicBool,
     /// Consoles that may be attached.
@@ -30,12 +34,17 @@ pub(super) struct Host {
 impl Host {
     /// Knows every machine of the registry, and starts those that are to run.
     pub(super) async fn load(shared: Arc<Shared>) -> Result<Arc<Self>, ServeError> {
-        let records = shared.registry(|registry| registry.all()).await?;
         let fresh = is_fresh_boot(&shared.places.runtime);
-        let orphans = crate::vm::adopt::orphans(&shared.places.runtime);
-        let orphans = orphans.map_err(super::os("the runtime directory"))?;
-        let alive = orphans.into_iter().filter(|orphan| orphan.is_alive);
-        let orphans: BTreeSet<_> = alive.map(|orphan| orphan.record.spec.name).collect();
+        let runtime = shared.places.runtime.clone();
+        let records = shared.registry(move |registry| match fresh {
+            true => ended_with_host(registry, &runtime),
+            false => registry.all(),
+        });
+        let records = records.await?;
+        let (state, kept) = (shared.places.state.clone(), records.clone());
+        let removals = tokio::task::spawn_blocking(move || finish_removals(&state, &kept));
+        // A removal that stays half done is in the log, and nobody's obstacle.
+        let _logged = removals.await;
         let host = Arc::new(Self {
             vms: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
@@ -43,28 +52,33 @@ impl Host {
             consoles: Arc::new(tokio::sync::Semaphore::new(shared.config.limits.consoles)),
             shared,
         });
+        for record in records.clone() {
+            host.know(record);
+        }
+        let found = host.gather().await;
+        Place::find(Reach::Outside).sweep();
         for record in records {
-            // Processes of a daemon that was killed: a second guest on their disks would be worse.
-            let left = orphans.contains(&record.name);
-            if left {
-                tracing::error!(vm = record.name, "it runs without a broker");
+            // One that was found runs, or its actor knows what is to become of it.
+            if found.contains(&record.name) || !starts_now(&record, fresh) {
+                continue;
             }
-            let starts = starts_now(&record, fresh) && !left;
-            let vm = host.know(record);
-            if starts {
-                tokio::spawn(async move {
-                    if let Err(error) = vm.start().await {
-                        let name = &vm.view.borrow().record.name;
-                        tracing::error!(vm = %name, %error, "not started");
-                    }
-                });
-            }
+            let Some(vm) = host.known(&record.name) else {
+                continue;
+            };
+            tokio::spawn(async move {
+                if let Err(error) = vm.start().await {
+                    let name = &vm.view.borrow().record.name;
+                    tracing::error!(vm = %name, %error, "not started");
+                }
+            });
         }
         remember_boot(&host.shared.places.runtime);
+        tokio::spawn(keep_looking(Arc::downgrade(&host)));
         Ok(host)
     }
 
-    fn know(&self, record: VmRecord) -> Arc<Vm> {
+    /// Begins to know a machine.
+    pub(super) fn know(&self, record: VmRecord) -> Arc<Vm> {
         let name = record.name.clone();
         let vm = Arc::new(Vm::new(Arc::clone(&self.shared), record));
         self.vms().insert(name, Arc::clone(&vm));
@@ -80,10 +94,18 @@ impl Host {
         self.vms().values().cloned().collect()
     }
 
-    /// The machine of that name.
-    pub(super) fn vm(&self, name: &str) -> Result<Arc<Vm>, ApiError> {
-        let found = self.vms().get(name).cloned();
-        found.ok_or_else(|| ApiError::no_machine(name))
+    /// The machine of that name, if it is known already.
+    pub(super) fn known(&self, name: &str) -> Option<Arc<Vm>> {
+        self.vms().get(name).cloned()
+    }
+
+    /// The machine of that name; it may just have lost its broker.
+    pub(super) async fn vm(&self, name: &str) -> Result<Arc<Vm>, ApiError> {
+        if let Some(vm) = self.known(name) {
+            return Ok(vm);
+        }
+        self.gather().await;
+        self.known(name).ok_or_else(|| ApiError::no_machine(name))
     }
 
     /// Refuses to start anything while the host goes down.
@@ -100,7 +122,7 @@ impl Host {
         let _one_at_a_time = self.changing.lock().await;
         let record = super::blocking(move || record_of(&wish)).await?;
         let name = record.name.clone();
-        if let Ok(vm) = self.vm(&name) {
+        if let Some(vm) = self.known(&name) {
             let view = vm.view.borrow();
             if view.record.vm_file == record.vm_file {
                 return Ok(view.changed(false));
@@ -126,12 +148,35 @@ impl Host {
 
     /// Removes a machine.
     pub(super) async fn remove(&self, name: &str, force: bool) -> Result<Changed, ApiError> {
-        let vm = self.vm(name)?;
+        let vm = self.vm(name).await?;
         let _one_at_a_time = self.changing.lock().await;
         let changed = vm.remove(force).await?;
         self.vms().remove(name);
         Ok(changed)
     }
+}
+
+/// Every record. Machines that ran when the host went down have ended with it.
+fn ended_with_host(registry: &Registry, runtime: &Path) -> Result<Vec<VmRecord>, RegistryError> {
+    let mut records = registry.all()?;
+    let ran = records.iter_mut().filter(|r| r.desired == Desired::Running);
+    for record in ran.filter(|r| !path_of(runtime, &r.name).exists()) {
+        let lost = Ending::Lost {
+            reason: "the host went down".to_owned(),
+        };
+        let (word, message) = lost.describe();
+        let ended = Ended {
+            ending: word.to_owned(),
+            exit_code: lost.exit_code(),
+            message,
+            at_ms: now_ms(),
+        };
+        *record = registry.edit(&record.name, |record| {
+            record.desired = Desired::Stopped;
+            record.last = Some(ended);
+        })?;
+    }
+    Ok(records)
 }
 
 /// Whether a machine that has no processes is to be started as the daemon starts: with the host's
@@ -203,7 +248,7 @@ fn record_of(wish: &Create) -> Result<VmRecord, ApiError> {
 }
 
 /// 128 random bits in hexadecimal digits.
-fn random_id() -> io::Result<String> {
+pub(super) fn random_id() -> io::Result<String> {
     let mut bytes = [0u8; 16];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(format!("{:032x}", u128::from_be_bytes(bytes)))

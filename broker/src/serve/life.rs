@@ -104,6 +104,10 @@ pub(super) fn line_of(event: &Event) -> Option<(&'static str, Value)> {
             "running",
             json!({ "after_us": u64::try_from(after.as_micros()).unwrap_or(u64::MAX) }),
         ),
+        Event::TakenOver { after } => (
+            "taken_over",
+            json!({ "after_us": u64::try_from(after.as_micros()).unwrap_or(u64::MAX) }),
+        ),
         Event::Paused => ("paused", json!({})),
         Event::Resumed => ("resumed", json!({})),
         Event::Degraded { id, name, reason } => (
@@ -195,15 +199,20 @@ pub(super) fn apply(view: &mut View, event: Event) {
             }
         }
         Event::AllLocked { .. } => {
+            view.taking_over = false;
             if view.state == State::Starting {
                 view.state = State::Running;
             }
         }
+        Event::TakenOver { .. } => view.taking_over = false,
+        // What is being ended is not resumed by an answer that was on its way.
+        Event::Paused | Event::Resumed if view.state == State::Stopping => {}
         Event::Paused => view.state = State::Paused,
         Event::Resumed => view.state = State::Running,
         Event::Degraded { id, name, reason } => {
             view.processes
                 .retain(|p| (p.kind.as_str(), p.index) != (id.kind.name(), id.index));
+            view.degraded.retain(|d| d.device != name);
             view.degraded.push(Degraded {
                 device: name,
                 reason,

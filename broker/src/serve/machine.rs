@@ -4,9 +4,11 @@
 //! the kernel: nothing of that may hold up another machine or the API. The daemon's end does not
 //! end these threads in an orderly way, on purpose: the machines outlive it.
 
-use crate::vm::session::{Command, EVENTS_CAPACITY, Event, Finished, RunError, RunOptions};
+use crate::vm::Over;
+use crate::vm::session::{Command, EVENTS_CAPACITY, Event, RunError, RunOptions};
 use crate::vm::spec::VmSpec;
 use std::io;
+use std::path::PathBuf;
 use tokio::sync::{mpsc, oneshot};
 
 /// Commands that may wait to be carried out.
@@ -20,7 +22,7 @@ pub(super) struct Machine {
     /// What happens. Closed when it is over.
     pub(super) events: mpsc::Receiver<Event>,
     /// How it went.
-    pub(super) done: oneshot::Receiver<Result<Finished, RunError>>,
+    pub(super) done: oneshot::Receiver<Over>,
 }
 
 impl Machine {
@@ -29,18 +31,37 @@ impl Machine {
     /// # Errors
     /// When there is no thread to be had.
     pub(super) fn start(spec: VmSpec, options: RunOptions) -> io::Result<Self> {
+        Self::on_a_thread(move |commands, events| {
+            in_a_loop(crate::vm::run_and_keep(&spec, &options, commands, events))
+        })
+    }
+
+    /// Takes the machine `name` over, which is called `id` in the registry.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub(super) fn take_over(runtime: PathBuf, name: String, id: String) -> io::Result<Self> {
+        Self::on_a_thread(move |commands, events| {
+            let id = Some(id);
+            in_a_loop(crate::vm::adopt_and_keep(
+                &runtime, &name, id, commands, events,
+            ))
+        })
+    }
+
+    fn on_a_thread(
+        run: impl FnOnce(mpsc::Receiver<Command>, mpsc::Sender<Event>) -> Over + Send + 'static,
+    ) -> io::Result<Self> {
         let (commands, to_machine) = mpsc::channel(COMMANDS_CAPACITY);
         let (from_machine, events) = mpsc::channel(EVENTS_CAPACITY);
         let (tell, done) = oneshot::channel();
-        let name = spec.name.clone();
         std::thread::Builder::new()
             .name("machine".to_owned())
             .spawn(move || {
-                let finished = run(&spec, &options, to_machine, from_machine);
+                let finished = run(to_machine, from_machine);
                 // Nobody listens only while the daemon goes down.
                 let _told = tell.send(finished);
-            })
-            .inspect_err(|error| tracing::error!(vm = name, %error, "no thread"))?;
+            })?;
         Ok(Self {
             commands,
             events,
@@ -49,17 +70,17 @@ impl Machine {
     }
 }
 
-fn run(
-    spec: &VmSpec,
-    options: &RunOptions,
-    commands: mpsc::Receiver<Command>,
-    events: mpsc::Sender<Event>,
-) -> Result<Finished, RunError> {
+fn in_a_loop(machine: impl Future<Output = Over>) -> Over {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build()
-        .map_err(|cause| RunError::Host {
-            lacks: format!("an event loop: {cause}"),
-        })?;
-    runtime.block_on(crate::vm::run(spec, options, commands, events))
+        .build();
+    match runtime {
+        Ok(runtime) => runtime.block_on(machine),
+        Err(cause) => Over {
+            result: Err(RunError::Host {
+                lacks: format!("an event loop: {cause}"),
+            }),
+            keeper: None,
+        },
+    }
 }

@@ -28,6 +28,7 @@ mod life;
 mod lock;
 mod machine;
 mod notify;
+mod orphans;
 mod routes;
 mod shutdown;
 mod stats;
@@ -75,7 +76,7 @@ impl Places {
         self.state.join("vms").join(name)
     }
 
-    fn run_options(&self, name: &str) -> RunOptions {
+    fn run_options(&self, name: &str, id: &str) -> RunOptions {
         RunOptions {
             binaries: self.binaries.clone(),
             policies: self.policies.clone(),
@@ -86,6 +87,7 @@ impl Places {
             core: None,
             reach: Reach::Outside,
             reboot: true,
+            id: Some(id.to_owned()),
         }
     }
 }

@@ -161,6 +161,8 @@ async fn version() -> Answer {
 }
 
 async fn list(State(host): Hosted) -> Answer {
+    // Those whose broker has just gone, too.
+    host.gather().await;
     let summaries: Vec<_> = host
         .all()
         .iter()
@@ -180,7 +182,7 @@ async fn create(
 }
 
 async fn inspect(State(host): Hosted, Name(name): Name) -> Answer {
-    let vm = host.vm(&name)?;
+    let vm = host.vm(&name).await?;
     let details = vm.view.borrow().details();
     json(&details)
 }
@@ -218,7 +220,7 @@ macro_rules! plain_verbs {
             Extension(caller): Extension<Caller>,
             Name(name): Name,
         ) -> Answer {
-            let vm = host.vm(&name)?;
+            let vm = host.vm(&name).await?;
             if $starts {
                 host.check_up()?;
             }
@@ -235,7 +237,7 @@ async fn stop(
     Name(name): Name,
     Json(how): Json<Stop>,
 ) -> Answer {
-    let vm = host.vm(&name)?;
+    let vm = host.vm(&name).await?;
     tracing::info!(vm = name, user = caller.0, force = how.force, "stop");
     json(&carried_out(async move { vm.stop(how).await }).await?)
 }
@@ -246,14 +248,14 @@ async fn restart(
     Name(name): Name,
     Json(how): Json<Stop>,
 ) -> Answer {
-    let vm = host.vm(&name)?;
+    let vm = host.vm(&name).await?;
     host.check_up()?;
     tracing::info!(vm = name, user = caller.0, force = how.force, "restart");
     json(&carried_out(async move { vm.restart(how).await }).await?)
 }
 
 async fn wait(State(host): Hosted, Name(name): Name) -> Answer {
-    let vm = host.vm(&name)?;
+    let vm = host.vm(&name).await?;
     json(&vm.wait().await?)
 }
 

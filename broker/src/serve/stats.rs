@@ -18,7 +18,7 @@ pub(super) async fn stats(
     State(host): State<Arc<Host>>,
     Name(name): Name,
 ) -> Result<Response, ApiError> {
-    let vm = host.vm(&name)?;
+    let vm = host.vm(&name).await?;
     let view = vm.view.borrow().clone();
     // The kernel walks the page tables of a whole guest for its share of memory.
     json(&super::blocking(move || Ok(measure(&view))).await?)

@@ -54,7 +54,7 @@ pub(super) async fn events(
     Name(name): Name,
     Asked(Follow { follow }): Asked<Follow>,
 ) -> Result<Response, ApiError> {
-    let vm = host.vm(&name)?;
+    let vm = host.vm(&name).await?;
     // Before the file is read, so that no line falls between the two.
     let lines = vm.ask(Ask::Follow).await?;
     let directory = host.shared.places.vm_state(&name);
@@ -116,8 +116,10 @@ pub(super) async fn output(
     Name(name): Name,
     Asked(Which { console }): Asked<Which>,
 ) -> Result<Response, ApiError> {
-    host.vm(&name)?;
-    let path = ring_path(&host.shared.places.vm_state(&name), console);
+    let vm = host.vm(&name).await?;
+    let rings = vm.view.borrow().rings.clone();
+    let rings = rings.unwrap_or_else(|| host.shared.places.vm_state(&name));
+    let path = ring_path(&rings, console);
     let kept = super::blocking(move || match read_ring(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => {

@@ -6,6 +6,7 @@ use crate::api::{
     ApiError, Changed, Degraded, Details, LastRun, Process, SCHEMA_VERSION, State, Summary,
 };
 use crate::registry::{Ended, VmRecord};
+use std::path::PathBuf;
 
 /// One machine.
 #[derive(Debug, Clone)]
@@ -24,6 +25,10 @@ pub(super) struct View {
     pub(super) restarts: u32,
     /// Why the last start failed.
     pub(super) failure: Option<ApiError>,
+    /// Whether it was found without a broker and is still being taken over.
+    pub(super) taking_over: bool,
+    /// Where its consoles' rings are, when that is not its own place among the daemon's state.
+    pub(super) rings: Option<PathBuf>,
     /// Whether the machine was removed.
     pub(super) removed: bool,
 }
@@ -51,6 +56,8 @@ impl View {
             degraded: Vec::new(),
             restarts: 0,
             failure: None,
+            taking_over: false,
+            rings: None,
             removed: false,
         }
     }

@@ -3,7 +3,7 @@
 //! Nothing in a runtime directory is believed but what the kernel confirms: who owns a machine is who has the
 //! lock, and a process is who has the pid *and* the start time of the record.
 
-use super::home::{MACHINES, owner_of, socket_name};
+use super::home::{Home, MACHINES, owner_of, path_of, socket_name};
 use super::record::{ProcessRecord, Record, RecordError};
 use crate::authority::sys::open_process;
 use crate::launch::Launched;
@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 
 /// Most machines that one runtime directory is searched for.
 const MACHINES_MAX: usize = 4096;
+/// Age of a directory without a record at which nobody is about to write one.
+const REMAINS_AFTER: Duration = Duration::from_secs(10);
 /// How long a process may take to answer: one that has just been started answers when it serves.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// When a process that does not answer is asked again.
@@ -44,6 +46,21 @@ pub struct Orphan {
 }
 
 impl Orphan {
+    fn of(record: Record) -> Self {
+        let mut processes = record.processes.iter();
+        let vcpu = processes.find(|process| process.id.kind == ProcKind::Vcpu);
+        let is_alive = vcpu.is_some_and(|vcpu| vcpu.is_alive());
+        Self { record, is_alive }
+    }
+
+    /// The machine `name`, if no broker owns it and there is a record of it that can be believed.
+    #[must_use]
+    pub fn find(runtime: &Path, name: &str) -> Option<Self> {
+        let home = path_of(runtime, name);
+        let owned = owner_of(&home).is_some();
+        Record::read(&home).ok().filter(|_| !owned).map(Self::of)
+    }
+
     /// The processes of it that are alive.
     #[must_use]
     pub fn alive(&self) -> Vec<i32> {
@@ -70,12 +87,7 @@ pub fn orphans(runtime: &Path) -> io::Result<Vec<Orphan>> {
             continue;
         }
         match Record::read(&home) {
-            Ok(record) => {
-                let mut processes = record.processes.iter();
-                let vcpu = processes.find(|process| process.id.kind == ProcKind::Vcpu);
-                let is_alive = vcpu.is_some_and(|vcpu| vcpu.is_alive());
-                found.push(Orphan { record, is_alive });
-            }
+            Ok(record) => found.push(Orphan::of(record)),
             // Nothing can be alive.
             Err(RecordError::Missing | RecordError::OtherBoot) => {}
             Err(error) => tracing::warn!(?home, %error, "a machine's record is not believed"),
@@ -83,6 +95,37 @@ pub fn orphans(runtime: &Path) -> io::Result<Vec<Orphan>> {
     }
     found.sort_by(|a, b| a.record.spec.name.cmp(&b.record.spec.name));
     Ok(found)
+}
+
+/// Removes runtime directories of machines of which nothing can be alive, because they were never begun
+/// or the host has been started since.
+pub fn sweep(runtime: &Path) {
+    let entries = fs::read_dir(runtime.join(MACHINES)).into_iter().flatten();
+    for entry in entries.flatten().take(MACHINES_MAX) {
+        let home = entry.path();
+        let name = entry.file_name();
+        // Whoever is just beginning is not disturbed.
+        let made = entry.metadata().and_then(|about| about.modified());
+        let age = made.ok().and_then(|made| made.elapsed().ok());
+        let is_old = age.is_some_and(|age| age > REMAINS_AFTER);
+        let (Some(name), true) = (name.to_str(), is_old) else {
+            continue;
+        };
+        let none = || {
+            matches!(
+                Record::read(&home),
+                Err(RecordError::Missing | RecordError::OtherBoot)
+            )
+        };
+        if !none() || owner_of(&home).is_some() {
+            continue;
+        }
+        // What was true before the lock may not be any more.
+        match Home::claim(runtime, name) {
+            Ok(home) if none() => home.remove(),
+            Ok(_) | Err(_) => {}
+        }
+    }
 }
 
 /// Why a process cannot be taken over.
@@ -239,6 +282,7 @@ mod tests {
             core: None,
             reach: crate::launch::cgroup::Reach::Within,
             reboot: true,
+            id: None,
         }
     }
 
@@ -261,6 +305,7 @@ mod tests {
             pid,
             start_time: start_time(pid).unwrap(),
             program: (0, 0),
+            version: None,
             groups: vec![],
         }
     }

@@ -4,8 +4,10 @@
 //! pidfds, logs, its owner's commands and deadlines.
 
 mod revival;
+mod takeover;
 
-use super::adopt;
+pub use takeover::{adopt, adopt_and_keep, clear};
+
 use super::consoles::Rings;
 use super::devices;
 use super::household::{Household, Member, Nursery, Positions};
@@ -29,7 +31,6 @@ use revival::{LateLock, Revival, Trial};
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -50,6 +51,58 @@ pub async fn run(
     commands: mpsc::Receiver<Command>,
     events: mpsc::Sender<Event>,
 ) -> Result<Finished, RunError> {
+    run_and_keep(spec, options, commands, events).await.close()
+}
+
+/// As [`run`]; what is on record stays until the caller has noted how it ended.
+pub async fn run_and_keep(
+    spec: &VmSpec,
+    options: &RunOptions,
+    commands: mpsc::Receiver<Command>,
+    events: mpsc::Sender<Event>,
+) -> Over {
+    match begin(spec, options) {
+        Ok((mut keeper, launcher, compiled)) => {
+            let how = Begin::First;
+            let result = run_at(&mut keeper, launcher, &compiled, commands, events, how).await;
+            // Whatever was started has ended or been killed.
+            Over {
+                result,
+                keeper: Some(keeper),
+            }
+        }
+        Err(error) => Over {
+            result: Err(error),
+            keeper: None,
+        },
+    }
+}
+
+/// A run that is over. As long as it is held the machine is this broker's and on record, so that the
+/// next broker hears how it ended if this one is killed before it has told anybody.
+#[derive(Debug)]
+pub struct Over {
+    /// How it ended.
+    pub result: Result<Finished, RunError>,
+    /// Its place in the runtime directory; `None` when it has none or is left to others.
+    pub keeper: Option<Keeper>,
+}
+
+impl Over {
+    /// Removes what is on record.
+    ///
+    /// # Errors
+    /// Why the machine could not be run.
+    pub fn close(self) -> Result<Finished, RunError> {
+        if let Some(keeper) = self.keeper {
+            keeper.close();
+        }
+        self.result
+    }
+}
+
+/// Everything that is needed before the first process.
+fn begin(spec: &VmSpec, options: &RunOptions) -> Result<(Keeper, Launcher, Compiled), RunError> {
     let configuration = |e: &dyn std::fmt::Display| RunError::Configuration(e.to_string());
     spec.check().map_err(|e| configuration(&e))?;
     // First of all, since it makes namespaces while the rest is being prepared.
@@ -57,6 +110,12 @@ pub async fn run(
         lacks: e.to_string(),
     })?;
     let compiled = policies(options)?;
+    find_programs(&mut launcher, spec)?;
+    let keeper = Keeper::begin(spec, options).map_err(|e| configuration(&e))?;
+    Ok((keeper, launcher, compiled))
+}
+
+fn find_programs(launcher: &mut Launcher, spec: &VmSpec) -> Result<(), RunError> {
     let devices = devices::plan(spec);
     let kinds = devices.iter().map(|device| device.kind.proc_kind());
     for kind in [ProcKind::Vcpu, ProcKind::Legacy].into_iter().chain(kinds) {
@@ -65,11 +124,17 @@ pub async fn run(
             reason: e.to_string(),
         })?;
     }
-    let mut keeper = Keeper::begin(spec, options).map_err(|e| configuration(&e))?;
-    let done = run_at(&mut keeper, launcher, &compiled, commands, events, None).await;
-    // Whatever was started has ended or been killed.
-    keeper.close();
-    done
+    Ok(())
+}
+
+/// How a run begins.
+enum Begin {
+    /// With the machine's first processes.
+    First,
+    /// The same, of a machine that was to be started again: its consoles go on.
+    Again,
+    /// With what another broker has started.
+    Over(Found),
 }
 
 /// Runs a machine that this broker owns.
@@ -79,7 +144,7 @@ async fn run_at(
     compiled: &Compiled,
     mut commands: mpsc::Receiver<Command>,
     events: mpsc::Sender<Event>,
-    found: Option<Found>,
+    begin: Begin,
 ) -> Result<Finished, RunError> {
     let (spec, options) = (
         &keeper.record().spec.clone(),
@@ -89,12 +154,18 @@ async fn run_at(
     let host = |cause: std::io::Error| RunError::Host {
         lacks: cause.to_string(),
     };
-    let (mut resources, mut found, (rings, consoles)) = match found {
-        Some(Found { processes, kept }) => {
+    let (mut resources, mut found, (rings, consoles)) = match begin {
+        Begin::Over(Found { processes, kept }) => {
             let rings = Rings::adopt(spec, &options.state, kept).map_err(host)?;
             (None, Some(processes), rings)
         }
-        None => {
+        Begin::Again => {
+            let resources = Resources::open(spec, options)?;
+            let kept = Rings::adopt(spec, &options.state, Vec::new());
+            let rings = kept.or_else(|_| Rings::make(spec, &options.state))?;
+            (Some(resources), None, rings)
+        }
+        Begin::First => {
             let resources = Resources::open(spec, options)?;
             (Some(resources), None, Rings::make(spec, &options.state)?)
         }
@@ -116,7 +187,7 @@ async fn run_at(
         let may_restart = options.reboot && restarts < spec.limits.restarts_max;
         let fence = match &resources {
             Some(resources) => Fence::new(spec, resources),
-            None => Fence::around(spec),
+            None => Ok(Fence::around(spec)),
         };
         let fence = fence.map_err(|cause| RunError::Host {
             lacks: format!("a way to watch the disks: {cause}"),
@@ -163,6 +234,7 @@ async fn run_at(
             notices: Some(notices),
             groups_at: None,
             all_locked_after: None,
+            taking_over: None,
         };
         machine.watch_from(0)?;
         if let Some(dead) = dead {
@@ -260,6 +332,8 @@ struct Machine<'a> {
     groups_at: Option<tokio::time::Instant>,
     /// Time from the start until every process was locked.
     all_locked_after: Option<Duration>,
+    /// When this broker took the machine over, until the vCPU process has answered it.
+    taking_over: Option<Instant>,
 }
 
 /// The processes of a machine that another broker has started; and which of them are dead, and how.
@@ -272,139 +346,7 @@ struct Found {
     kept: Vec<OwnedFd>,
 }
 
-/// Takes a machine over whose broker is gone, and runs it until it is over. What that broker has left
-/// half done is undone (a start) or finished (an end).
-///
-/// # Errors
-/// When it cannot be taken over: it is left as it is, unless its start was undone.
-pub async fn adopt(
-    runtime: &Path,
-    name: &str,
-    commands: mpsc::Receiver<Command>,
-    events: mpsc::Sender<Event>,
-) -> Result<Finished, RunError> {
-    let configuration = |e: &dyn std::fmt::Display| RunError::Configuration(e.to_string());
-    let mut keeper = Keeper::take_over(runtime, name).map_err(|e| configuration(&e))?;
-    let options = keeper.record().options.clone();
-    let mut launcher = Launcher::new(&options.binaries).map_err(|e| RunError::Host {
-        lacks: e.to_string(),
-    })?;
-    let compiled = policies(&options)?;
-    let found = match keeper.record().phase.clone() {
-        Phase::Running => Some(meet(&keeper)?),
-        phase => {
-            keeper.record().kill_all();
-            match phase {
-                Phase::Stopping(Verdict::Restart) => {
-                    keeper.start_again();
-                    None
-                }
-                Phase::Stopping(Verdict::Finished(ending)) => {
-                    let degraded = keeper.record().degraded.clone();
-                    keeper.close();
-                    return Ok(Finished {
-                        ending,
-                        report: None,
-                        degraded,
-                        restarts: Vec::new(),
-                    });
-                }
-                Phase::Stopping(Verdict::StartFailed(who, reason)) => {
-                    keeper.close();
-                    return Err(RunError::Start { who, reason });
-                }
-                Phase::Starting | Phase::Running => {
-                    keeper.close();
-                    return Err(RunError::Start {
-                        who: name.to_owned(),
-                        reason: "its broker ended while it was starting; what had been started \
-                            was ended"
-                            .to_owned(),
-                    });
-                }
-            }
-        }
-    };
-    // For processes that take the place of dead ones.
-    for process in &keeper.record().processes {
-        let kind = process.id.kind;
-        if let Err(error) = launcher.find_program(kind) {
-            tracing::warn!(%kind, %error, "no successor could be started");
-        }
-    }
-    let done = run_at(&mut keeper, launcher, &compiled, commands, events, found).await;
-    // One that could not be taken over stays on record, so that the next broker finds it.
-    let left = keeper.record().processes.iter().any(|p| p.is_alive());
-    if done.is_ok() || !left {
-        keeper.close();
-    }
-    done
-}
-
-/// Meets every process on record. A device process that does not answer is ended; a vCPU process that
-/// does not is left alone, since its guest may live.
-fn meet(keeper: &Keeper) -> Result<Found, RunError> {
-    let (mut all, mut dead, mut kept) = (Vec::new(), Vec::new(), Vec::new());
-    for process in &keeper.record().processes {
-        let id = process.id;
-        match adopt::meet(keeper.home().directory(), process) {
-            Ok(met) => {
-                if id.kind == ProcKind::Vcpu {
-                    kept = met.kept;
-                }
-                all.push(met.launched);
-            }
-            Err(adopt::MeetError::Dead) => {
-                let gone = Launched::found_dead(id, process.pid);
-                all.push(gone.map_err(|e| RunError::Host {
-                    lacks: e.to_string(),
-                })?);
-                dead.push((id, "it died while no broker was there".to_owned()));
-            }
-            Err(error) if id.kind == ProcKind::Vcpu => {
-                return Err(RunError::Start {
-                    who: process.name.clone(),
-                    reason: format!("it cannot be taken over and was left alone: {error}"),
-                });
-            }
-            Err(error) => {
-                process.kill();
-                let gone = Launched::found_dead(id, process.pid);
-                all.push(gone.map_err(|e| RunError::Host {
-                    lacks: e.to_string(),
-                })?);
-                dead.push((id, format!("it could not be taken over: {error}")));
-            }
-        }
-    }
-    Ok(Found {
-        processes: (all, dead),
-        kept,
-    })
-}
-
 impl Machine<'_> {
-    /// Goes on with processes that another broker has started and that are locked; `dead` are not.
-    fn go_on(&mut self, dead: &[(ProcId, String)]) {
-        // No process is still to be started.
-        self.notices = None;
-        let all: Vec<ProcId> = self
-            .household
-            .members
-            .iter()
-            .map(|m| m.launched.id)
-            .collect();
-        for id in all {
-            self.supervise(supervision::Event::Locked(id));
-        }
-        self.tell_vcpu(&ToVcpu::Tell);
-        for (id, reason) in dead {
-            let (id, reason) = (*id, reason.clone());
-            let killed = true;
-            self.supervise(supervision::Event::Died { id, reason, killed });
-        }
-    }
-
     /// Watches the members from number `first` on.
     fn watch_from(&mut self, first: usize) -> Result<(), RunError> {
         let now = self.began.elapsed();
@@ -430,12 +372,14 @@ impl Machine<'_> {
         watch(&member.launched, name, notices).map_err(|cause| RunError::Host {
             lacks: format!("a way to watch processes: {cause}"),
         })?;
-        self.tell.event(Event::Started {
-            id,
-            name: member.name.clone(),
-            pid: member.launched.pid,
-            program: member.program.into(),
-        });
+        if !member.launched.is_adopted() {
+            self.tell.event(Event::Started {
+                id,
+                name: member.name.clone(),
+                pid: member.launched.pid,
+                program: member.program.into(),
+            });
+        }
         Ok(())
     }
 
@@ -604,9 +548,13 @@ impl Machine<'_> {
             FromVcpu::Paused => {
                 self.tell.event(Event::Paused);
                 self.inputs.push_back(Input::Paused);
+                self.is_taken_over();
             }
             FromVcpu::Resumed => {
-                self.tell.event(Event::Resumed);
+                // One that has run all the time has not resumed.
+                if !self.is_taken_over() {
+                    self.tell.event(Event::Resumed);
+                }
                 self.inputs.push_back(Input::Resumed);
             }
             FromVcpu::SlotPrepared {
@@ -678,6 +626,7 @@ impl Machine<'_> {
                 tracing::info!(?outcome, "the machine has ended");
                 self.tell.event(Event::Ended(outcome));
                 self.inputs.push_back(Input::Ended(outcome));
+                self.is_taken_over();
             }
         }
     }
@@ -748,11 +697,13 @@ impl Machine<'_> {
             Some(slot) => self.tell_vcpu(&ToVcpu::DeviceLost { slot }),
             None => self.tell_vcpu(&ToVcpu::LegacyLost),
         }
-        self.degraded.push((name.clone(), reason.clone()));
         let lost = (name.clone(), reason.clone());
-        self.nursery
-            .keeper
-            .note(|record| record.degraded.push(lost));
+        self.degraded.retain(|(before, _)| *before != name);
+        self.degraded.push(lost.clone());
+        self.nursery.keeper.note(|record| {
+            record.degraded.retain(|(before, _)| *before != lost.0);
+            record.degraded.push(lost);
+        });
         self.tell.event(Event::Degraded { id, name, reason });
     }
 

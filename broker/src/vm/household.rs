@@ -21,13 +21,12 @@ use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::legacy_page::{self, LEGACY_PAGE_BYTES};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
-use bulkhead_ipc::protocol::birth::{
-    Birth, DeviceConfig, DeviceOwn, FdRole, KindConfig, LegacyConfig, VcpuConfig,
-};
+use bulkhead_ipc::protocol::birth::{Birth, FdRole, KindConfig, LegacyConfig, VcpuConfig};
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window;
 use bulkhead_policies::cache::Compiled;
 use bulkhead_policies::plan::Limits;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
@@ -253,9 +252,8 @@ impl Household {
             },
             place: None,
         };
-        household.devices = resources.disks.iter().filter_map(device_of).collect();
-        household.devices.sort_unstable();
-        household.devices.dedup();
+        let devices = resources.disks.iter().filter_map(device_of);
+        household.devices = devices.collect::<BTreeSet<_>>().into_iter().collect();
         let mut midwife = Midwife {
             nursery,
             household: &mut household,
@@ -274,6 +272,17 @@ impl Household {
     /// The processes of a machine that another broker has started, those that are dead included.
     pub(super) fn adopt(nursery: &Nursery<'_>, found: Vec<Launched>) -> Result<Self, RunError> {
         let record = nursery.keeper.record();
+        let disks: Vec<_> = nursery
+            .spec
+            .disks
+            .iter()
+            .map(|disk| File::open(&disk.path).ok())
+            .collect();
+        let ends = disks
+            .iter()
+            .flatten()
+            .map(|mut file| file.seek(SeekFrom::End(0)).unwrap_or(0));
+        let disk_bytes = ends.fold(0, u64::saturating_add);
         let mut members = Vec::new();
         for launched in found {
             let id = launched.id;
@@ -288,14 +297,19 @@ impl Household {
                 slot: process.and_then(|p| p.slot),
                 rule: Rule::of(policy, nursery.spec.limits.birth_timeout),
                 program: process.map(|p| p.program).unwrap_or_default(),
-                version: None,
+                version: process.and_then(|p| p.version.clone()),
                 restart: None,
-                group_limits: GroupLimits {
-                    memory_bytes: policy.limits.memory_bytes,
-                    tasks: policy.limits.tasks.into(),
-                },
-                // Whatever group it has, it keeps.
-                group: process.map(|p| Group::known(p.groups.clone())),
+                group_limits: group_limits(
+                    nursery.spec,
+                    nursery.devices,
+                    disk_bytes,
+                    id,
+                    &policy.limits,
+                ),
+                // Whatever group it has, it keeps; one that has none yet gets one.
+                group: process
+                    .filter(|p| !p.groups.is_empty())
+                    .map(|p| Group::known(p.groups.clone())),
             });
         }
         let hold = |spec: &DiskSpec| {
@@ -310,21 +324,21 @@ impl Household {
         let entropy = File::open("/dev/urandom").map_err(|cause| RunError::Host {
             lacks: format!("/dev/urandom: {cause}"),
         })?;
-        let sizes = nursery.spec.disks.iter().map(|disk| {
-            let file = File::open(&disk.path);
-            file.and_then(|mut file| file.seek(SeekFrom::End(0)))
-                .unwrap_or(0)
-        });
         let around = (!record.groups.is_empty()).then(|| Group::known(record.groups.clone()));
+        let devices = disks
+            .iter()
+            .flatten()
+            .filter_map(device_of)
+            .collect::<BTreeSet<_>>();
         Ok(Self {
             members,
             machine_group: around,
-            devices: Vec::new(),
+            devices: devices.into_iter().collect(),
             rest: None,
             standing: Standing {
                 disks: nursery.spec.disks.iter().map(hold).collect(),
                 entropy,
-                disk_bytes: sizes.fold(0, u64::saturating_add),
+                disk_bytes,
             },
             place: None,
         })
@@ -622,38 +636,6 @@ impl Midwife<'_, '_> {
         }
     }
 
-    /// The policy's limits, and what the machine itself takes: guest memory with the kernel's page
-    /// tables for it, windows, and files whose pages may stay in memory (on a tmpfs, all of them).
-    fn group_limits(&self, limits: &Limits, config: &KindConfig) -> GroupLimits {
-        let memory_bytes = match config {
-            KindConfig::Vcpu(vcpu) => {
-                let windows = vcpu.devices.iter().map(|d| u64::from(d.window_bytes));
-                vcpu.memory_bytes + vcpu.memory_bytes / 16 + windows.sum::<u64>()
-            }
-            KindConfig::Legacy(legacy) => legacy.output_capacity,
-            KindConfig::Device(device) => u64::from(device.window_bytes) + self.file_bytes(device),
-        };
-        let vcpus = if limits.plus_vcpus {
-            self.nursery.spec.vcpus
-        } else {
-            0
-        };
-        GroupLimits {
-            memory_bytes: limits.memory_bytes.saturating_add(memory_bytes),
-            tasks: u64::from(limits.tasks) + u64::from(vcpus),
-        }
-    }
-
-    fn file_bytes(&self, device: &DeviceConfig) -> u64 {
-        match &device.own {
-            DeviceOwn::Console {
-                output_capacity, ..
-            } => *output_capacity,
-            DeviceOwn::Blk { .. } => self.household.standing.disk_bytes,
-            DeviceOwn::Rng => 0,
-        }
-    }
-
     fn birth(
         &mut self,
         id: ProcId,
@@ -683,7 +665,9 @@ impl Midwife<'_, '_> {
         let program = self.nursery.launcher.program(id).unwrap_or_default();
         // From here on it is killed when anything goes wrong.
         let launched = Arc::new(launched);
-        let group_limits = self.group_limits(&policy.limits, &config);
+        let bytes = self.household.standing.disk_bytes;
+        let (spec, devices) = (self.nursery.spec, self.nursery.devices);
+        let group_limits = group_limits(spec, devices, bytes, id, &policy.limits);
         let member = Member {
             launched: Arc::clone(&launched),
             name: name.to_owned(),
@@ -711,6 +695,7 @@ impl Midwife<'_, '_> {
             // It is not reaped, so there is one even if it is dead.
             start_time: start_time(launched.pid).unwrap_or(0),
             program,
+            version: None,
             groups: Vec::new(),
         };
         // From here on it lives without this broker, so the next one must be able to find it.
@@ -731,6 +716,41 @@ impl Midwife<'_, '_> {
         };
         let sent = launched.bear(&birth);
         sent.map_err(|cause| fails(cause.into()))
+    }
+}
+
+/// The policy's limits, and what the machine itself takes: guest memory with the kernel's page tables
+/// for it, windows, and files whose pages may stay in memory (on a tmpfs, all of them).
+fn group_limits(
+    spec: &VmSpec,
+    devices: &[DevicePlan],
+    disk_bytes: u64,
+    id: ProcId,
+    limits: &Limits,
+) -> GroupLimits {
+    let window = |device: &DevicePlan| u64::from(device.window_bytes);
+    let memory_bytes = match id.kind {
+        ProcKind::Vcpu => {
+            let windows = devices.iter().map(window).sum::<u64>();
+            spec.memory_bytes + spec.memory_bytes / 16 + windows
+        }
+        ProcKind::Legacy => spec.console.history_bytes,
+        kind => {
+            let same = |d: &&DevicePlan| (d.kind.proc_kind(), d.index) == (kind, id.index);
+            devices.iter().find(same).map_or(0, |device| {
+                window(device)
+                    + match device.kind {
+                        VirtioKind::Console => spec.console.history_bytes,
+                        VirtioKind::Blk => disk_bytes,
+                        VirtioKind::Rng => 0,
+                    }
+            })
+        }
+    };
+    let vcpus = if limits.plus_vcpus { spec.vcpus } else { 0 };
+    GroupLimits {
+        memory_bytes: limits.memory_bytes.saturating_add(memory_bytes),
+        tasks: u64::from(limits.tasks) + u64::from(vcpus),
     }
 }
 

@@ -6,6 +6,7 @@ use super::record::{Phase, ProcessRecord, Record, RecordError};
 use super::session::RunOptions;
 use super::spec::VmSpec;
 use crate::escape::escaped;
+use bulkhead_ipc::ident::ProcId;
 use std::path::Path;
 
 /// A machine that this broker owns, and what a later one will read of it.
@@ -24,7 +25,7 @@ pub enum BeginError {
     /// Its processes run, and their broker is gone.
     #[error(
         "a machine named {name} is running without a broker, with process {pid}: \
-         bulkhead serve takes it over, bulkhead kill {name} ends it"
+         bulkhead serve takes it over, and bulkhead kill {name} ends it then"
     )]
     Orphaned {
         /// Its name.
@@ -132,6 +133,18 @@ impl Keeper {
             record.restarts += 1;
             record.processes.clear();
         });
+    }
+
+    /// Notes the version of a process. While the machine starts, the next change is the time to write
+    /// it down.
+    pub fn learn(&mut self, id: ProcId, version: String) {
+        let mut processes = self.record.processes.iter_mut();
+        if let Some(process) = processes.find(|process| process.id == id) {
+            process.version = Some(version);
+        }
+        if self.record.phase == Phase::Running {
+            self.note(|_| {});
+        }
     }
 
     /// Notes how far the machine is, unless that is on record.

@@ -17,4 +17,4 @@ pub mod session;
 pub mod spec;
 pub mod state;
 
-pub use driver::{adopt as take_over, run};
+pub use driver::{Over, adopt as take_over, adopt_and_keep, clear, run, run_and_keep};

@@ -105,6 +105,9 @@ pub struct ProcessRecord {
     pub start_time: u64,
     /// Device and inode of its program.
     pub program: (u64, u64),
+    /// The program's version, once the process has said it.
+    #[serde(default)]
+    pub version: Option<String>,
     /// Its control groups.
     #[serde(default)]
     pub groups: Vec<PathBuf>,
@@ -413,6 +416,7 @@ mod tests {
             pid,
             start_time: 99,
             program: (1, 2),
+            version: None,
             groups: vec!["/sys/fs/cgroup/x".into()],
         }
     }
@@ -438,6 +442,7 @@ mod tests {
             core: None,
             reach: crate::launch::cgroup::Reach::Within,
             reboot: true,
+            id: None,
         };
         let mut record = Record::new(&spec, &options).unwrap();
         record.put(process(ProcKind::Vcpu, 0, 1, 100));

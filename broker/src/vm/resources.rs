@@ -102,16 +102,15 @@ impl Fence {
         Ok(Self { probes })
     }
 
-    /// The same around the disks of a machine that another broker has started.
-    ///
-    /// # Errors
-    /// The kernel's error.
-    pub fn around(spec: &VmSpec) -> io::Result<Self> {
+    /// The same around the disks of a machine that another broker has started. One whose name is
+    /// gone cannot be watched, nor be used by the next machine.
+    #[must_use]
+    pub fn around(spec: &VmSpec) -> Self {
         let written = spec.disks.iter().filter(|d| !d.read_only && !d.ephemeral);
-        let probes = written.map(|disk| File::open(&disk.path));
-        Ok(Self {
-            probes: probes.collect::<io::Result<_>>()?,
-        })
+        let probes = written.filter_map(|disk| File::open(&disk.path).ok());
+        Self {
+            probes: probes.collect(),
+        }
     }
 
     /// Whether nobody has a lock on any of the disks.

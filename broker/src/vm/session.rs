@@ -49,6 +49,9 @@ pub struct RunOptions {
     pub reach: Reach,
     /// Whether a reset starts the machine again as its life cycle says (`--no-reboot` clears it).
     pub reboot: bool,
+    /// What the registry calls it; `None` of one that is not in it.
+    #[serde(default)]
+    pub id: Option<String>,
 }
 
 /// What a caller may ask of a running machine.
@@ -138,6 +141,11 @@ pub enum Event {
         command: String,
         /// Why not.
         reason: String,
+    },
+    /// The machine has a new broker, which hears its vCPUs again.
+    TakenOver {
+        /// Time from the first process met.
+        after: Duration,
     },
     /// Every process is locked.
     AllLocked {

@@ -85,6 +85,11 @@ impl Machine<'_> {
         let Some((_, slot)) = dead else {
             return self.not_revived(id, "was never there".to_owned(), true);
         };
+        // The next broker must not ask for this generation again: that it was asked for is seen by
+        // nobody but the vCPU process.
+        self.nursery.keeper.note(|record| {
+            record.generation = record.generation.max(id.generation);
+        });
         self.revivals.push(Revival {
             id,
             slot,
@@ -288,6 +293,7 @@ impl Machine<'_> {
             return;
         };
         member.version = Some(program.clone());
+        self.nursery.keeper.learn(id, program.clone());
         if let Some(restart) = member.restart.take() {
             self.tell_restart(restart, program);
         }
