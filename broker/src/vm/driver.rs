@@ -663,8 +663,10 @@ impl Machine<'_> {
                 self.revive(id, blame);
             }
             Action::Revived { id, reason, after } => {
-                self.revived(id, reason, after);
+                // That the program was taken back is told first: whoever waits for another process
+                // to serve must not take this one for what was asked for.
                 self.end_trial(id, None);
+                self.revived(id, reason, after);
             }
             Action::Ping { id, number } => self.send(id, &ToDevice::Ping(number)),
             Action::Degraded { id, reason } => self.degrade(id, reason),
