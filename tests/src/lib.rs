@@ -12,6 +12,7 @@
 )]
 
 mod daemon;
+mod held_file;
 mod intruder;
 mod machine;
 #[path = "../guests/src/pattern.rs"]
@@ -26,6 +27,7 @@ mod programs;
 mod spoil;
 
 pub use daemon::{Daemon, Done};
+pub use held_file::HeldFile;
 pub use intruder::{Fate, Intruder};
 pub use machine::{Ended, Machine, Processes, bulkhead, is_alive};
 pub use programs::{Programs, with_version};

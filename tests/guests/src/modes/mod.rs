@@ -4,6 +4,7 @@ mod bench;
 mod bench_blk;
 mod beside;
 mod blk;
+mod blk_held;
 mod blk_load;
 mod blk_poison;
 mod blk_sweep;
@@ -35,6 +36,7 @@ const MODES: &[(&str, Mode)] = &[
     ("bench-mmio", bench::mmio),
     ("beside", beside::run),
     ("blk", blk::run),
+    ("blk-held", blk_held::run),
     ("blk-load", blk_load::run),
     ("blk-poison", blk_poison::run),
     ("button", button::run),
