@@ -46,14 +46,16 @@ fn inode_of(device: &Value) -> u64 {
     program.unwrap().ino()
 }
 
-/// The guest verifies a disk and memory while it uses every other device, and counts what is wrong.
-fn guest_under_load(daemon: &Daemon, disk: &str, seconds: u32) {
-    let load = format!("mode=beside seconds={seconds} qd=16 timeout=60");
-    daemon.create_and_start("web", &load, &["--disk", disk]);
+/// The guest verifies a disk and memory while it uses every other device, and counts what is wrong,
+/// until its power button is pressed.
+fn guest_under_load(daemon: &Daemon, disk: &str) {
+    let load = "mode=beside seconds=600 qd=16 timeout=60";
+    daemon.create_and_start("web", load, &["--disk", disk]);
     daemon.until_output("web", "BH beside.round ");
 }
 
 fn guest_found_nothing(daemon: &Daemon) {
+    daemon.good(&["stop", "web"]);
     let waited = daemon.run(&["wait", "web"]);
     let output = daemon.output_of("web");
     assert_eq!(waited.code, 0, "{output}");
@@ -74,7 +76,7 @@ fn devices_are_listed_and_restarted_by_name_and_the_guest_sees_no_error() {
     daemon.fails(&["device", "restart", "web/disk0"], 6, "is stopped");
     daemon.good(&["rm", "web"]);
 
-    guest_under_load(&daemon, path, 10);
+    guest_under_load(&daemon, path);
     let names = ["legacy", "disk0", "console", "rng"];
     let before = names.map(|name| device(&daemon, name));
     for known in &before {
@@ -116,7 +118,7 @@ fn device_is_upgraded_under_load_to_the_program_on_disk_and_to_no_other() {
     let programs = Programs::copied();
     let daemon = daemon_of(&programs);
     let image = disk(4 << 20);
-    guest_under_load(&daemon, image.path().to_str().unwrap(), 20);
+    guest_under_load(&daemon, image.path().to_str().unwrap());
 
     let same = daemon.json(&["device", "upgrade", "web/disk0"]);
     assert_eq!(same["changed"], false, "{same}");
@@ -160,7 +162,7 @@ fn program_that_does_not_start_is_given_up_and_the_one_before_it_serves() {
     let programs = Programs::copied();
     let daemon = daemon_of(&programs);
     let image = disk(4 << 20);
-    guest_under_load(&daemon, image.path().to_str().unwrap(), 20);
+    guest_under_load(&daemon, image.path().to_str().unwrap());
     for (name, kind) in [("disk0", "blk"), ("rng", "rng"), ("legacy", "legacy")] {
         let (whole, inode) = (programs.read(kind), programs.inode(kind));
         // Cut off before its code, no program at all, and nothing.

@@ -357,3 +357,141 @@ pub(super) async fn upgrade(
     let work = async move { vm.upgrade_device(&host.shared, &device).await };
     json(&carried_out(work).await?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::session::Restart;
+
+    fn blk(generation: u32) -> ProcId {
+        ProcId {
+            kind: ProcKind::Blk,
+            index: 0,
+            generation,
+        }
+    }
+
+    fn started(generation: u32, inode: u64) -> Event {
+        Event::Started {
+            id: blk(generation),
+            name: "disk0".into(),
+            pid: 100 + i32::try_from(generation).unwrap(),
+            program: (1, inode).into(),
+        }
+    }
+
+    fn locked(generation: u32) -> Event {
+        Event::Locked {
+            id: blk(generation),
+            after: Duration::ZERO,
+            landlock_abi: 6,
+            program: "1.0".into(),
+        }
+    }
+
+    fn died(generation: u32) -> Event {
+        Event::Died {
+            id: blk(generation),
+            name: "disk0".into(),
+            reason: "killed".into(),
+        }
+    }
+
+    fn restarted(generation: u32) -> Event {
+        Event::Restarted(Restart {
+            id: blk(generation),
+            name: "disk0".into(),
+            pid: 0,
+            program: "1.0".into(),
+            reason: String::new(),
+            after: Duration::ZERO,
+        })
+    }
+
+    /// A machine with one disk, whose first process is `inode` 7.
+    fn running() -> View {
+        let mut view = View::new(crate::registry::VmRecord {
+            name: "web".into(),
+            id: String::new(),
+            vm_file: String::new(),
+            vcpus: 1,
+            memory_bytes: 0,
+            autostart: false,
+            created_at_ms: 0,
+            desired: crate::registry::Desired::Running,
+            start_with_host: false,
+            last: None,
+        });
+        view.state = Doing::Running;
+        after(&mut view, &[started(1, 7), locked(1)]);
+        view
+    }
+
+    fn after(view: &mut View, events: &[Event]) {
+        events.iter().for_each(|event| view.devices.apply(event));
+    }
+
+    #[test]
+    fn device_is_replaced_when_the_next_process_serves_and_not_before() {
+        let mut view = running();
+        let before = Before::of(&view, "disk0").unwrap();
+        for event in [died(1), started(2, 8), locked(2)] {
+            assert!(before.outcome(&view).is_none(), "before {event:?}");
+            after(&mut view, &[event]);
+        }
+        assert_eq!(view.devices.list()[0].state, DeviceState::Restarting);
+        after(&mut view, &[restarted(2)]);
+        let new = before.outcome(&view).unwrap().unwrap();
+        assert_eq!((new.generation, new.restarts, new.program.inode), (2, 1, 8));
+    }
+
+    #[test]
+    fn return_of_the_old_program_is_no_upgrade() {
+        let mut view = running();
+        let before = Before::of(&view, "disk0").unwrap();
+        let refused = Event::Refused {
+            device: "disk0".into(),
+            command: "upgrade disk0".into(),
+            reason: "the program on disk does not serve".into(),
+        };
+        after(&mut view, &[died(1), started(2, 8), died(2), started(3, 7)]);
+        after(&mut view, &[locked(3), refused, restarted(3)]);
+        let error = before.outcome(&view).unwrap().unwrap_err();
+        assert!(error.message.contains("does not serve"), "{error}");
+        // It is nobody else's business.
+        let before = Before::of(&view, "disk0").unwrap();
+        assert!(before.outcome(&view).is_none());
+    }
+
+    #[test]
+    fn lost_device_is_no_answer_until_it_is_lost_again() {
+        let mut view = running();
+        let lost = |generation| Event::Degraded {
+            id: blk(generation),
+            name: "disk0".into(),
+            reason: "dies too often".into(),
+        };
+        after(&mut view, &[died(1), lost(1)]);
+        let before = Before::of(&view, "disk0").unwrap();
+        assert!(before.outcome(&view).is_none());
+        after(&mut view, &[lost(2)]);
+        assert!(before.outcome(&view).unwrap().is_err());
+    }
+
+    #[test]
+    fn refusals_are_bounded() {
+        let mut view = running();
+        for n in 0..1000 {
+            after(
+                &mut view,
+                &[Event::Refused {
+                    device: format!("d{n}"),
+                    command: String::new(),
+                    reason: String::new(),
+                }],
+            );
+        }
+        assert_eq!(view.devices.refusals.len(), REFUSALS_MAX);
+        assert!(view.devices.refusal("d999", 999).is_some());
+    }
+}

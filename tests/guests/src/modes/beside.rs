@@ -175,7 +175,7 @@ fn join(device: Device, lines: &mut [Option<Line>]) -> Result<usize, Failure> {
     Ok(queues)
 }
 
-/// Verifies until the time is over.
+/// Verifies until the time is over, or the power button is pressed.
 pub fn run(machine: &Machine) -> Result<(), Failure> {
     let seed = machine.number("seed", 1)?;
     let seconds = machine.number("seconds", 10)?;
@@ -198,6 +198,8 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
     let khz = time::khz();
     let start = time::cycles();
     let mut round = 0_u64;
+    // A press from before is none.
+    super::button::pressed();
     while time::cycles().wrapping_sub(start) < seconds.saturating_mul(1000 * khz) {
         for op in [Op::Write, Op::Verify] {
             let sweep = Sweep {
@@ -237,6 +239,9 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
             }
         }
         round += 1;
+        if super::button::pressed() {
+            break;
+        }
         if round == 1 {
             // From now on it uses no memory that it has not used before.
             say!("beside.round value=1");

@@ -9,6 +9,12 @@ const EVENTS: u16 = 0x604;
 const GSI: u32 = 9;
 const POWER_BUTTON: u8 = 1;
 
+/// Whether it was pressed since this was asked last.
+pub fn pressed() -> bool {
+    let events = port::read_u8(EVENTS);
+    events != 0xff && events & POWER_BUTTON != 0
+}
+
 /// Waits for it.
 pub fn run(_: &Machine) -> Result<(), Failure> {
     irq::enable(GSI);
@@ -17,8 +23,7 @@ pub fn run(_: &Machine) -> Result<(), Failure> {
     say!("button.ready");
     loop {
         let seen = ring0::interrupts();
-        let events = port::read_u8(EVENTS);
-        if events != 0xff && events & POWER_BUTTON != 0 {
+        if pressed() {
             irq::disable(GSI);
             say!("button pressed=1 interrupts={}", ring0::interrupts_of(GSI));
             return Ok(());
