@@ -158,6 +158,29 @@ fn device_is_upgraded_under_load_to_the_program_on_disk_and_to_no_other() {
 }
 
 #[test]
+fn devices_are_listed_and_upgraded_by_a_daemon_that_has_taken_the_machine_over() {
+    let programs = Programs::copied();
+    let mut daemon = daemon_of(&programs);
+    let image = disk(4 << 20);
+    guest_under_load(&daemon, image.path().to_str().unwrap());
+    let before = device(&daemon, "disk0");
+    daemon.end(Signal::SIGKILL);
+    daemon.serve();
+    daemon.until_state("web", "running");
+    let found = device(&daemon, "disk0");
+    for key in ["pid", "generation", "version", "program", "state"] {
+        assert_eq!(found[key], before[key], "{found}");
+    }
+    programs.put("blk", b"no program");
+    daemon.fails(&["device", "upgrade", "web/disk0"], 6, "does not serve");
+    programs.put("blk", &with_version(Programs::copied().read("blk"), OTHER));
+    let done = daemon.json(&["device", "upgrade", "web/disk0"]);
+    assert_eq!(done["new"]["version"], OTHER, "{done}");
+    assert_eq!(inode_of(&done["new"]), programs.inode("blk"));
+    guest_found_nothing(&daemon);
+}
+
+#[test]
 fn program_that_does_not_start_is_given_up_and_the_one_before_it_serves() {
     let programs = Programs::copied();
     let daemon = daemon_of(&programs);
