@@ -344,6 +344,7 @@ impl Checker<'_> {
             threads.push(Thread {
                 name: name.to_owned(),
                 permits: self.phase(&key, phase, true)?,
+                host: phase.host,
             });
         }
         match parsed.locked.keys().find(|k| !names.contains(&k.as_str())) {
@@ -390,15 +391,16 @@ impl Checker<'_> {
         let why = self.said(Some(&span), &format!("{key}.why"), &call.why)?;
         let mut requests = Vec::with_capacity(call.request.len());
         for request in &call.request {
-            let code = constants::request(request).ok_or_else(|| {
+            let name = request.get_ref();
+            let code = constants::request(name).ok_or_else(|| {
                 self.fault(
-                    Some(&span),
+                    Some(&request.span()),
                     format!("{key}.request"),
-                    format!("{request:?} is no known ioctl request"),
+                    format!("{name:?} is no known ioctl request"),
                 )
             })?;
             requests.push(Request {
-                name: request.clone(),
+                name: name.clone(),
                 code,
             });
         }
@@ -421,6 +423,7 @@ impl Checker<'_> {
             number,
             requests,
             conditions,
+            host: call.host,
             why,
         })
     }

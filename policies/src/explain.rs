@@ -4,13 +4,13 @@
 //! files as they are. The built-in files are named by their place in the source tree.
 
 use crate::check::{self, PolicyError};
-use crate::grant::STARTUP;
+use crate::grant::{Grant, IO_URING, Part, STARTUP};
 use crate::plan::Permit;
-use crate::schema::{DenyEntry, OverrideFile, Phase, PolicyFile};
-use crate::{built_in, decode, load, overrides, syscalls};
+use crate::schema::{DenyEntry, Number, OverrideFile, Phase, PolicyFile};
+use crate::{built_in, constants, decode, load, overrides, syscalls};
 use bulkhead_ipc::ident::ProcKind;
 use serde::{Deserialize, Serialize};
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::path::Path;
 use toml::Spanned;
 
@@ -147,17 +147,84 @@ fn taken_away(
         return Ok(None);
     }
     let change: OverrideFile = check::parse(&file, &text)?;
+    let phase = denied.thread.unwrap_or(STARTUP);
     let takes = |entry: &&DenyEntry| {
         entry.name.get_ref() == name
-            && entry
-                .thread
-                .as_ref()
-                .is_none_or(|of| of == denied.thread.unwrap_or(STARTUP))
+            && entry.thread.as_ref().is_none_or(|of| of == phase)
+            && takes_these(entry, &denied.args)
     };
-    Ok(change.deny.iter().find(takes).map(|entry| {
-        let what = format!("this [[deny]] of {name} takes it away");
-        (line_of(&text, &entry.name), what, true, file)
-    }))
+    let Some(entry) = change.deny.iter().find(takes) else {
+        return Ok(None);
+    };
+    let mut what = format!("this [[deny]] of {name} takes it away");
+    let grants = granted.grants_of(phase, denied.number, &denied.args);
+    if let Some((file, line)) = grants.first().and_then(|grant| grant_place(kind, grant)) {
+        // Writing to a string cannot fail.
+        let _infallible = write!(what, ", which {file}:{line} grants");
+    }
+    Ok(Some((line_of(&text, &entry.name), what, true, file)))
+}
+
+/// Whether an entry takes a call with these arguments away, and not only others of its name.
+fn takes_these(entry: &DenyEntry, args: &[u64; 6]) -> bool {
+    let has = |index: u8, value: u32| {
+        let arg = args.get(usize::from(index)).copied().unwrap_or(0);
+        arg & 0xffff_ffff == u64::from(value)
+    };
+    let mut requests = entry.request.iter().filter_map(|r| constants::request(r));
+    let mut values = entry.arg.iter().flat_map(|arg| {
+        let numbers = arg.is.iter().flatten();
+        numbers.filter_map(|number| Some((arg.index, value(number)?)))
+    });
+    (entry.request.is_empty() && entry.arg.is_empty())
+        || requests.any(|code| has(1, code))
+        || values.any(|(index, value)| has(index, value))
+}
+
+fn value(number: &Number) -> Option<u32> {
+    match number {
+        Number::Value(value) => Some(*value),
+        Number::Name(name) => constants::flag(name).or_else(|| constants::request(name)),
+    }
+}
+
+/// The built-in policy file that gives a grant, and the line in it, from 1.
+#[must_use]
+pub fn grant_place(kind: ProcKind, grant: &Grant) -> Option<(String, usize)> {
+    let file = format!("policies/{kind}.toml");
+    let text = built_in(kind);
+    let parsed: PolicyFile = check::parse(&file, text).ok()?;
+    let line = match grant.phase.as_str() {
+        IO_URING => {
+            let mut opcodes = parsed.io_uring.opcode.iter();
+            let opcode = opcodes.find(|opcode| *opcode.name.get_ref() == grant.name)?;
+            line_of(text, &opcode.name)
+        }
+        STARTUP => line_in(text, &parsed.startup, grant)?,
+        thread => line_in(text, parsed.locked.get(thread)?, grant)?,
+    };
+    Some((file, line))
+}
+
+fn line_in(text: &str, phase: &Phase, grant: &Grant) -> Option<usize> {
+    let mut calls = phase
+        .call
+        .iter()
+        .filter(|call| *call.name.get_ref() == grant.name);
+    calls.find_map(|call| match &grant.part {
+        Part::Whole => Some(line_of(text, &call.name)),
+        Part::Request(wanted) => {
+            let mut requests = call.request.iter();
+            let request = requests.find(|request| request.get_ref() == wanted)?;
+            Some(line_of(text, request))
+        }
+        Part::Value { index, value: is } => {
+            let arg = call.arg.iter().find(|arg| arg.index == *index)?;
+            let mut values = arg.is.iter().flatten();
+            let found = values.any(|number| value(number) == Some(*is));
+            found.then(|| line_of(text, &call.name))
+        }
+    })
 }
 
 fn line_of(text: &str, name: &Spanned<String>) -> usize {
@@ -232,6 +299,40 @@ mod tests {
     }
 
     #[test]
+    fn each_grant_has_a_line_of_its_own_sort() {
+        for kind in ProcKind::ALL {
+            for grant in load(kind, None, false).unwrap().grants() {
+                let (file, number) = grant_place(kind, &grant).unwrap();
+                assert_eq!(file, format!("policies/{kind}.toml"));
+                let part = match &grant.part {
+                    Part::Request(request) => format!("\"{request}\""),
+                    _ => format!("name = \"{}\"", grant.name),
+                };
+                let line = line(kind, number);
+                assert!(line.contains(&part), "{grant}: {line}");
+            }
+        }
+    }
+
+    #[test]
+    fn entry_that_takes_another_value_of_a_call_is_not_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = "kind = \"vcpu\"\n[[deny]]\nname = \"ioctl\"\nrequest = [\"KVM_IRQFD\"]\n\
+                    [[deny]]\nname = \"ioctl\"\nrequest = [\"KVM_RUN\"]\n";
+        std::fs::write(dir.path().join("vcpu.toml"), text).unwrap();
+        let denied = Denied {
+            thread: Some("vcpu"),
+            number: syscalls::number("ioctl").unwrap(),
+            args: [9, 0xae80, 0, 0, 0, 0],
+        };
+        let told = denial(ProcKind::Vcpu, Some(dir.path()), &denied, &|_| None).unwrap();
+        assert!(
+            told.file.ends_with("/vcpu.toml") && told.line == 6,
+            "{told}"
+        );
+    }
+
+    #[test]
     fn entry_of_an_override_that_takes_a_call_away_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let text = "kind = \"rng\"\n\n[[deny]]\nname = \"read\"\n";
@@ -244,6 +345,9 @@ mod tests {
         };
         let told = denial(ProcKind::Rng, Some(dir.path()), &denied, &|_| None).unwrap();
         assert!(told.file.ends_with("/rng.toml") && told.line == 4, "{told}");
+        let (_, granted) = told.what.rsplit_once(", which policies/rng.toml:").unwrap();
+        let granted = granted.strip_suffix(" grants").unwrap().parse().unwrap();
+        assert_eq!(line(ProcKind::Rng, granted), "name = \"read\"", "{told}");
         denied.number = syscalls::number("getppid").unwrap();
         let told = denial(ProcKind::Rng, Some(dir.path()), &denied, &|_| None).unwrap();
         assert_eq!(told.file, "policies/rng.toml");

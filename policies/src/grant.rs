@@ -124,6 +124,14 @@ impl Policy {
     }
 }
 
+impl Permit {
+    /// The grants that it stands for in `phase`.
+    #[must_use]
+    pub fn grants(&self, phase: &str) -> Vec<Grant> {
+        parts(phase, self)
+    }
+}
+
 /// All grants of a permit.
 fn parts(phase: &str, permit: &Permit) -> Vec<Grant> {
     collect(phase, permit, &|_, _| true)

@@ -2,8 +2,8 @@
 //! compiles, shows or explains a policy works on this.
 
 use crate::schema::{
-    Access, FdType, HeartbeatEntry, Held, LandlockDeny, MadeType, Namespace, OnDeath, RestartEntry,
-    Speculation,
+    Access, FdType, HeartbeatEntry, Held, HostKvm, LandlockDeny, MadeType, Namespace, OnDeath,
+    RestartEntry, Speculation,
 };
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::birth::FdRole;
@@ -89,6 +89,8 @@ pub struct Thread {
     pub name: String,
     /// Its system calls.
     pub permits: Vec<Permit>,
+    /// The hosts on which there is such a thread; `None` for all.
+    pub host: Option<HostKvm>,
 }
 
 /// A permitted system call.
@@ -102,6 +104,8 @@ pub struct Permit {
     pub requests: Vec<Request>,
     /// Conditions that must all hold.
     pub conditions: Vec<Condition>,
+    /// The hosts that need it; `None` for all.
+    pub host: Option<HostKvm>,
     /// Why.
     pub why: String,
 }

@@ -158,6 +158,9 @@ pub enum Access {
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Phase {
+    /// The hosts on which there is such a thread; `None` for all.
+    #[serde(default)]
+    pub host: Option<HostKvm>,
     /// The system calls.
     #[serde(default)]
     pub call: Vec<Call>,
@@ -172,13 +175,28 @@ pub struct Call {
     pub name: Spanned<String>,
     /// For `ioctl`: the request codes, by the names of [`crate::constants`].
     #[serde(default)]
-    pub request: Vec<String>,
+    #[schemars(with = "Vec<String>")]
+    pub request: Vec<Spanned<String>>,
     /// Conditions on arguments; all must hold.
     #[serde(default)]
     pub arg: Vec<ArgCondition>,
+    /// The hosts that need it; `None` for all.
+    #[serde(default)]
+    pub host: Option<HostKvm>,
     /// Why the process needs it.
     #[serde(default)]
     pub why: String,
+}
+
+/// Hosts by their KVM. A grant that only hosts of one sort need says so, since a check on another
+/// host cannot show that it is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum HostKvm {
+    /// KVM runs every instruction of a guest.
+    Complete,
+    /// KVM lacks instructions, which are completed outside of it (`kvm_pvm`).
+    Incomplete,
 }
 
 /// A condition on one argument. Exactly one of `is`, `bits_clear` and `at_most` is given.

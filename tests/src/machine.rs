@@ -20,6 +20,8 @@ pub struct Machine {
     output: Receiver<Vec<u8>>,
     seen: String,
     scratch: tempfile::TempDir,
+    /// Whether the child is one that follows `bulkhead`.
+    is_followed: bool,
 }
 
 /// How a machine ended.
@@ -166,7 +168,44 @@ impl Machine {
             output,
             seen: String::new(),
             scratch,
+            is_followed: false,
         }
+    }
+
+    /// As [`Machine::run`], started by `follower` with `arguments` in front of the command.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "tests start the product as a user does"
+    )]
+    #[must_use]
+    pub fn followed(
+        scratch: tempfile::TempDir,
+        follower: &Path,
+        before: &[&str],
+        arguments: &[&str],
+    ) -> Self {
+        let run = bulkhead(scratch.path());
+        let mut command = Command::new(follower);
+        command.args(before).arg(run.get_program()).arg("run");
+        command.args(arguments);
+        command.envs(run.get_envs().filter_map(|(k, v)| Some((k, v?))));
+        let mut machine = Self::start(command, scratch);
+        machine.is_followed = true;
+        machine
+    }
+
+    /// As [`Machine::run`] with directories that are there already.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn run_in(scratch: tempfile::TempDir, arguments: &[&str]) -> Self {
+        let mut command = bulkhead(scratch.path());
+        command.arg("run").args(arguments);
+        Self::start(command, scratch)
     }
 
     /// Starts the built test guest with `cmdline` and further arguments.
@@ -211,6 +250,17 @@ impl Machine {
     /// The pid of `bulkhead` itself.
     #[must_use]
     pub fn pid(&self) -> u32 {
+        let child = self.child.id();
+        match self.is_followed {
+            // The one that follows has no other child.
+            true => children(child).first().map_or(child, |(pid, _)| *pid),
+            false => child,
+        }
+    }
+
+    /// The pid of what was started: `bulkhead`, or what follows it.
+    #[must_use]
+    pub fn outermost(&self) -> u32 {
         self.child.id()
     }
 
@@ -303,29 +353,7 @@ impl Machine {
     /// The sandboxed processes of the machine as they are now.
     #[must_use]
     pub fn processes(&self) -> Processes {
-        let parent = self.child.id().to_string();
-        let mut found = Vec::new();
-        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
-                continue;
-            };
-            let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
-                continue;
-            };
-            let Some((_, rest)) = stat.rsplit_once(')') else {
-                continue;
-            };
-            let mut fields = rest.split_whitespace();
-            let (state, ppid) = (fields.next(), fields.next());
-            if ppid == Some(parent.as_str()) && state != Some("Z") {
-                // The name in `stat` is cut to 15 bytes; the first argument is whole.
-                let cmdline = fs::read_to_string(entry.path().join("cmdline"));
-                let cmdline = cmdline.unwrap_or_default();
-                let name = cmdline.split('\0').next().unwrap_or_default();
-                found.push((pid, name.to_owned()));
-            }
-        }
-        Processes(found)
+        Processes(children(self.pid()))
     }
 
     /// The pid of the one process of `kind`, once it is locked: a guest may already run while its
@@ -354,8 +382,17 @@ impl Machine {
     /// # Panics
     /// When it is gone already.
     pub fn kill_broker(&mut self) {
+        let broker = self.pid();
         self.signal(Signal::SIGKILL);
-        let _reaped = self.child.wait();
+        match self.is_followed {
+            // What follows waits for the machine as well.
+            true => {
+                while is_alive(broker) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+            false => drop(self.child.wait()),
+        }
     }
 
     /// The runtime directory of this `bulkhead`.
@@ -432,7 +469,7 @@ impl Machine {
     /// # Panics
     /// When it is gone.
     pub fn signal(&self, signal: Signal) {
-        kill(pid(self.child.id()), signal).expect("bulkhead is alive");
+        kill(pid(self.pid()), signal).expect("bulkhead is alive");
     }
 
     /// Waits for the end.
@@ -520,7 +557,7 @@ impl Drop for Machine {
     fn drop(&mut self) {
         let processes = self.processes();
         if let Ok(None) = self.child.try_wait() {
-            let _gone = kill(pid(self.child.id()), Signal::SIGTERM);
+            let _gone = kill(pid(self.pid()), Signal::SIGTERM);
             let deadline = Instant::now() + Duration::from_secs(3);
             while Instant::now() < deadline && matches!(self.child.try_wait(), Ok(None)) {
                 std::thread::sleep(Duration::from_millis(5));
@@ -538,6 +575,33 @@ impl Drop for Machine {
             }
         }
     }
+}
+
+/// The living children of a process, each with its name.
+fn children(parent: u32) -> Vec<(u32, String)> {
+    let parent = parent.to_string();
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
+            continue;
+        };
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
+            continue;
+        };
+        let Some((_, rest)) = stat.rsplit_once(')') else {
+            continue;
+        };
+        let mut fields = rest.split_whitespace();
+        let (state, ppid) = (fields.next(), fields.next());
+        if ppid == Some(parent.as_str()) && state != Some("Z") {
+            // The name in `stat` is cut to 15 bytes; the first argument is whole.
+            let cmdline = fs::read_to_string(entry.path().join("cmdline"));
+            let cmdline = cmdline.unwrap_or_default();
+            let name = cmdline.split('\0').next().unwrap_or_default();
+            found.push((pid, name.to_owned()));
+        }
+    }
+    found
 }
 
 /// `bulkhead` with its directories under `scratch`.

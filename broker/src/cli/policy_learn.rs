@@ -2,7 +2,8 @@
 
 use super::failure::{Failure, START, USAGE, print};
 use super::paths::{PathOptions, Paths};
-use crate::learn::{Learnt, tracer, write};
+use crate::learn::tracer::{self, Clock};
+use crate::learn::{Learnt, write};
 use bulkhead_policies::cache::Compiled;
 use clap::Args;
 use std::ffi::OsString;
@@ -37,6 +38,9 @@ pub(super) struct LearnArgs {
     /// Write KIND.toml files into this directory instead of printing
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
+    /// Learn as on hosts whose clock the vDSO cannot read, where each look at a clock is a system call
+    #[arg(long)]
+    without_vdso: bool,
     /// Arguments of `bulkhead run`
     #[arg(last = true, value_name = "ARGUMENTS OF RUN")]
     arguments: Vec<OsString>,
@@ -48,8 +52,12 @@ pub(super) fn run(args: &LearnArgs, options: &PathOptions) -> Result<u8, Failure
     let directory = paths.policies();
     let policies = Compiled::fresh(directory.as_deref(), false)
         .map_err(|error| Failure::because(USAGE, "policy", &error))?;
+    let clock = match args.without_vdso {
+        true => Clock::WithoutVdso,
+        false => Clock::AsItIs,
+    };
     let learnt = start(args, options)
-        .and_then(|mut command| tracer::follow(&mut command, &policies))
+        .and_then(|mut command| tracer::follow(&mut command, &policies, clock))
         .map_err(|error| Failure::because(START, "following a run", &error))?;
     if let Some(output) = &args.output {
         fs::create_dir_all(output)

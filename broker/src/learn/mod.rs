@@ -7,8 +7,9 @@
 //! permissive mode, and the product has no part in this beyond being watched. What is learnt is
 //! therefore always a part of the policy; a call that the filters deny is told as denied.
 //!
-//! [`tracer`] follows processes, [`rings`] reads submission queues, [`write`] prints policies.
+//! [`tracer`] follows processes, [`auxv`] hides the vDSO from them where that is asked for, [`rings`] reads submission queues, [`write`] prints policies.
 
+mod auxv;
 mod rings;
 mod sys;
 pub mod tracer;

@@ -4,9 +4,9 @@
 //! instruction. A process counts from the moment it executes a program of ours; what the broker itself
 //! does passes unseen.
 
-use super::Learnt;
 use super::rings::Ring;
 use super::sys::{self, News};
+use super::{Learnt, auxv};
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_policies::cache::Compiled;
 use bulkhead_policies::grant::{Grant, IO_URING, Part, STARTUP};
@@ -37,19 +37,32 @@ struct Task {
     phase: String,
     /// Whether it has stopped for the first time.
     started: bool,
+    /// Whether it stands still until it is told whose child it is.
+    held: bool,
     /// The call that it is in.
     call: Option<(u32, [u64; 6])>,
+}
+
+/// The clock of the host, as the processes of a followed run see it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Clock {
+    /// As it is.
+    #[default]
+    AsItIs,
+    /// As on hosts whose clock source the vDSO cannot read: each look at a clock is a system call.
+    WithoutVdso,
 }
 
 /// Runs `command` to its end and learns what its processes used of `policies`.
 ///
 /// # Errors
 /// When it cannot be started or traced.
-pub fn follow(command: &mut Command, policies: &Compiled) -> io::Result<Learnt> {
+pub fn follow(command: &mut Command, policies: &Compiled, clock: Clock) -> io::Result<Learnt> {
     let child = sys::spawn_traced(command)?;
     let root = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
     let mut tracer = Tracer {
         policies,
+        clock,
         tasks: BTreeMap::new(),
         rings: BTreeMap::new(),
         learnt: Learnt::default(),
@@ -78,6 +91,7 @@ pub fn follow(command: &mut Command, policies: &Compiled) -> io::Result<Learnt> 
 
 struct Tracer<'a> {
     policies: &'a Compiled,
+    clock: Clock,
     tasks: BTreeMap<i32, Task>,
     /// The ring of each process that has one.
     rings: BTreeMap<i32, Ring>,
@@ -98,6 +112,7 @@ impl Tracer<'_> {
                     self.system_call(Pid::from_raw(pid));
                     self.resume(pid, 0)?;
                 }
+                News::Signal(_) if !self.tasks.contains_key(&pid) => self.hold(pid),
                 News::Signal(signal) => {
                     let task = self.tasks.entry(pid).or_default();
                     // A new tracee begins with a stop that is nobody's signal.
@@ -115,6 +130,34 @@ impl Tracer<'_> {
             self.learnt.exit_code = code;
         }
         self.tasks.remove(&pid);
+        self.release_orphans();
+    }
+
+    /// A new tracee may stop before the stop of its parent says that there is one. Until then nobody
+    /// knows what it is, and if it went on its system calls would pass unseen.
+    fn hold(&mut self, pid: i32) {
+        let held = Task {
+            started: true,
+            held: true,
+            ..Task::default()
+        };
+        self.tasks.insert(pid, held);
+    }
+
+    /// Lets those go on whose parent has ended without having told of them.
+    fn release_orphans(&mut self) {
+        let held = self.tasks.iter().filter(|(_, task)| task.held);
+        let held: Vec<i32> = held.map(|(&pid, _)| pid).collect();
+        for pid in held {
+            if parent_of(pid).is_some_and(|parent| self.tasks.contains_key(&parent)) {
+                continue;
+            }
+            if let Some(task) = self.tasks.get_mut(&pid) {
+                task.held = false;
+            }
+            // One that is gone as well needs no help.
+            let _gone = self.resume(pid, 0);
+        }
     }
 
     fn resume(&self, pid: i32, signal: i32) -> io::Result<()> {
@@ -130,6 +173,10 @@ impl Tracer<'_> {
         match event {
             libc::PTRACE_EVENT_EXEC => {
                 let kind = kind_of(pid);
+                if kind.is_some() && self.clock == Clock::WithoutVdso {
+                    // One that ended meanwhile needs no clock.
+                    let _hidden = auxv::hide_vdso(pid);
+                }
                 let task = self.tasks.entry(pid.as_raw()).or_default();
                 *task = Task {
                     kind,
@@ -149,9 +196,15 @@ impl Tracer<'_> {
                 let child = i32::try_from(child).unwrap_or(0);
                 let mut task = self.tasks.get(&pid.as_raw()).cloned().unwrap_or_default();
                 // It may have stopped before this was told.
-                task.started = self.tasks.get(&child).is_some_and(|known| known.started);
+                let known = self.tasks.get(&child);
+                task.started = known.is_some_and(|known| known.started);
+                let held = known.is_some_and(|known| known.held);
                 task.call = None;
                 self.tasks.insert(child, task);
+                if held {
+                    // One that was killed meanwhile is told as ended.
+                    let _gone = self.resume(child, 0);
+                }
             }
             _ => {}
         }
@@ -256,6 +309,19 @@ fn kind_of(pid: Pid) -> Option<ProcKind> {
     let name = cmdline.split(|&b| b == 0).next()?;
     let name = std::str::from_utf8(name).ok()?.strip_prefix("bulkhead-")?;
     ProcKind::ALL.into_iter().find(|kind| kind.name() == name)
+}
+
+/// Who has made a task: its process, for a thread that is not the first.
+fn parent_of(task: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{task}/status")).ok()?;
+    let field = |name: &str| {
+        let mut lines = status.lines();
+        lines.find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+    };
+    match field("Tgid:") {
+        Some(process) if process != task => Some(process),
+        _ => field("PPid:"),
+    }
 }
 
 /// The name of a thread in its policy.

@@ -4,7 +4,7 @@ use super::Learnt;
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_policies::check::PolicyError;
 use bulkhead_policies::grant::{Grant, IO_URING, Part, STARTUP};
-use bulkhead_policies::schema::{ArgCondition, Call, Number, Phase, PolicyFile};
+use bulkhead_policies::schema::{ArgCondition, Call, HostKvm, Number, Phase, PolicyFile};
 use bulkhead_policies::{built_in, constants, load};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -108,7 +108,9 @@ fn calls(out: &mut String, section: &str, phase: &str, calls: &Phase, used: &BTr
     let left: Vec<String> = left
         .filter_map(|call| one(section, phase, call, used))
         .collect();
-    if left.is_empty() {
+    if let Some(host) = calls.host {
+        let _infallible = writeln!(out, "[{section}]\n{}\n", host_line(host));
+    } else if left.is_empty() {
         // A thread of which nothing was seen is still a thread of its kind.
         let _infallible = writeln!(out, "[{section}]\ncall = []\n");
     }
@@ -125,7 +127,8 @@ fn one(section: &str, phase: &str, call: &Call, used: &BTreeSet<Grant>) -> Optio
     if !call.request.is_empty() {
         listed = true;
         let was = |r: &&String| is_used(used, phase, name, &Part::Request((*r).clone()));
-        let requests: Vec<&String> = call.request.iter().filter(was).collect();
+        let requests = call.request.iter().map(toml::Spanned::get_ref);
+        let requests: Vec<&String> = requests.filter(was).collect();
         if requests.is_empty() {
             return None;
         }
@@ -158,8 +161,19 @@ fn one(section: &str, phase: &str, call: &Call, used: &BTreeSet<Grant>) -> Optio
     if !conditions.is_empty() {
         let _infallible = writeln!(text, "arg = [{}]", conditions.join(", "));
     }
+    if let Some(host) = call.host {
+        let _infallible = writeln!(text, "{}", host_line(host));
+    }
     let _infallible = writeln!(text, "why = {:?}", call.why);
     Some(text)
+}
+
+fn host_line(host: HostKvm) -> String {
+    let name = match host {
+        HostKvm::Complete => "complete",
+        HostKvm::Incomplete => "incomplete",
+    };
+    format!("host = {name:?}")
 }
 
 /// A condition that is no list of values.

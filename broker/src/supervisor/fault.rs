@@ -6,9 +6,12 @@ use bulkhead_ipc::control_page::{Denial, Phase};
 use bulkhead_ipc::protocol::birth::{CONTROL_FD, PAGE_FD};
 use bulkhead_policies::explain::{self, Denied, Explanation};
 use bulkhead_policies::{decode, load, role_name};
+use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use std::path::Path;
 
+/// Status with which a process ends after it has reported a denial: 128 + SIGSYS.
+const EXIT_DENIED: i32 = 159;
 /// Longest reason that a process may give, in bytes.
 const REASON_BYTES_MAX: usize = 400;
 
@@ -20,18 +23,34 @@ pub fn describe(launched: &Launched, status: Option<WaitStatus>) -> String {
         return format!("{name} could not be executed: {reason}");
     }
     if let Some(denial) = launched.page.denial() {
+        let but = match status {
+            Some(WaitStatus::Exited(_, EXIT_DENIED)) | None => String::new(),
+            // Not the end that its own report makes.
+            other => format!("; it {}", end(other)),
+        };
         return format!(
-            "{name} was stopped by the kernel: {} is not granted (claimed by the process, {})",
+            "{name} was stopped by the kernel: {} is not granted (claimed by the process, {}{but})",
             denied(launched, &denial),
             phase(launched.page.phase()),
         );
     }
-    let how = match status {
+    // Where a process has its signals blocked, as while it makes a thread, it cannot report.
+    let unreported = match status {
+        Some(WaitStatus::Signaled(_, Signal::SIGSYS, _)) => {
+            " for a system call that is not granted and that it could not report"
+        }
+        _ => "",
+    };
+    let phase = phase(launched.page.phase());
+    format!("{name} {}{unreported}, {phase}", end(status))
+}
+
+fn end(status: Option<WaitStatus>) -> String {
+    match status {
         Some(WaitStatus::Exited(_, code)) => format!("ended with status {code}"),
         Some(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
         _ => "is gone".to_owned(),
-    };
-    format!("{name} {how}, {}", phase(launched.page.phase()))
+    }
 }
 
 /// What a process says about itself, made harmless.

@@ -43,6 +43,18 @@ pub(crate) enum Step {
     },
 }
 
+impl Step {
+    /// The operation of the ring that does it, as policies name it.
+    pub(crate) const fn operation(self) -> &'static str {
+        match self {
+            Self::Read { .. } => "READ",
+            Self::Write { .. } | Self::WriteZeroes { .. } => "WRITE",
+            Self::Sync => "FSYNC",
+            Self::Punch { .. } | Self::Zero { .. } => "FALLOCATE",
+        }
+    }
+}
+
 /// The disk.
 #[derive(Debug)]
 pub(crate) struct Disk {

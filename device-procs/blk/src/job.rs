@@ -117,6 +117,14 @@ impl Job {
                     }),
                 }
             }
+            (step, Err(Errno::EACCES)) => {
+                let operation = step.operation();
+                tracing::error!(
+                    operation,
+                    "the kernel denies an operation of the ring: not granted"
+                );
+                Next::Answer(Status::IoError, 0)
+            }
             // An error, or an end of the file before the end of the disk.
             _ => Next::Answer(Status::IoError, 0),
         }

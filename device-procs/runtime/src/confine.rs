@@ -95,9 +95,12 @@ impl Locks {
         let found = found.ok_or_else(|| ConfineError::NoFilter {
             thread: thread.to_owned(),
         })?;
-        sys::note_thread(thread);
+        sys::note_thread();
         sys::fix_heap();
-        install(thread, &found.filter)
+        install(thread, &found.filter)?;
+        // Not before: what is denied until here is denied by the start-up filter.
+        sys::name_thread(thread);
+        Ok(())
     }
 }
 

@@ -158,10 +158,14 @@ pub(crate) fn install_filter(instructions: &[libc::sock_filter]) -> Result<(), E
     Errno::result(result).map(drop)
 }
 
-/// Remembers the calling thread's id, and the name of its filter, for the SIGSYS handler.
-pub(crate) fn note_thread(name: &str) {
+/// Remembers the calling thread's id for the SIGSYS handler.
+pub(crate) fn note_thread() {
     let id = u32::try_from(nix::unistd::gettid().as_raw()).unwrap_or(0);
     THREAD.set(id);
+}
+
+/// Remembers the name of the calling thread's locked filter for the SIGSYS handler.
+pub(crate) fn name_thread(name: &str) {
     let mut padded = [0; THREAD_NAME_BYTES];
     for (place, byte) in padded.iter_mut().zip(name.bytes()) {
         *place = byte;
@@ -172,7 +176,7 @@ pub(crate) fn note_thread(name: &str) {
 /// Installs the SIGSYS handler, which reports to `page`. Returns the page for use by the process.
 pub(crate) fn report_denials(page: ControlPage) -> Result<&'static ControlPage, Errno> {
     let page = PAGE.get_or_init(|| page);
-    note_thread("");
+    note_thread();
     let action = SigAction::new(
         SigHandler::SigAction(on_denial),
         SaFlags::SA_SIGINFO,

@@ -59,8 +59,6 @@ pub trait VcpuOps {
     fn set_xsave(&mut self, image: &kvm_xsave) -> OpResult<()>;
     /// KVM_GET_XCRS.
     fn xcrs(&mut self) -> OpResult<kvm_xcrs>;
-    /// KVM_SET_XCRS.
-    fn set_xcrs(&mut self, xcrs: &kvm_xcrs) -> OpResult<()>;
     /// KVM_GET_MSRS of one register; `None` where KVM does not know it.
     fn msr(&mut self, index: u32) -> OpResult<Option<u64>>;
     /// KVM_SET_MSRS of one register; false where KVM refuses the value.
@@ -128,10 +126,6 @@ impl VcpuOps for VcpuFd {
 
     fn xcrs(&mut self) -> OpResult<kvm_xcrs> {
         self.get_xcrs()
-    }
-
-    fn set_xcrs(&mut self, xcrs: &kvm_xcrs) -> OpResult<()> {
-        Self::set_xcrs(self, xcrs)
     }
 
     fn msr(&mut self, index: u32) -> OpResult<Option<u64>> {

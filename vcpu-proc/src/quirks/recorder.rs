@@ -16,7 +16,6 @@ pub(crate) enum Call {
     GetXsave,
     SetXsave,
     GetXcrs,
-    SetXcrs,
     GetMsr(u32),
     SetMsr(u32, u64),
     GetEvents,
@@ -87,12 +86,6 @@ impl VcpuOps for Recorder {
         };
         xcrs.xcrs[0].value = self.xcr0;
         Ok(xcrs)
-    }
-
-    fn set_xcrs(&mut self, xcrs: &kvm_xcrs) -> OpResult<()> {
-        self.calls.push(Call::SetXcrs);
-        self.xcr0 = xcrs.xcrs[0].value;
-        Ok(())
     }
 
     fn msr(&mut self, index: u32) -> OpResult<Option<u64>> {

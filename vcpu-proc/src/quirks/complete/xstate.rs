@@ -73,7 +73,6 @@ pub(super) fn complete<V: VcpuOps, M: GuestMemoryBackend>(
             restore(machine)?;
         }
         Is::Xgetbv => xgetbv(machine)?,
-        Is::Xsetbv => xsetbv(machine)?,
         _ => return Err(Stop::Unknown),
     }
     Ok(Next::Advance)
@@ -388,20 +387,4 @@ fn xgetbv<V: VcpuOps, M: GuestMemoryBackend>(machine: &mut Machine<'_, V, M>) ->
     machine.regs.rax = value & 0xffff_ffff;
     machine.regs.rdx = value >> 32;
     Ok(())
-}
-
-fn xsetbv<V: VcpuOps, M: GuestMemoryBackend>(machine: &mut Machine<'_, V, M>) -> Result<(), Stop> {
-    let _ = xcr0(machine)?;
-    supervisor(machine)?;
-    if machine.regs.rcx & 0xffff_ffff != 0 {
-        return Err(Stop::Fault(Exception::PROTECTION));
-    }
-    let mut xcrs = machine.ops.xcrs()?;
-    xcrs.nr_xcrs = 1;
-    xcrs.xcrs[0].xcr = 0;
-    xcrs.xcrs[0].value = machine.regs.rdx << 32 | machine.regs.rax & 0xffff_ffff;
-    machine
-        .ops
-        .set_xcrs(&xcrs)
-        .map_err(|_| Stop::Fault(Exception::PROTECTION))
 }

@@ -1,0 +1,289 @@
+//! Everything that a machine may do, in as few and as short runs as that takes.
+
+use super::stage::{Clock, Stage};
+use bulkhead::vm::session::{Command, EVENTS_CAPACITY, Ending, Event};
+use bulkhead::vm::take_over;
+use bulkhead_ipc::ident::ProcKind;
+use bulkhead_tests::{Machine, kill};
+use nix::sys::signal::Signal;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use tempfile::{NamedTempFile, TempDir};
+use tokio::sync::mpsc;
+
+/// One run.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Scenario {
+    pub(crate) name: &'static str,
+    pub(crate) clock: Clock,
+    /// A call that is denied in it, so that the process reports and ends.
+    pub(crate) denies: Option<(ProcKind, &'static str, &'static str)>,
+    pub(crate) play: fn(&Stage),
+}
+
+/// All of them; where several need a grant, the first is the one that is tried without it.
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    plain("a disk served by a ring", disk_on_a_ring),
+    plain("a disk in memory", disk_in_memory),
+    plain(
+        "entropy, legacy devices, consoles, several CPUs",
+        other_devices,
+    ),
+    plain("a console that is typed at", typed_at),
+    plain("a guest that resets", resets),
+    plain("a guest that crashes, with a core", crashes),
+    plain("instructions that KVM lacks", lacking_instructions),
+    plain("each device dies and is replaced", devices_die),
+    plain("another broker pauses, resumes and stops", next_broker),
+    plain("the longest chains on many disks", longest_chains),
+    without_vdso("every device where clocks take a system call", every_device),
+    without_vdso(
+        "another broker where clocks take a system call",
+        next_broker,
+    ),
+    denied("blk reports a denial", ProcKind::Blk, "main", "epoll_wait"),
+    denied(
+        "console reports a denial",
+        ProcKind::Console,
+        "main",
+        "epoll_wait",
+    ),
+    denied("rng reports a denial", ProcKind::Rng, "main", "epoll_wait"),
+    denied(
+        "legacy reports a denial",
+        ProcKind::Legacy,
+        "main",
+        "epoll_wait",
+    ),
+    denied(
+        "the control thread reports a denial",
+        ProcKind::Vcpu,
+        "main",
+        "ppoll",
+    ),
+    denied(
+        "the gate thread reports a denial",
+        ProcKind::Vcpu,
+        "gate",
+        "epoll_wait",
+    ),
+    denied(
+        "a vCPU thread reports a denial",
+        ProcKind::Vcpu,
+        "vcpu",
+        "ioctl",
+    ),
+    denied(
+        "a vCPU thread with quirks reports a denial",
+        ProcKind::Vcpu,
+        "vcpu-quirks",
+        "ioctl",
+    ),
+];
+
+const fn plain(name: &'static str, play: fn(&Stage)) -> Scenario {
+    Scenario {
+        name,
+        clock: Clock::AsItIs,
+        denies: None,
+        play,
+    }
+}
+
+const fn without_vdso(name: &'static str, play: fn(&Stage)) -> Scenario {
+    Scenario {
+        clock: Clock::WithoutVdso,
+        ..plain(name, play)
+    }
+}
+
+const fn denied(
+    name: &'static str,
+    kind: ProcKind,
+    thread: &'static str,
+    call: &'static str,
+) -> Scenario {
+    Scenario {
+        denies: Some((kind, thread, call)),
+        ..plain(name, reports_a_denial)
+    }
+}
+
+/// A disk on a file system that is no memory, so that it is served by a ring.
+fn on_a_ring() -> NamedTempFile {
+    let disk = NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    disk.as_file().set_len(8 << 20).unwrap();
+    disk
+}
+
+fn in_memory() -> NamedTempFile {
+    let disk = NamedTempFile::new_in("/dev/shm").unwrap();
+    disk.as_file().set_len(8 << 20).unwrap();
+    disk
+}
+
+fn path(file: &NamedTempFile) -> &str {
+    file.path().to_str().unwrap()
+}
+
+/// The machine ends as its guest wants, which has found no error.
+fn good(machine: Machine) {
+    let ended = machine.wait();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(ended.console.contains("BH done errors=0"), "{ended:?}");
+}
+
+fn disk_on_a_ring(stage: &Stage) {
+    let disk = on_a_ring();
+    good(stage.guest("mode=blk", &["--disk", path(&disk)]));
+}
+
+fn disk_in_memory(stage: &Stage) {
+    let disk = in_memory();
+    good(stage.guest("mode=blk", &["--disk", path(&disk)]));
+}
+
+fn other_devices(stage: &Stage) {
+    good(stage.guest("mode=rng,legacy,console,smp,memory,hello", &["-c", "4"]));
+}
+
+fn typed_at(stage: &Stage) {
+    let load = "mode=console lines=2 count=2 timeout=60";
+    let mut machine = stage.guest(load, &["--console", "virtio"]);
+    machine.type_keys("one\ntwo\n");
+    machine.expect("echo: one");
+    machine.expect("echo: two");
+    assert_eq!(machine.wait().code, 0);
+}
+
+fn resets(stage: &Stage) {
+    let mut machine = stage.guest("mode=hello end=reset", &[]);
+    machine.expect("BH done");
+    machine.expect("BH done");
+    machine.signal(Signal::SIGTERM);
+    assert_eq!(machine.wait().code, 12);
+}
+
+fn crashes(stage: &Stage) {
+    let directory = tempfile::tempdir().unwrap();
+    let core = directory.path().join("core");
+    let more = ["-c", "2", "--core", core.to_str().unwrap()];
+    let ended = stage.guest("mode=hello end=triple", &more).wait();
+    assert_eq!(ended.code, 10, "{ended:?}");
+    assert!(
+        ended.errors.contains("the core file is complete"),
+        "{ended:?}"
+    );
+}
+
+fn lacking_instructions(stage: &Stage) {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = assembled(&directory);
+    let kernel = ["--kernel", &kernel, "-m", "32MiB", "--timeout=60s"];
+    let ended = stage.run(&kernel).wait();
+    assert_eq!(ended.code, 0, "{ended:?}");
+}
+
+fn assembled(directory: &TempDir) -> String {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("policy/grants/quirks.s");
+    let object = directory.path().join("kernel.o");
+    let kernel = directory.path().join("kernel.elf");
+    let (object, kernel) = (object.to_str().unwrap(), kernel.to_str().unwrap());
+    bulkhead_tests::tool("as", &["--32", "-o", object, source.to_str().unwrap()]);
+    let place = ["-m", "elf_i386", "-N", "-Ttext=0x100000", "-e", "_start"];
+    bulkhead_tests::tool("ld", &[&place[..], &["-o", kernel, object]].concat());
+    kernel.to_owned()
+}
+
+fn devices_die(stage: &Stage) {
+    let disk = on_a_ring();
+    let load = "mode=rng,blk-load,legacy,console seconds=2 qd=32 timeout=60";
+    let mut machine = stage.guest(load, &["--disk", path(&disk)]);
+    machine.expect("BH blk-load.begin");
+    for (n, kind) in (1..).zip(["blk", "rng", "console", "legacy"]) {
+        kill(machine.process(kind));
+        machine.expect_restarts(n);
+    }
+    good(machine);
+}
+
+fn every_device(stage: &Stage) {
+    let (ring, memory) = (on_a_ring(), in_memory());
+    let disks = ["--disk", path(&ring), "--disk", path(&memory), "-c", "2"];
+    good(stage.guest("mode=blk,rng,legacy,console,smp", &disks));
+}
+
+fn longest_chains(stage: &Stage) {
+    let disks: Vec<NamedTempFile> = (0..8).map(|_| in_memory()).collect();
+    let more: Vec<&str> = disks
+        .iter()
+        .flat_map(|disk| ["--disk", path(disk)])
+        .collect();
+    good(stage.guest("mode=fuzz iterations=100", &more));
+}
+
+fn next_broker(stage: &Stage) {
+    let disk = in_memory();
+    let more = ["--disk", path(&disk), "--name=web"];
+    let mut machine = stage.guest("mode=button", &more);
+    machine.expect("BH button.ready");
+    for kind in ProcKind::ALL {
+        let _locked = machine.process(kind.name());
+    }
+    machine.expect_phase("running");
+    machine.kill_broker();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut ending = adopt(stage, &machine);
+    // Threads of the dead broker may still be on their way out, and with them its lock.
+    while ending.is_none() && machine.runtime().join("vms/web").exists() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(50));
+        ending = adopt(stage, &machine);
+    }
+    assert_eq!(ending, Some(Ending::PoweredOff), "{}", stage.said());
+}
+
+/// Takes the machine over, pauses it, has it go on, and presses its power button.
+fn adopt(stage: &Stage, machine: &Machine) -> Option<Ending> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let (commander, asked) = mpsc::channel(16);
+    commander.try_send(Command::Pause).unwrap();
+    let (events, mut heard) = mpsc::channel(EVENTS_CAPACITY);
+    runtime.block_on(async {
+        let listen = async {
+            while let Some(event) = heard.recv().await {
+                let next = match event {
+                    Event::Paused => Some(Command::Resume),
+                    Event::Resumed => Some(Command::PowerButton),
+                    Event::Denied { id, denial, .. } => {
+                        stage.hear(&format!("{id}: {denial}"));
+                        None
+                    }
+                    _ => None,
+                };
+                let _asked = next.map(|command| commander.try_send(command));
+            }
+        };
+        let directory = machine.runtime();
+        let (finished, ()) = tokio::join!(take_over(&directory, "web", asked, events), listen);
+        match finished {
+            Ok(finished) => Some(finished.ending),
+            Err(error) => {
+                stage.hear(&error.to_string());
+                None
+            }
+        }
+    })
+}
+
+/// The policy denies what the process cannot do without: it says so, and ends by itself.
+fn reports_a_denial(stage: &Stage) {
+    let disk = on_a_ring();
+    let machine = stage.guest("mode=idle", &["--disk", path(&disk)]);
+    machine.expect_error("is not granted to thread");
+    machine.expect_error("was stopped by the kernel");
+    machine.signal(Signal::SIGTERM);
+    drop(machine.wait());
+}
