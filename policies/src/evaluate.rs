@@ -4,15 +4,17 @@
 //! For filters as the kernel gives them back: the result is about what is enforced, and depends on no
 //! policy and on nothing that a process says.
 
+use crate::denied::{Attempt, NUMBERS};
 use crate::{constants, syscalls};
 use std::collections::BTreeSet;
 use std::fmt;
 
-/// System call numbers that are tried; x86_64 has fewer.
-const NUMBERS: u32 = 600;
 const IOCTL: u32 = 16;
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
-const RET_ALLOW: u32 = 0x7fff_0000;
+/// SECCOMP_RET_ALLOW.
+pub const RET_ALLOW: u32 = 0x7fff_0000;
+/// SECCOMP_RET_TRAP: SIGSYS.
+pub const RET_TRAP: u32 = 0x0003_0000;
 /// Offset of the low half of the second argument in `struct seccomp_data`.
 const SECOND_ARGUMENT: u32 = 24;
 /// Branches followed for one system call before giving up.
@@ -92,6 +94,48 @@ pub fn instructions(bpf: &[u8]) -> Result<Vec<Instruction>, EvaluateError> {
         operand: u32::from_ne_bytes(k),
     };
     Ok(records.iter().map(decode).collect())
+}
+
+/// What a filter does with one call of x86_64.
+///
+/// # Errors
+/// [`EvaluateError`]; then nothing is known.
+pub fn action(filter: &[Instruction], call: &Attempt) -> Result<u32, EvaluateError> {
+    let (mut at, mut a) = (0usize, 0u32);
+    // Jumps lead forward only, so each instruction is met once at most.
+    for _ in 0..=filter.len() {
+        let &i = filter.get(at).ok_or(EvaluateError::End)?;
+        at += 1;
+        match i.code {
+            0x20 => a = field(i.operand, call).ok_or(EvaluateError::Unknown(i.code))?,
+            0x54 => a &= i.operand,
+            0x05 => {
+                let skip = usize::try_from(i.operand).map_err(|_| EvaluateError::End)?;
+                at = at.saturating_add(skip);
+            }
+            0x15 | 0x25 | 0x35 | 0x45 => {
+                let (yes, _) = branches(i, Value::Known(a));
+                at += usize::from(if yes { i.if_true } else { i.if_false });
+            }
+            0x06 => return Ok(i.operand),
+            other => return Err(EvaluateError::Unknown(other)),
+        }
+    }
+    Err(EvaluateError::End)
+}
+
+/// A word of `struct seccomp_data`.
+fn field(offset: u32, call: &Attempt) -> Option<u32> {
+    const ARGUMENTS: u32 = 16;
+    match offset {
+        0 => return Some(call.number),
+        4 => return Some(AUDIT_ARCH_X86_64),
+        _ => {}
+    }
+    let place = offset.checked_sub(ARGUMENTS)?;
+    let arg = call.args.get(usize::try_from(place / 8).ok()?)?;
+    let half = if place % 8 == 0 { *arg } else { arg >> 32 };
+    u32::try_from(half & 0xffff_ffff).ok()
 }
 
 /// What all `filters` of a thread together permit.

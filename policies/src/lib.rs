@@ -12,6 +12,7 @@ pub mod check;
 pub mod compile;
 pub mod constants;
 pub mod decode;
+pub mod denied;
 pub mod evaluate;
 pub mod explain;
 pub mod grant;

@@ -18,7 +18,6 @@ use bulkhead_policies::grant::{Grant, IO_URING};
 use bulkhead_policies::load;
 use bulkhead_policies::plan::Policy;
 use bulkhead_policies::schema::HostKvm;
-use bulkhead_tests::prng::Prng;
 use scenarios::{SCENARIOS, Scenario};
 use stage::Stage;
 use std::collections::BTreeMap;
@@ -56,10 +55,7 @@ fn uses(here: HostKvm) -> Uses {
                 by.push(n);
             }
         }
-        println!(
-            "{}: {new} grants that none before it used",
-            scenario.name
-        );
+        println!("{}: {new} grants that none before it used", scenario.name);
     }
     uses
 }
@@ -97,38 +93,6 @@ fn here() -> HostKvm {
     }
 }
 
-/// What a default run tries without; `--slow` tries all.
-const SAMPLE: usize = 12;
-
-/// The seed of the sample, by which a failure can be repeated.
-fn seed() -> u64 {
-    let given = std::env::var("BULKHEAD_GRANTS_SEED").ok();
-    let given = given.and_then(|seed| seed.parse().ok());
-    given.unwrap_or_else(|| {
-        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
-        u64::try_from(now.as_nanos() & u128::from(u32::MAX)).unwrap()
-    })
-}
-
-fn sample<T>(mut all: Vec<T>) -> Vec<T> {
-    if bulkhead_tests::slow() {
-        return all;
-    }
-    let seed = seed();
-    println!(
-        "BULKHEAD_GRANTS_SEED={seed} tries the same {SAMPLE} of {} again",
-        all.len()
-    );
-    let mut random = Prng::new(seed);
-    let mut chosen = Vec::new();
-    while chosen.len() < SAMPLE && !all.is_empty() {
-        let at = random.below(u64::try_from(all.len()).unwrap());
-        let at = usize::try_from(at).unwrap();
-        chosen.push(all.swap_remove(at));
-    }
-    chosen
-}
-
 /// Calls of the C library while it makes a thread, with all signals blocked: the kernel kills the
 /// process, and it cannot say why.
 const SILENT: [&str; 3] = ["clone3", "set_robust_list", "rseq"];
@@ -158,7 +122,8 @@ fn fails_without(kind: ProcKind, grant: &Grant, by: &[usize]) -> Result<(), Stri
         // Its report ends with a call that is denied as well.
         true => "; it was killed by SIGSYS".to_owned(),
         _ if SILENT.contains(&grant.name.as_str()) => {
-            "killed by SIGSYS for a system call that is not granted and that it could not report".to_owned()
+            "killed by SIGSYS for a system call that is not granted and that it could not report"
+                .to_owned()
         }
         _ => format!("takes it away, which {file}:{line} grants"),
     };
@@ -230,7 +195,7 @@ fn every_grant_is_used_and_its_scenario_fails_without_it() {
         redundant.join("\n")
     );
     let mut kept = Vec::new();
-    for (kind, grant, by) in sample(all) {
+    for (kind, grant, by) in all {
         if let Err(said) = fails_without(kind, &grant, &by) {
             kept.push(format!("{}: {said}", named(kind, &grant)));
         }

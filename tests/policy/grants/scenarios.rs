@@ -235,7 +235,10 @@ fn next_broker(stage: &Stage) {
     let deadline = Instant::now() + Duration::from_secs(30);
     let mut ending = adopt(stage, &machine);
     // Threads of the dead broker may still be on their way out, and with them its lock.
-    while ending.is_none() && machine.runtime().join("vms/web").exists() && Instant::now() < deadline {
+    while ending.is_none()
+        && machine.runtime().join("vms/web").exists()
+        && Instant::now() < deadline
+    {
         std::thread::sleep(Duration::from_millis(50));
         ending = adopt(stage, &machine);
     }

@@ -42,11 +42,7 @@ struct Seen {
 
 impl Stage {
     /// `learns` what is used; where clocks are as they are nothing is followed without need.
-    pub(crate) fn new(
-        clock: Clock,
-        overrides: Vec<(ProcKind, String)>,
-        learns: bool,
-    ) -> Self {
+    pub(crate) fn new(clock: Clock, overrides: Vec<(ProcKind, String)>, learns: bool) -> Self {
         Self {
             clock,
             is_followed: learns || clock == Clock::WithoutVdso,

@@ -1,0 +1,184 @@
+//! Every system call that a policy does not grant is denied in the living process, and reported: the
+//! filters that the kernel has decide each call that is generated from the policies as these say, and
+//! real calls end the process and are told by name, arguments and line of the policy.
+
+#![allow(
+    clippy::tests_outside_test_module,
+    clippy::print_stdout,
+    reason = "an integration test is a test module, and prints what it has tried"
+)]
+
+use bulkhead::authority::filters;
+use bulkhead_ipc::host::host_needs_quirks;
+use bulkhead_ipc::ident::ProcKind;
+use bulkhead_policies::denied::Attempt;
+use bulkhead_policies::evaluate::{RET_ALLOW, RET_TRAP, action};
+use bulkhead_policies::explain::{self, Denied};
+use bulkhead_policies::grant::STARTUP;
+use bulkhead_policies::load;
+use bulkhead_policies::plan::Policy;
+use bulkhead_tests::prng::Prng;
+use bulkhead_tests::{Fate, Intruder, Machine};
+use std::path::Path;
+
+/// Exit code of a process whose system call was not granted.
+const DENIED: i32 = 159;
+
+fn machine(disk: &tempfile::NamedTempFile) -> Machine {
+    let more = ["--disk", disk.path().to_str().unwrap()];
+    let mut machine = Machine::test_guest("mode=idle", &more);
+    machine.expect("BH idle ");
+    machine
+}
+
+/// The threads of `policy` that there are on this host.
+fn threads(policy: &Policy) -> Vec<String> {
+    let quirks = host_needs_quirks(Path::new("/sys"));
+    let absent = if quirks { "vcpu" } else { "vcpu-quirks" };
+    let names = policy.locked.iter().map(|thread| thread.name.clone());
+    names.filter(|name| name != absent).collect()
+}
+
+#[test]
+fn filters_of_living_processes_decide_every_call_as_the_policies_say() {
+    let disk = bulkhead_tests::disk(1 << 20);
+    let machine = machine(&disk);
+    let mut decided = 0;
+    for kind in ProcKind::ALL {
+        let policy = load(kind, None, false).unwrap();
+        let pid = i32::try_from(machine.process(kind.name())).unwrap();
+        let measured = filters::measure(pid).unwrap();
+        let mut seen = Vec::new();
+        for thread in measured.iter().filter(|thread| !thread.is_kernel_worker) {
+            let name = if thread.tid == pid {
+                "main"
+            } else {
+                &thread.name
+            };
+            seen.push(name.to_owned());
+            // Needs root, as all tests of what is measured do.
+            let [startup, locked] = &thread.programs.as_ref().unwrap()[..] else {
+                panic!("{kind} {name} has {} filters", thread.filters);
+            };
+            for (phase, filter) in [(STARTUP, startup), (name, locked)] {
+                for attempt in policy.attempts(phase) {
+                    let permits = policy.permits(phase, attempt.number, &attempt.args);
+                    let expected = if permits { RET_ALLOW } else { RET_TRAP };
+                    let found = action(filter, &attempt).unwrap();
+                    assert_eq!(found, expected, "{kind} {phase} {attempt:?}");
+                    decided += 1;
+                }
+            }
+        }
+        seen.sort();
+        let mut expected = threads(&policy);
+        expected.sort();
+        assert_eq!(seen, expected, "{kind}");
+    }
+    println!("{decided} calls are decided as the policies say");
+}
+
+/// One call that some thread may not make.
+#[derive(Debug, Clone)]
+struct Forbidden {
+    kind: ProcKind,
+    thread: String,
+    attempt: Attempt,
+}
+
+fn everything() -> Vec<Forbidden> {
+    let mut all = Vec::new();
+    for kind in ProcKind::ALL {
+        let policy = load(kind, None, false).unwrap();
+        for thread in threads(&policy) {
+            let denied = policy.denied(&thread).into_iter();
+            all.extend(denied.map(|attempt| Forbidden {
+                kind,
+                thread: thread.clone(),
+                attempt,
+            }));
+        }
+    }
+    all
+}
+
+/// What a default run tries; `--slow` tries all.
+const SAMPLE: usize = 24;
+
+fn chosen(mut all: Vec<Forbidden>) -> Vec<Forbidden> {
+    if bulkhead_tests::slow() {
+        return all;
+    }
+    let given = std::env::var("BULKHEAD_DENIALS_SEED").ok();
+    let seed = given.and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
+        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
+        u64::try_from(now.as_nanos() & u128::from(u32::MAX)).unwrap()
+    });
+    let count = all.len();
+    println!("BULKHEAD_DENIALS_SEED={seed} tries the same {SAMPLE} of {count} calls again");
+    let mut random = Prng::new(seed);
+    let mut chosen = Vec::new();
+    while chosen.len() < SAMPLE && !all.is_empty() {
+        let at = random.below(u64::try_from(all.len()).unwrap());
+        chosen.push(all.swap_remove(usize::try_from(at).unwrap()));
+    }
+    // Calls of one kind share machines.
+    chosen.sort_by_key(|forbidden| forbidden.kind);
+    chosen
+}
+
+/// Has a thread of the machine make the call, and compares what is told with what the policy says.
+fn is_stopped_and_told(machine: &Machine, forbidden: &Forbidden) {
+    let Forbidden {
+        kind,
+        thread,
+        attempt,
+    } = forbidden;
+    let name = (thread != "main").then_some(thread.as_str());
+    let before = machine.errors().len();
+    let mut intruder = Intruder::enter(machine.process(kind.name()), name);
+    let fate = intruder.call(attempt.number.into(), attempt.args);
+    assert_eq!(fate, Fate::Stopped { code: DENIED }, "{forbidden:?}");
+    drop(intruder);
+    let denied = Denied {
+        thread: Some(thread),
+        number: attempt.number,
+        args: attempt.args,
+    };
+    let told = explain::denial(*kind, None, &denied, &|_| None)
+        .unwrap()
+        .to_string();
+    machine.expect_error(&told);
+    let errors = machine.errors();
+    assert!(errors[before..].contains(&told), "{forbidden:?}: {errors}");
+}
+
+#[test]
+fn denied_calls_end_the_process_and_are_told_by_name_arguments_and_line() {
+    /// Restarts of a device that are well within what its policy allows.
+    const SHARED: usize = 40;
+    let disk = bulkhead_tests::disk(1 << 20);
+    let chosen = chosen(everything());
+    let mut at = 0;
+    while let Some(first) = chosen.get(at) {
+        let machine = machine(&disk);
+        // Without its vCPU process a machine is lost.
+        let most = if first.kind == ProcKind::Vcpu {
+            1
+        } else {
+            SHARED
+        };
+        let same = chosen[at..]
+            .iter()
+            .take_while(|f| f.kind == first.kind)
+            .take(most);
+        for (n, forbidden) in (1..).zip(same) {
+            is_stopped_and_told(&machine, forbidden);
+            at += 1;
+            if forbidden.kind != ProcKind::Vcpu {
+                machine.expect_restarts(n);
+            }
+        }
+    }
+    println!("{at} calls were stopped and told");
+}
