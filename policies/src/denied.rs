@@ -9,6 +9,9 @@ use crate::plan::{Condition, Permit, Policy, Test};
 
 /// Numbers that are tried; x86_64 has fewer.
 pub const NUMBERS: u32 = 600;
+/// `uretprobe` and `uprobe`, which Linux lets pass every filter (since 6.14 and 6.18): trampolines that the
+/// kernel has written make them. From anywhere else they do nothing but fail.
+pub const BEYOND_FILTERS: [u32; 2] = [335, 336];
 /// What stands for an argument that no condition is on: no descriptor, no address, no flag.
 const FILLER: u64 = 0x1_0000;
 
