@@ -469,7 +469,11 @@ impl Machine {
     /// # Panics
     /// When it is gone.
     pub fn signal(&self, signal: Signal) {
-        kill(pid(self.pid()), signal).expect("bulkhead is alive");
+        match self.pid() {
+            // `bulkhead` has ended already; what followed it is about to.
+            followed if self.is_followed && followed == self.child.id() => {}
+            bulkhead => kill(pid(bulkhead), signal).expect("bulkhead is alive"),
+        }
     }
 
     /// Waits for the end.

@@ -270,7 +270,8 @@ fn adopt(stage: &Stage, machine: &Machine) -> Option<Ending> {
             }
         };
         let directory = machine.runtime();
-        let (finished, ()) = tokio::join!(take_over(&directory, "web", asked, events), listen);
+        let (finished, ()) =
+            tokio::join!(take_over(&directory, "web", None, asked, events), listen);
         match finished {
             Ok(finished) => Some(finished.ending),
             Err(error) => {

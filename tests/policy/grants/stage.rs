@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 /// What was used, by kind.
 pub(crate) type Used = BTreeMap<ProcKind, Vec<Grant>>;
@@ -100,15 +101,16 @@ impl Stage {
 
     /// What the play has used; its machine has ended.
     pub(crate) fn used(&self) -> Used {
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(5);
         loop {
             if let Ok(bytes) = fs::read(self.learnt())
                 && let Ok(used) = serde_json::from_slice(&bytes)
             {
                 return used;
             }
-            assert!(std::time::Instant::now() < deadline, "nothing was learnt");
-            std::thread::sleep(std::time::Duration::from_millis(10));
+            let said = self.said();
+            assert!(Instant::now() < deadline, "nothing was learnt: {said}");
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 
