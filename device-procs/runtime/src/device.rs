@@ -173,20 +173,24 @@ pub trait Device: Sized {
 /// Runs a device process from its birth to its end.
 #[must_use]
 pub fn run<D: Device>() -> ExitCode {
-    let newborn = match Newborn::receive(D::KIND.proc_kind()) {
-        Ok(newborn) => newborn,
-        Err(cause) => {
-            log::line(&cause.to_string());
-            sys::leave(EXIT_STILLBORN)
-        }
-    };
+    match Newborn::receive(D::KIND.proc_kind()) {
+        Ok(newborn) => live::<D>(newborn),
+        Err(cause) => stillborn(&cause),
+    }
+}
+
+/// Runs a device process that has received its birth message.
+#[must_use]
+pub fn live<D: Device>(newborn: Newborn) -> ExitCode {
     match bear::<D>(newborn) {
         Ok(mut server) => sys::leave(server.run()),
-        Err(cause) => {
-            log::line(&cause.to_string());
-            sys::leave(EXIT_STILLBORN)
-        }
+        Err(cause) => stillborn(&cause),
     }
+}
+
+fn stillborn(cause: &Stillbirth) -> ExitCode {
+    log::line(&cause.to_string());
+    sys::leave(EXIT_STILLBORN)
 }
 
 fn bear<D: Device>(mut newborn: Newborn) -> Result<Server<D>, Stillbirth> {

@@ -33,6 +33,8 @@ pub(crate) enum Method {
     Silent,
 }
 
+/// Between two rounds of most methods.
+const PAUSE: Duration = Duration::from_millis(1);
 /// Words that the legacy page must not get: a bit there asks for a reset of the machine, which the
 /// keyboard controller may do at any time, and which would end the test.
 const RESET_WORD: std::ops::Range<usize> = 0x80..0x84;
@@ -59,6 +61,10 @@ pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prn
     {
         window.publish(prey.features, &prey.config);
         prey.ring_all();
+        // A guest has to run before it can take anything over.
+        while window.driver().epoch.is_multiple_of(2) {
+            let _woken = prey.waiter.sleep(Some(PAUSE));
+        }
     }
     loop {
         match method {
@@ -75,7 +81,7 @@ pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prn
             // A pause, so that gate and broker are given time to make a mistake.
             let pause = match method {
                 Method::Silent => Duration::from_secs(3600),
-                _ => Duration::from_millis(1),
+                _ => PAUSE,
             };
             // A descriptor that rings by itself cuts it short, which is as good.
             let _woken = prey.waiter.sleep(Some(pause));

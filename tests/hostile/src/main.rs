@@ -1,13 +1,16 @@
-//! Plays a device process that its guest has taken over. Never installed: the end-to-end tests put it
+//! Plays a process that its guest has taken over. Never installed: the end-to-end tests put it
 //! in the place of one kind's binary (`tests/e2e/hostile.rs`).
 //!
 //! It is born, confined and locked like the process it stands for, with the same policy, because what
 //! is tested is what is left to a process *after* that. Then it attacks everything it holds, by the
 //! method that the VM's name says: `hostile-METHOD-SEED`.
+//!
+//! Of several disks only the first one's process is hostile; the others are what they should be.
 #![forbid(unsafe_code)]
 
 mod attack;
 mod edges;
+mod host;
 mod prey;
 #[allow(
     dead_code,
@@ -29,14 +32,26 @@ use std::os::fd::AsFd;
 
 fn main() {
     let kind = kind(std::env::args().next().as_deref().unwrap_or_default());
-    let Err(cause) = Newborn::receive(kind).and_then(live);
+    let newborn = match Newborn::receive(kind) {
+        Ok(newborn) if newborn.id.kind == ProcKind::Blk && newborn.id.index > 0 => {
+            let _never = bulkhead_blk::live(newborn);
+            leave(EXIT_STILLBORN)
+        }
+        received => received,
+    };
+    let Err(cause) = newborn.and_then(live);
     log::line(&cause.to_string());
     leave(EXIT_STILLBORN)
 }
 
 /// The kind in whose place it was started: its name, as the launcher gives it.
 fn kind(name: &str) -> ProcKind {
-    let kinds = [ProcKind::Blk, ProcKind::Console, ProcKind::Rng];
+    let kinds = [
+        ProcKind::Blk,
+        ProcKind::Console,
+        ProcKind::Rng,
+        ProcKind::Vcpu,
+    ];
     let named = |kind: &ProcKind| name.ends_with(&format!("-{kind}"));
     kinds.into_iter().find(named).unwrap_or(ProcKind::Legacy)
 }
@@ -48,10 +63,15 @@ fn live(mut newborn: Newborn) -> Result<std::convert::Infallible, Stillbirth> {
         method.ok_or_else(|| Stillbirth::setup("the VM is not named hostile-METHOD-SEED"))?;
     let seed = words.next().and_then(|seed| seed.parse().ok()).unwrap_or(1);
     let mut prng = Prng::new(seed ^ u64::from(newborn.id.generation) << 32);
-    let prey = Prey::take(&mut newborn)?;
-    // The control socket itself, to say on it what no device says.
+    // The control socket itself, to say on it what no process says.
     let socket = newborn.channel.as_fd().try_clone_to_owned();
     let channel = Channel::from(socket.map_err(Stillbirth::setup)?);
+    if newborn.id.kind == ProcKind::Vcpu {
+        let prey = host::Prey::take(&mut newborn)?;
+        let (_control, _id) = newborn.lock()?;
+        host::run(method, &prey, &channel, &mut prng)
+    }
+    let prey = Prey::take(&mut newborn)?;
     let (_control, _id) = newborn.lock()?;
     attack::run(method, &prey, &channel, &mut prng)
 }

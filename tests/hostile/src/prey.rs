@@ -8,6 +8,7 @@ use bulkhead_ipc::window::{Window, WindowLayout};
 use bulkhead_runtime::wait::Waiter;
 use bulkhead_runtime::{Newborn, Stillbirth};
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 
 /// Roles whose descriptors a device process may have, doorbells apart.
 const FILES: [FdRole; 3] = [FdRole::Disk, FdRole::Entropy, FdRole::Output];
@@ -67,7 +68,11 @@ impl Prey {
         let mut files = Vec::new();
         for role in FILES {
             if grants.has(role, 0) {
-                files.push(File::from(grants.take(role, 0)?));
+                let mut file = File::from(grants.take(role, 0)?);
+                if role == FdRole::Disk {
+                    believable_disk(&mut file, &mut config).map_err(Stillbirth::setup)?;
+                }
+                files.push(file);
             }
         }
         Ok(Self {
@@ -84,4 +89,13 @@ impl Prey {
     pub(crate) fn ring_all(&self) {
         self.bells.iter().for_each(Doorbell::ring);
     }
+}
+
+/// Publishes the disk's true size, as its driver would not use it otherwise.
+fn believable_disk(disk: &mut File, config: &mut [u8]) -> std::io::Result<()> {
+    let sectors = disk.seek(SeekFrom::End(0))? / 512;
+    for (byte, value) in config.iter_mut().zip(sectors.to_le_bytes()) {
+        *byte = value;
+    }
+    Ok(())
 }

@@ -6,12 +6,14 @@
 
 use super::link::{Attachment, ConfigImage, GateLink, INTERRUPT_CONFIG, INTERRUPT_VRING, Phase};
 use super::queue::{Backing, GateQueue, GuestFault};
+use super::rings::RingAccount;
 use bulkhead_ipc::device_kind::{CONFIG_BYTES_MAX, VirtioKind};
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::ring::WindowPages;
 use bulkhead_ipc::window::{DeviceState, Doorbells, Published, Window};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -80,6 +82,8 @@ pub(crate) struct Gate {
     starting: Option<Vec<Option<Queue>>>,
     pub(super) faults: Vec<Fault>,
     news: bool,
+    /// What the device process may still ring for.
+    pub(super) rings: RingAccount,
 }
 
 impl Gate {
@@ -114,6 +118,7 @@ impl Gate {
             starting: None,
             faults: Vec::new(),
             news: false,
+            rings: RingAccount::new(),
         }
     }
 
@@ -142,6 +147,18 @@ impl Gate {
     /// The doorbell that the device rings.
     pub(crate) fn call_bell(&self) -> &EventFd {
         self.channel.bells.call.eventfd()
+    }
+
+    /// The device rang. Returns whether there is a reason to look at it: not when its process is to be
+    /// replaced anyway.
+    pub(crate) fn rung(&mut self) -> bool {
+        if matches!(self.phase, Phase::Broken | Phase::Lost) {
+            return false;
+        }
+        if self.rings.draw(Instant::now).is_err() {
+            self.device_fault("rings its doorbell without a pause, for nothing".to_owned());
+        }
+        true
     }
 
     /// Faults since the last call.
@@ -185,7 +202,10 @@ impl Gate {
         }
     }
 
-    fn tell_driver(&self) {
+    fn tell_driver(&mut self) {
+        // The device may answer each start with a ring for each of its queues.
+        let queues = u32::try_from(self.queues.len()).unwrap_or(0);
+        self.rings.earn(1 + queues);
         self.channel.window.set_driver(self.driver_view());
         self.channel.bells.kick.ring();
     }
@@ -367,16 +387,23 @@ impl Gate {
         let mut device_fault = None;
         let mut kick = false;
         let alone = self.alone;
+        let mut completions = 0;
         self.each_queue(memory, |queue, backing| {
             if device_fault.is_some() {
                 return;
             }
-            if let Err(fault) = queue.complete(backing, budget) {
-                device_fault = Some(fault.to_string());
-            } else if !alone && let Err(fault) = queue.take(backing, budget) {
+            match queue.complete(backing, budget) {
+                Ok(done) => completions += done,
+                Err(fault) => {
+                    device_fault = Some(fault.to_string());
+                    return;
+                }
+            }
+            if !alone && let Err(fault) = queue.take(backing, budget) {
                 guest_fault = Some(fault);
             }
         });
+        self.rings.earn(completions);
         if alone && device_fault.is_none() {
             let tried = self.try_suspects(memory, budget);
             guest_fault = tried.err();

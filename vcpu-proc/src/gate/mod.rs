@@ -8,7 +8,8 @@
 //! All gates of a VM run on one thread ([`thread`]), which never waits for a device: it looks at
 //! rings, and sleeps in epoll. The journal of requests in flight ([`journal`]) is in private memory.
 //!
-//! A guest that breaks the virtio protocol gets DEVICE_NEEDS_RESET. A device that does, or dies, is replaced
+//! A guest that breaks the virtio protocol gets DEVICE_NEEDS_RESET. A device that does, dies, or rings its
+//! doorbell without a cause ([`rings`]) is replaced
 //! by a new process, which is given its requests ([`succession`]); only when the broker has given
 //! up on it are they answered with errors.
 
@@ -17,6 +18,7 @@ mod device;
 mod journal;
 mod link;
 mod queue;
+mod rings;
 mod succession;
 pub(crate) mod thread;
 

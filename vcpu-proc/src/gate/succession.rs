@@ -15,6 +15,7 @@ use super::device::{Fault, Gate};
 use super::journal::Entry;
 use super::link::{Attachment, Phase};
 use super::queue::{Backing, GateQueue, GuestFault};
+use super::rings::RingAccount;
 use bulkhead_ipc::ring::{ShadowDriver, WindowPages};
 use bulkhead_ipc::window::{DriverView, Published};
 use std::sync::atomic::Ordering;
@@ -56,6 +57,7 @@ impl Gate {
         self.raise_if_wanted(memory);
         self.generation = generation;
         self.published = false;
+        self.rings = RingAccount::new();
         let suspects = self.queues.iter().any(GateQueue::has_suspects);
         self.hold(suspects);
         self.known_seq = 0;

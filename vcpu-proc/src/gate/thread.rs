@@ -10,7 +10,9 @@
 //! microseconds), and never while a device needs the very CPU that watching would burn.
 //!
 //! Doorbells are watched edge-triggered and never read, which saves a system call for each wake-up:
-//! every ring makes an edge, and a peer that fills its eventfd only silences itself.
+//! every ring makes an edge, and a peer that fills its eventfd only silences itself. One that rings for
+//! nothing is found by its account ([`super::rings`]) and replaced; until the broker has ended it the
+//! thread naps between its rings, so that it does not keep a CPU busy.
 
 use super::device::{Fault, Gate, Pass};
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
@@ -21,7 +23,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -31,14 +33,21 @@ use vmm_sys_util::eventfd::EventFd;
 pub(crate) const COMMANDS_MAX: usize = 64;
 /// Faults that may wait for the control thread; more are dropped.
 pub(crate) const FAULTS_MAX: usize = 64;
-/// Faults of one device that are reported; a guest can cause any number.
-const FAULTS_REPORTED_MAX: u32 = 100;
+/// Of them, those that are kept free for faults of devices, which must not be dropped: the broker would
+/// never replace the device. There is one at most of each, until the broker has had it prepared.
+const DEVICE_FAULTS_RESERVED: usize = FAULTS_MAX / 2;
+/// Faults that the guest of one device can cause at will, and that are reported.
+const GUEST_FAULTS_REPORTED_MAX: u32 = 100;
+/// How long the thread sleeps when nobody rang but processes that are to be replaced.
+const NAP: Duration = Duration::from_micros(500);
 
 /// Busy rounds after which epoll is looked at without sleeping.
 const ROUNDS_BETWEEN_LOOKS: u32 = 64;
 /// Looks at the rings between two looks at the clock while watching.
 const LOOKS_PER_CLOCK: u32 = 16;
 const TOKEN_COMMAND: u64 = u64::MAX;
+/// Set in the token of a device that its guest rings.
+const TOKEN_GUEST: u64 = 1 << 32;
 
 /// What other threads ask of the gate thread.
 #[derive(Debug)]
@@ -89,7 +98,21 @@ pub(crate) struct Served {
     pub(crate) gate: Gate,
     pub(crate) notify: Vec<EventFd>,
     pub(crate) ready: bool,
-    pub(crate) faults_reported: u32,
+    pub(crate) guest_faults_reported: u32,
+}
+
+impl Served {
+    /// Whether a fault is told to the broker, for which `waiting` ones wait already.
+    fn may_report(&mut self, fault: &Fault, waiting: usize) -> bool {
+        match fault {
+            Fault::Device(_) => true,
+            Fault::Guest(_) | Fault::GivenUp(_) => {
+                self.guest_faults_reported = self.guest_faults_reported.saturating_add(1);
+                self.guest_faults_reported <= GUEST_FAULTS_REPORTED_MAX
+                    && waiting < FAULTS_MAX - DEVICE_FAULTS_RESERVED
+            }
+        }
+    }
 }
 
 /// The gate thread's whole state; [`GateThread::run`] is its life.
@@ -119,7 +142,7 @@ impl GateThread {
         for (device, token) in self.devices.iter().zip(0u64..) {
             add(device.gate.call_bell(), token)?;
             for notify in &device.notify {
-                add(notify, token)?;
+                add(notify, TOKEN_GUEST | token)?;
             }
         }
         Ok(())
@@ -162,12 +185,10 @@ impl GateThread {
                 let _already_rung = self.fault_bell.write(1);
             }
             for fault in device.gate.take_faults() {
-                device.faults_reported += 1;
-                if device.faults_reported <= FAULTS_REPORTED_MAX {
-                    let report = to_message(device.slot, fault);
-                    if self.faults.try_send(report).is_ok() {
-                        let _already_rung = self.fault_bell.write(1);
-                    }
+                if device.may_report(&fault, self.faults.len())
+                    && self.faults.try_send(to_message(device.slot, fault)).is_ok()
+                {
+                    let _already_rung = self.fault_bell.write(1);
                 }
             }
         }
@@ -225,14 +246,29 @@ impl GateThread {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
             Err(e) => return Err(e),
         };
-        // The command bell only wakes; what it announces is in `commands_wait`.
+        let mut worth_it = n == 0;
         for event in events.iter().take(n) {
-            let token = usize::try_from(event.data()).ok();
-            if let Some(device) = token.and_then(|t| self.devices.get_mut(t)) {
-                device.ready = true;
-            }
+            worth_it |= self.note(event.data());
+        }
+        if !worth_it && timeout_ms != 0 {
+            std::thread::park_timeout(NAP);
         }
         Ok(())
+    }
+
+    /// Takes note of one ring. Returns whether it was worth waking up for.
+    fn note(&mut self, token: u64) -> bool {
+        if token == TOKEN_COMMAND {
+            // It only wakes; what it announces is in `commands_wait`.
+            return true;
+        }
+        let index = usize::try_from(token & !TOKEN_GUEST).ok();
+        let Some(device) = index.and_then(|index| self.devices.get_mut(index)) else {
+            return false;
+        };
+        let worth_it = token & TOKEN_GUEST != 0 || device.gate.rung();
+        device.ready |= worth_it;
+        worth_it
     }
 
     /// Carries out what was asked. False when the thread is to leave.

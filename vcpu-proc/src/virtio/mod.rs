@@ -190,7 +190,7 @@ pub fn build(
                 .map(EventFd::try_clone)
                 .collect::<Result<_, _>>()?,
             ready: true,
-            faults_reported: 0,
+            guest_faults_reported: 0,
         });
         wiring.push(SlotWiring {
             slot: slot.slot,

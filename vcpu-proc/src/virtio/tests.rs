@@ -1,5 +1,6 @@
 //! The transport and the gates together, between a scripted driver and a scripted device.
 
+mod flood;
 mod succession;
 
 use super::*;

@@ -1,7 +1,8 @@
 //! `beside`: a disk and memory are verified, round after round, while requests are kept in flight on
-//! every other device. Whatever those devices do, and whoever they belong to, nothing else changes:
+//! every other device, other disks included. Whatever those devices do, and whoever they belong to, nothing else changes:
 //! neither the disk, nor memory, nor the bytes around the buffers in flight.
 
+use bulkhead_guest::pattern::SECTOR;
 use bulkhead_guest::prng::Prng;
 
 use super::blk_sweep::{self, Op, QD_MAX, Sweep};
@@ -24,12 +25,38 @@ const FENCE: usize = 512;
 const FENCE_BYTE: u8 = 0x5c;
 const COMPANY_MAX: usize = 8;
 
+/// Of the buffer of a disk request: the header, the data of one sector, the status byte.
+const HEADER: usize = 16;
+const DATA_AT: usize = 64;
+const STATUS_AT: usize = BUFFER - 1;
+
+/// What a buffer in flight is to its device.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    /// It is read.
+    Output,
+    /// It is filled.
+    Input,
+    /// It holds a request to read a sector.
+    Sector,
+}
+
+impl Shape {
+    /// Bytes that the device may write.
+    fn writable(self) -> usize {
+        match self {
+            Shape::Output => 0,
+            Shape::Input => BUFFER,
+            Shape::Sector => SECTOR + 1,
+        }
+    }
+}
+
 /// A queue on which requests are kept in flight.
 struct Line {
     device: Device,
     queue: Queue,
-    /// Whether the device writes the buffers.
-    write: bool,
+    shape: Shape,
     memory: Dma,
     /// The buffer of each descriptor that heads a request.
     buffer_of: [Option<usize>; QUEUE_SIZE_MAX],
@@ -38,14 +65,14 @@ struct Line {
 }
 
 impl Line {
-    fn new(device: Device, index: u16, features: u64, write: bool) -> Result<Line, Failure> {
+    fn new(device: Device, index: u16, features: u64, shape: Shape) -> Result<Line, Failure> {
         let queue = device.queue(index, features)?;
         let mut memory = phys::allocate(BUFFERS * (BUFFER + 2 * FENCE));
         memory.all_mut().fill(FENCE_BYTE);
         Ok(Line {
             device,
             queue,
-            write,
+            shape,
             memory,
             buffer_of: [None; QUEUE_SIZE_MAX],
             done: 0,
@@ -60,14 +87,24 @@ impl Line {
 
     fn offer(&mut self, number: usize) -> Result<(), Failure> {
         let mut memory = self.buffer(number);
-        if !self.write {
-            memory.all_mut().fill(b'.');
-        }
-        let segment = Segment {
-            write: self.write,
-            ..Segment::readable(memory)
+        let head = match self.shape {
+            Shape::Output => {
+                memory.all_mut().fill(b'.');
+                self.queue.build(&[Segment::readable(memory)])
+            }
+            Shape::Input => self.queue.build(&[Segment::writable(memory)]),
+            Shape::Sector => {
+                memory.all_mut().fill(FENCE_BYTE);
+                memory.write(0, kind::IN);
+                memory.write(4, 0_u32);
+                memory.write(8, number as u64);
+                self.queue.build(&[
+                    Segment::readable(memory.part(0, HEADER)),
+                    Segment::writable(memory.part(DATA_AT, SECTOR)),
+                    Segment::writable(memory.part(STATUS_AT, 1)),
+                ])
+            }
         };
-        let head = self.queue.build(&[segment]);
         let head = head.ok_or(Failure::Parameter("queue_size"))?;
         self.buffer_of[usize::from(head)] = Some(number);
         self.queue.offer(head);
@@ -92,7 +129,7 @@ impl Line {
                 );
                 continue;
             };
-            if used.len as usize > BUFFER || (!self.write && used.len > 0) {
+            if used.len as usize > self.shape.writable() {
                 fail!(
                     "beside",
                     "kind=used_len slot={} len={}",
@@ -112,7 +149,25 @@ impl Line {
         Ok(())
     }
 
+    /// What a disk request keeps from its device: the header, which it may only read, and the bytes
+    /// between the parts.
+    fn request_holds(&self, number: usize) -> bool {
+        let buffer = self.buffer(number);
+        let between = |from: usize, to: usize| {
+            let part = buffer.part(from, to - from);
+            part.all().iter().all(|b| *b == FENCE_BYTE)
+        };
+        buffer.read::<u32>(0) == kind::IN
+            && buffer.read::<u32>(4) == 0
+            && buffer.read::<u64>(8) == number as u64
+            && between(HEADER, DATA_AT)
+            && between(DATA_AT + SECTOR, STATUS_AT)
+    }
+
     fn fences_hold(&self) -> bool {
+        if self.shape == Shape::Sector && !(0..BUFFERS).all(|number| self.request_holds(number)) {
+            return false;
+        }
         (0..BUFFERS).all(|number| {
             let start = number * (BUFFER + 2 * FENCE);
             let (before, after) = (start, start + FENCE + BUFFER);
@@ -128,12 +183,18 @@ impl Line {
     }
 }
 
-/// The lines of every device but the disks.
-fn company(machine: &Machine, lines: &mut [Option<Line>]) -> Result<usize, Failure> {
+/// The lines of every device but the disk that is verified.
+fn company(machine: &Machine, disk: u64, lines: &mut [Option<Line>]) -> Result<usize, Failure> {
     let mut devices = [None; COMPANY_MAX];
     let mut count = 0;
+    let verified = mmio::find(machine, id::BLK, disk)?.slot;
     mmio::each(machine, |device| {
-        if (device.id == id::RNG || device.id == id::CONSOLE) && count < COMPANY_MAX {
+        let wanted = match device.id {
+            id::RNG | id::CONSOLE => true,
+            id::BLK => device.slot != verified,
+            _ => false,
+        };
+        if wanted && count < COMPANY_MAX {
             devices[count] = Some(device);
             count += 1;
         }
@@ -153,13 +214,18 @@ fn company(machine: &Machine, lines: &mut [Option<Line>]) -> Result<usize, Failu
 /// Starts a device and puts requests in flight on its queues. Returns how many lines that took.
 fn join(device: Device, lines: &mut [Option<Line>]) -> Result<usize, Failure> {
     let features = device.negotiate(feature::EVENT_IDX)?;
-    // Of a console the receive queue and the transmit queue, of the entropy source its one.
+    // Of a console the receive queue and the transmit queue, of everything else the first one.
     let queues = if device.id == id::CONSOLE { 2 } else { 1 };
     let lines = lines
         .get_mut(..queues)
         .ok_or(Failure::Parameter("devices"))?;
     for (line, index) in lines.iter_mut().zip(0..) {
-        *line = Some(Line::new(device, index, features, index == 0)?);
+        let shape = match (device.id, index) {
+            (id::BLK, _) => Shape::Sector,
+            (_, 0) => Shape::Input,
+            _ => Shape::Output,
+        };
+        *line = Some(Line::new(device, index, features, shape)?);
     }
     let started = device.start();
     if started.is_err() {
@@ -187,8 +253,9 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
     let memory = working_memory(machine, 4 * MIB)?;
     let pages = memory.len / 4096;
     let mut lines = [const { None::<Line> }; COMPANY_MAX];
-    let used = company(machine, &mut lines)?;
-    let mut blk = Blk::open(machine, machine.number("disk", 0)?, WANTED)?;
+    let disk = machine.number("disk", 0)?;
+    let used = company(machine, disk, &mut lines)?;
+    let mut blk = Blk::open(machine, disk, WANTED)?;
     let sectors = machine.number("sectors", SECTORS)?.min(blk.capacity);
     let mut prng = Prng::new(seed);
     say!("beside pages={pages} sectors={sectors} lines={used} seconds={seconds}");

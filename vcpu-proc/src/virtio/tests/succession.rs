@@ -24,13 +24,13 @@ impl Machine {
     }
 
     /// The process is dead and there is another.
-    fn succeed(&mut self, generation: u32, blame: bool) {
+    pub(super) fn succeed(&mut self, generation: u32, blame: bool) {
         self.die(generation, blame);
         self.publish();
         self.wait_phase(generation, Phase::Serving);
     }
 
-    fn complete_one(&mut self) -> u16 {
+    pub(super) fn complete_one(&mut self) -> u16 {
         let (head, readable, _) = self.device_pop();
         self.device_complete(head, 1);
         u16::from_le_bytes([readable[0], readable[1]])
@@ -44,7 +44,7 @@ impl Machine {
     }
 }
 
-fn running() -> Machine {
+pub(super) fn running() -> Machine {
     let mut m = Machine::new();
     m.publish();
     m.start();
