@@ -6,6 +6,10 @@
     clippy::tests_outside_test_module,
     reason = "an integration test is a test module"
 )]
+#![allow(
+    clippy::print_stdout,
+    reason = "the measured shares are printed besides being asserted"
+)]
 
 use bulkhead_tests::{Ended, Machine, Programs};
 use nix::sys::signal::Signal;
@@ -23,6 +27,8 @@ const GROWTH_KIB: u64 = 4096;
 /// The share of its undisturbed pace that a guest keeps at least, on two CPUs of which the attacker may
 /// burn one, beside whatever else the host does.
 const PACE_MIN: f64 = 0.1;
+/// Lines about a machine at most, of which a process that lies without a pause makes as many in a blink.
+const SAID_MAX: usize = 1000;
 /// Private memory of a device process at most, in KiB: several times what an honest guest makes it use.
 const DEVICE_KIB_MAX: u64 = 8192;
 /// Bytes of a disk; the guest uses the first half of it.
@@ -134,6 +140,9 @@ fn errors_are_sound(what: &str, ended: &Ended) {
         "{what}: a process wrote to the terminal unescaped: {ended:?}"
     );
     assert!(!ended.errors.contains("panicked"), "{what}: {ended:?}");
+    let lines = ended.errors.lines();
+    let said = lines.filter(|line| line.starts_with("bulkhead: ")).count();
+    assert!(said <= SAID_MAX, "{what}: {said} lines");
 }
 
 fn attacked_by(kind: &str) {
@@ -224,7 +233,6 @@ fn taken_over_vcpu_harms_neither_its_broker_nor_a_neighbour() {
         machine.signal(Signal::SIGTERM);
         let ended = machine.wait();
         assert!(ended.code >= 0, "{what}: {ended:?}");
-        println!("{what}: ended with {}: {}", ended.code, ended.errors);
         errors_are_sound(&what, &ended);
         canary_lives(&own[0]);
         let ended = neighbour.wait();

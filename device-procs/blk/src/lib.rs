@@ -17,10 +17,3 @@ pub use device::Blk;
 pub fn run() -> std::process::ExitCode {
     bulkhead_runtime::run::<Blk>()
 }
-
-/// Runs a process that has received its birth message: that of a test in which another of its kind is
-/// not what it seems.
-#[must_use]
-pub fn live(newborn: bulkhead_runtime::Newborn) -> std::process::ExitCode {
-    bulkhead_runtime::live::<device::Blk>(newborn)
-}

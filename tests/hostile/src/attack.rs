@@ -35,6 +35,8 @@ pub(crate) enum Method {
 
 /// Between two rounds of most methods.
 const PAUSE: Duration = Duration::from_millis(1);
+/// Lies of one round.
+const LIES: usize = 50;
 /// Words that the legacy page must not get: a bit there asks for a reset of the machine, which the
 /// keyboard controller may do at any time, and which would end the test.
 const RESET_WORD: std::ops::Range<usize> = 0x80..0x84;
@@ -74,7 +76,7 @@ pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prn
             Method::Ring => (0..10_000).for_each(|_| prey.ring_all()),
             Method::Fill => fill(prey),
             Method::Flood => flood(prey, channel, prng),
-            Method::Lie => lie(channel, prng),
+            Method::Lie => (0..LIES).for_each(|_| lie(channel, prng)),
             Method::Silent => {}
         }
         if method != Method::Ring {

@@ -20,6 +20,8 @@ use std::time::Duration;
 
 /// Between two rounds of most methods.
 const PAUSE: Duration = Duration::from_millis(1);
+/// Lies of one round.
+const LIES: usize = 50;
 /// Descriptors of one role at most.
 const INDEXES: u16 = 16;
 const BELLS: [FdRole; 7] = [
@@ -133,7 +135,7 @@ pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prn
             Method::Ring => (0..10_000).for_each(|_| prey.ring_all()),
             Method::Fill => fill(prey),
             Method::Flood => flood(prey, channel, prng),
-            Method::Lie => lie(prey, channel, prng),
+            Method::Lie => (0..LIES).for_each(|_| lie(prey, channel, prng)),
             Method::Silent => {}
         }
         match method {
@@ -307,9 +309,9 @@ fn lie(prey: &Prey, channel: &Channel, prng: &mut Prng) {
         3 => FromVcpu::SlotServing { slot, generation },
         4 => FromVcpu::RequestGivenUp { slot, reason },
         // Devices are killed for it, so not often: they are to be attacked.
-        5 if below(prng, 20) == 0 => FromVcpu::DeviceFault { slot, reason },
+        5 if below(prng, 500) == 0 => FromVcpu::DeviceFault { slot, reason },
         6 => FromVcpu::LegacyServing { generation },
-        7 if below(prng, 20) == 0 => FromVcpu::LegacyFault { reason },
+        7 if below(prng, 500) == 0 => FromVcpu::LegacyFault { reason },
         _ => FromVcpu::Report { text: reason },
     };
     let _told = channel.send(&lie, &[]);

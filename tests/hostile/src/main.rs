@@ -34,7 +34,7 @@ fn main() {
     let kind = kind(std::env::args().next().as_deref().unwrap_or_default());
     let newborn = match Newborn::receive(kind) {
         Ok(newborn) if newborn.id.kind == ProcKind::Blk && newborn.id.index > 0 => {
-            let _never = bulkhead_blk::live(newborn);
+            let _never = bulkhead_runtime::live::<bulkhead_blk::Blk>(newborn);
             leave(EXIT_STILLBORN)
         }
         received => received,
