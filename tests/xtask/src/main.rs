@@ -5,8 +5,7 @@
 //! machine with Rust is enough.
 //!
 //! It must never be part of the product: nothing that Bulkhead does at run time may depend on it.
-//! Further subcommands (soaks) get a module each beside `suite.rs` and one
-//! variant of [`Task`].
+//! Further subcommands get a module each beside `suite.rs` and one variant of [`Task`].
 
 #![allow(
     clippy::print_stdout,
@@ -17,11 +16,13 @@
 mod bench;
 mod cache;
 mod command;
+mod daemon;
 mod demo;
 mod guest;
 mod packages;
 mod process;
 mod restart;
+mod soak;
 mod suite;
 mod tidy;
 mod workspace;
@@ -47,6 +48,8 @@ enum Task {
     Demo,
     /// Measure what the README publishes, beside QEMU.
     Bench(bench::Options),
+    /// Kill and replace parts of machines that verify what they do, and their daemon, for minutes.
+    Soak(soak::Options),
     /// Build or fetch the guests that tests boot.
     #[command(subcommand)]
     Guest(guest::Task),
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Task::Test(options) => suite::run(&options),
         Task::Demo => demo::run(),
         Task::Bench(options) => bench::run(&options),
+        Task::Soak(options) => soak::run(&options),
         Task::Guest(task) => guest::run(task),
     };
     match result {

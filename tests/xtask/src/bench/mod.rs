@@ -21,7 +21,7 @@ mod mmio;
     reason = "the test guest's own, for whose CPU the width is known"
 )]
 #[path = "../../../guests/src/prng.rs"]
-mod prng;
+pub(crate) mod prng;
 
 use crate::{packages, suite};
 use anyhow::Result;
