@@ -2,6 +2,7 @@
 #![no_main]
 
 use bulkhead_ipc::channel::{Channel, MESSAGE_BYTES_MAX};
+use bulkhead_ipc::protocol::adopt::{Adopt, Adopted};
 use bulkhead_ipc::protocol::birth::{Birth, Born};
 use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, ToVcpu};
@@ -12,7 +13,7 @@ fuzz_target!(|data: &[u8]| {
     let (peer, channel) = Channel::pair().unwrap();
     let peer: OwnedFd = peer.into();
     let data = &data[..data.len().min(MESSAGE_BYTES_MAX)];
-    for kind in 0..6 {
+    for kind in 0..8 {
         let sent = nix::sys::socket::send(
             peer.as_raw_fd(),
             data,
@@ -27,7 +28,9 @@ fuzz_target!(|data: &[u8]| {
             2 => drop(channel.try_recv::<ToDevice>()),
             3 => drop(channel.try_recv::<FromDevice>()),
             4 => drop(channel.try_recv::<ToVcpu>()),
-            _ => drop(channel.try_recv::<FromVcpu>()),
+            5 => drop(channel.try_recv::<FromVcpu>()),
+            6 => drop(channel.try_recv::<Adopt>()),
+            _ => drop(channel.try_recv_from::<Adopted>()),
         }
     }
 });

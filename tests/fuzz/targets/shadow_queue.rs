@@ -22,16 +22,27 @@ fuzz_target!(|data: &[u8]| {
                 break;
             }
             let mut request = RequestLayout::default();
-            request.push(Span { offset: window.layout.data, len: 16, writable: false });
+            request.push(Span {
+                offset: window.layout.data,
+                len: 16,
+                writable: false,
+            });
             let len = u32::from(n) * 100 + 1;
-            request.push(Span { offset: window.layout.data + 4096, len, writable: true });
+            request.push(Span {
+                offset: window.layout.data + 4096,
+                len,
+                writable: true,
+            });
             driver.submit(&window.memory, &request);
             in_flight += 1;
         }
         driver.announce(&window.memory);
         if let [_, a, b, rest @ ..] = step {
             let at = usize::from(u16::from_le_bytes([*a, *b])) % (used_bytes - rest.len());
-            window.memory.slice(queue.used_ring + at, rest.len()).copy_from(rest);
+            window
+                .memory
+                .slice(queue.used_ring + at, rest.len())
+                .copy_from(rest);
         }
         while let Ok(Some(_)) = driver.complete(&window.memory) {
             in_flight -= 1;

@@ -38,7 +38,12 @@ fuzz_target!(|data: &[u8]| {
         output_position: 0,
         input_position: 0,
     };
-    let (bus, thread) = build(memory.clone(), vec![(slot, fds)], Cpus { host: 1, guest: 1 }).unwrap();
+    let (bus, thread) = build(
+        memory.clone(),
+        vec![(slot, fds)],
+        Cpus { host: 1, guest: 1 },
+    )
+    .unwrap();
     let gate = std::thread::spawn(move || thread.run().unwrap());
     window.publish(u64::MAX, &[1]);
     call.ring();
@@ -65,7 +70,10 @@ fuzz_target!(|data: &[u8]| {
     bus.wiring()[0].notify[0].write(1).unwrap();
     for step in registers.chunks_exact(6) {
         let offset = u64::from(u16::from_le_bytes([step[0], step[1]]) % 0x120 & !3);
-        set(offset, u32::from_le_bytes([step[2], step[3], step[4], step[5]]));
+        set(
+            offset,
+            u32::from_le_bytes([step[2], step[3], step[4], step[5]]),
+        );
         let mut value = [0; 4];
         bus.read(VIRTIO_MMIO_BASE + offset, &mut value);
     }

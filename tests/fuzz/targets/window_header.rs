@@ -23,7 +23,12 @@ fuzz_target!(|data: &[u8]| {
     let raw = SharedMemory::map(fd.try_clone().unwrap(), LEGACY_PAGE_BYTES).unwrap();
     let page = LegacyPage::map(fd).unwrap();
     raw.slice(0, header.len()).copy_from(header);
-    let _seen = (page.consumed(), page.reply(1), page.take_requests(), page.mirror(255));
+    let _seen = (
+        page.consumed(),
+        page.reply(1),
+        page.take_requests(),
+        page.mirror(255),
+    );
     let _seen = (page.take_posted(0), page.take_call(0));
 
     let fd = sealed_memfd("c", CONTROL_PAGE_BYTES).unwrap();
