@@ -4,7 +4,7 @@ use super::life::name;
 use crate::bench::prng::Prng;
 use crate::daemon::{Daemon, Place};
 use anyhow::Result;
-use bulkhead::api::State;
+use bulkhead::api::{Details, Process, State};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -32,7 +32,7 @@ pub(super) enum Fault {
     /// SIGSTOP to a device process, and SIGCONT a while later.
     StopDevice,
     /// `device restart`.
-    RestartDevices,
+    RestartDevice,
     /// `device upgrade`.
     UpgradeDevices,
     /// `pause`, and `resume` a while later.
@@ -53,7 +53,7 @@ const FAULTS: [Fault; 16] = [
     Fault::KillDevice,
     Fault::StopDevice,
     Fault::StopDevice,
-    Fault::RestartDevices,
+    Fault::RestartDevice,
     Fault::UpgradeDevices,
     Fault::Pause,
     Fault::KillDaemon,
@@ -64,6 +64,7 @@ const FAULTS: [Fault; 16] = [
 /// What has been injected.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Injected {
+    /// How often each was; 0 for one that was tried and found no machine that it could be done to.
     pub(super) counts: BTreeMap<Fault, u64>,
     /// From the kill of a daemon to the first answer of the next one.
     pub(super) daemon_back_ms: Vec<f64>,
@@ -106,7 +107,10 @@ impl<'a> Injector<'a> {
                 while_ms,
             )?,
             // A machine may end, or be gone between two lives: its verbs are refused then.
-            Fault::RestartDevices => self.place.run(&["device", "restart", &machine]).is_ok(),
+            Fault::RestartDevice => self.process(&machine, kind).is_some_and(|process| {
+                let device = format!("{machine}/{}", process.name);
+                self.place.run(&["device", "restart", &device]).is_ok()
+            }),
             Fault::UpgradeDevices => self.place.run(&["device", "upgrade", &machine]).is_ok(),
             Fault::Pause => {
                 let is_paused = self.place.run(&["pause", &machine]).is_ok();
@@ -122,9 +126,7 @@ impl<'a> Injector<'a> {
                 true
             }
         };
-        if is_injected {
-            *self.injected.counts.entry(fault).or_default() += 1;
-        }
+        *self.injected.counts.entry(fault).or_default() += u64::from(is_injected);
         Ok(())
     }
 
@@ -136,14 +138,14 @@ impl<'a> Injector<'a> {
         signals: &[Signal],
         between: Duration,
     ) -> Result<bool> {
-        let Some(pid) = self.process(machine, kind) else {
+        let Some(process) = self.process(machine, kind) else {
             return Ok(false);
         };
         for (number, signal) in signals.iter().enumerate() {
             if number > 0 {
                 sleep(between);
             }
-            match kill(Pid::from_raw(pid), *signal) {
+            match kill(Pid::from_raw(process.pid), *signal) {
                 Ok(()) | Err(Errno::ESRCH) => {}
                 Err(errno) => return Err(errno.into()),
             }
@@ -151,12 +153,11 @@ impl<'a> Injector<'a> {
         Ok(true)
     }
 
-    fn process(&self, machine: &str, kind: &str) -> Option<i32> {
+    fn process(&self, machine: &str, kind: &str) -> Option<Process> {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             let text = self.place.run(&["inspect", machine, "--json"]).ok();
-            let about: Option<bulkhead::api::Details> =
-                text.and_then(|text| serde_json::from_str(&text).ok());
+            let about: Option<Details> = text.and_then(|text| serde_json::from_str(&text).ok());
             let process = about
                 .filter(|about| about.summary.state == State::Running)
                 .and_then(|about| {
@@ -165,8 +166,8 @@ impl<'a> Injector<'a> {
                         .into_iter()
                         .find(|p| p.kind == kind && p.locked)
                 });
-            if let Some(process) = process {
-                return Some(process.pid);
+            if process.is_some() {
+                return process;
             }
             sleep(Duration::from_millis(50));
         }

@@ -96,6 +96,8 @@ impl Report {
                 ),
             ),
         ];
+        let never = self.injected.iter().filter(|(_, count)| **count == 0);
+        failures.extend(never.map(|(fault, _)| format!("{fault:?} was never possible")));
         failures.extend(
             wrong
                 .into_iter()
@@ -157,6 +159,10 @@ mod tests {
             ..Lived::default()
         });
         assert_eq!(report.failures(), ["soak0: lost", "2 guest errors"]);
+        let mut tried = injected();
+        tried.counts.insert(Fault::Pause, 0);
+        let failures = Report::new(7, tried).failures();
+        assert!(failures.contains(&"Pause was never possible".to_owned()));
         let left = Report::new(7, Injected::default()).with_left(1);
         assert!(left.failures().contains(&"1 processes are left".to_owned()));
     }
