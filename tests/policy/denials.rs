@@ -18,8 +18,9 @@ use bulkhead_policies::grant::STARTUP;
 use bulkhead_policies::load;
 use bulkhead_policies::plan::Policy;
 use bulkhead_tests::prng::Prng;
-use bulkhead_tests::{Fate, Intruder, Machine};
+use bulkhead_tests::{Daemon, Fate, Intruder, Machine};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// Exit code of a process whose system call was not granted.
 const DENIED: i32 = 159;
@@ -152,6 +153,42 @@ fn is_stopped_and_told(machine: &Machine, forbidden: &Forbidden) {
     machine.expect_error(&told);
     let errors = machine.errors();
     assert!(errors[before..].contains(&told), "{forbidden:?}: {errors}");
+}
+
+#[test]
+fn inspect_tells_a_denial_as_the_log_does() {
+    let daemon = Daemon::start();
+    daemon.create_and_start("web", "mode=idle", &[]);
+    daemon.until_output("web", "BH idle");
+    assert_eq!(daemon.inspect("web")["denials"], serde_json::json!([]));
+    let socket = Attempt {
+        number: u32::try_from(libc::SYS_socket).unwrap(),
+        args: [2, 1, 0, 0, 0, 0],
+    };
+    let mut intruder = Intruder::enter(daemon.process("web", "rng"), None);
+    let fate = intruder.call(socket.number.into(), socket.args);
+    assert_eq!(fate, Fate::Stopped { code: DENIED });
+    drop(intruder);
+    let denied = Denied {
+        thread: Some("main"),
+        number: socket.number,
+        args: socket.args,
+    };
+    let told = explain::denial(ProcKind::Rng, None, &denied, &|_| None).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while daemon.inspect("web")["denials"] == serde_json::json!([]) {
+        assert!(Instant::now() < deadline, "no denial: {}", daemon.log());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let denial = &daemon.inspect("web")["denials"][0];
+    assert_eq!(denial["process"], "rng0.1");
+    assert_eq!(denial["call"], told.call);
+    assert_eq!(denial["thread"], "main");
+    assert_eq!(denial["policy"], "policies/rng.toml");
+    assert_eq!(denial["line"], told.line);
+    let said = told.to_string();
+    assert!(daemon.good(&["inspect", "web"]).contains(&said));
+    assert!(daemon.good(&["logs", "web"]).contains(&said));
 }
 
 #[test]

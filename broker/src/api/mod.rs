@@ -152,6 +152,31 @@ pub struct Details {
     pub processes: Vec<Process>,
     /// Restarts of the whole machine within the present run.
     pub restarts: u32,
+    /// The latest system calls that the kernel denied its processes, in the present run or the last, oldest
+    /// first. At most 16; the log has all.
+    #[serde(default)]
+    pub denials: Vec<Denial>,
+}
+
+/// A denied system call, as the process claims that made it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Denial {
+    /// When.
+    pub at: String,
+    /// The process, such as `blk0.1`.
+    pub process: String,
+    /// Its name in the VM file, or the kind's.
+    pub name: String,
+    /// The call with its arguments.
+    pub call: String,
+    /// The thread by its name in the policy, or `start-up`.
+    pub thread: String,
+    /// The policy file that would allow it.
+    pub policy: String,
+    /// The line in it.
+    pub line: usize,
+    /// All of that in a sentence, with what the line is.
+    pub said: String,
 }
 
 /// One process of a machine.

@@ -154,6 +154,11 @@ fn show_details(vm: &Details) -> String {
         let line = format!("{}: {}", printable(&lost.device), printable(&lost.reason));
         rows.push(row(["degraded", &line]));
     }
+    for denial in &vm.denials {
+        let (process, said) = (printable(&denial.process), printable(&denial.said));
+        let line = format!("{process} ({}): {said}", printable(&denial.name));
+        rows.push(row(["denied", &line]));
+    }
     let mut text = table(&rows);
     if !vm.processes.is_empty() {
         let mut rows = vec![row(["PID", "KIND", "NAME", "GENERATION", "LOCKED"])];

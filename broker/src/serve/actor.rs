@@ -311,6 +311,7 @@ impl Actor {
             view.devices.clear();
             view.degraded.clear();
             view.restarts = 0;
+            view.denials.clear();
             view.failure = None;
         });
         self.journal.event("starting", json!({}));

@@ -3,8 +3,8 @@
 use super::Shared;
 use super::budget::Share;
 use super::view::View;
-use crate::api::time::now_ms;
-use crate::api::{ApiError, Code, Degraded, Process, State};
+use crate::api::time::{now_ms, rfc3339};
+use crate::api::{ApiError, Code, Degraded, Denial, Process, State};
 use crate::registry::{Ended, VmRecord};
 use crate::vm::session::{Command, Event, Finished, RunError};
 use crate::vm::spec::VmSpec;
@@ -220,6 +220,16 @@ pub(super) fn apply(view: &mut View, event: Event) {
         }
         // Its process is in the view since it was started.
         Event::Restarted(restart) => view.degraded.retain(|d| d.device != restart.name),
+        Event::Denied { id, name, denial } => view.deny(Denial {
+            at: rfc3339(now_ms()),
+            process: id.to_string(),
+            name,
+            call: denial.call.clone(),
+            thread: denial.thread.clone(),
+            policy: denial.file.clone(),
+            line: denial.line,
+            said: denial.to_string(),
+        }),
         Event::Preserved => view.state = State::Preserved,
         Event::Restarting { count } => {
             view.restarts = count;
@@ -229,7 +239,6 @@ pub(super) fn apply(view: &mut View, event: Event) {
         }
         Event::Consoles(_)
         | Event::Died { .. }
-        | Event::Denied { .. }
         | Event::DeviceFault { .. }
         | Event::GuestFault { .. }
         | Event::RequestGivenUp { .. }

@@ -3,9 +3,10 @@
 use super::devices::Known;
 use crate::api::time::rfc3339;
 use crate::api::{
-    ApiError, Changed, Degraded, Details, LastRun, Process, SCHEMA_VERSION, State, Summary,
+    ApiError, Changed, Degraded, Denial, Details, LastRun, Process, SCHEMA_VERSION, State, Summary,
 };
 use crate::registry::{Ended, VmRecord};
+use std::collections::VecDeque;
 use std::path::PathBuf;
 
 /// One machine.
@@ -23,6 +24,8 @@ pub(super) struct View {
     pub(super) degraded: Vec<Degraded>,
     /// Restarts of the whole machine within the run.
     pub(super) restarts: u32,
+    /// The latest denials of the present run or the last.
+    pub(super) denials: VecDeque<Denial>,
     /// Why the last start failed.
     pub(super) failure: Option<ApiError>,
     /// Whether it was found without a broker and is still being taken over.
@@ -32,6 +35,9 @@ pub(super) struct View {
     /// Whether the machine was removed.
     pub(super) removed: bool,
 }
+
+/// Most denials that are kept.
+const DENIALS_MAX: usize = 16;
 
 /// How a run ended, as the API tells it.
 pub(super) fn last_run(ended: &Ended) -> LastRun {
@@ -55,6 +61,7 @@ impl View {
             devices: Known::default(),
             degraded: Vec::new(),
             restarts: 0,
+            denials: VecDeque::new(),
             failure: None,
             taking_over: false,
             rings: None,
@@ -86,7 +93,16 @@ impl View {
             vm_file: self.record.vm_file.clone(),
             processes: self.processes.clone(),
             restarts: self.restarts,
+            denials: self.denials.iter().cloned().collect(),
         }
+    }
+
+    /// Keeps a denial, in the place of the oldest if there are many.
+    pub(super) fn deny(&mut self, denial: Denial) {
+        while self.denials.len() >= DENIALS_MAX {
+            self.denials.pop_front();
+        }
+        self.denials.push_back(denial);
     }
 
     pub(super) fn changed(&self, changed: bool) -> Changed {
