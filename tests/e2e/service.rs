@@ -5,49 +5,18 @@
     reason = "an integration test is a test module"
 )]
 
-use bulkhead_tests::{Daemon, tool};
+use bulkhead_tests::{Daemon, Groups, is_alive, tool};
 use nix::sys::signal::Signal;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Control groups of a test's own, one in each hierarchy. Removed with it.
-struct Groups(Vec<PathBuf>);
-
-impl Groups {
-    /// In every hierarchy that is mounted and can be written.
-    fn new() -> Self {
-        let name = format!("bulkhead-test-{}", std::process::id());
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        let of_groups = |line: &&str| line.split(' ').nth(2).unwrap_or("").starts_with("cgroup");
-        let places = mounts.lines().filter(of_groups);
-        let places = places.map(|line| Path::new(line.split(' ').nth(1).unwrap()).join(&name));
-        // Groups of cpuset are of no use before they are given something.
-        let made = places.filter(|at| !at.to_str().unwrap().contains("cpuset"));
-        Self(made.filter(|at| fs::create_dir(at).is_ok()).collect())
-    }
-
-    fn add(&self, pid: u32) {
-        for group in &self.0 {
-            fs::write(group.join("cgroup.procs"), pid.to_string()).unwrap();
-        }
-    }
-}
-
-impl Drop for Groups {
-    fn drop(&mut self) {
-        for group in &self.0 {
-            let _busy = fs::remove_dir(group);
-        }
-    }
-}
-
 #[test]
 fn machines_are_in_no_control_group_of_the_daemon() {
     // Dropped after the daemon that is in them.
-    let groups = Groups::new();
+    let groups = Groups::new("daemon");
     let daemon = Daemon::start();
-    if groups.0.is_empty() {
+    if groups.is_empty() {
         assert!(!nix::unistd::geteuid().is_root(), "root has control groups");
         return;
     }
@@ -65,6 +34,30 @@ fn machines_are_in_no_control_group_of_the_daemon() {
         assert!(!of.contains("bulkhead-test-"), "{pid}: {of}");
         assert!(of.contains("/bulkhead/web-"), "{pid}: {of}");
     }
+}
+
+#[test]
+fn what_ends_all_control_groups_of_the_daemon_ends_no_machine() {
+    let groups = Groups::new("killed");
+    let mut daemon = Daemon::start();
+    if groups.is_empty() {
+        assert!(!nix::unistd::geteuid().is_root(), "root has control groups");
+        return;
+    }
+    groups.add(daemon.pid());
+    let disk = bulkhead_tests::disk(8 << 20);
+    let load = "mode=beside seconds=5 qd=16 timeout=60";
+    daemon.create_and_start("web", load, &["--disk", disk.path().to_str().unwrap()]);
+    daemon.until_output("web", "BH beside.round");
+    let processes = daemon.pids();
+    assert_eq!(processes.len(), 5);
+    groups.kill();
+    daemon.gone();
+    assert!(processes.iter().all(|pid| is_alive(*pid)), "{processes:?}");
+    daemon.serve();
+    assert_eq!(daemon.pids(), processes);
+    assert_eq!(daemon.run(&["wait", "web"]).code, 0);
+    assert!(daemon.output_of("web").contains("BH done errors=0"));
 }
 
 /// A small file system at the place of a test's own.

@@ -321,8 +321,16 @@ impl Daemon {
     /// # Panics
     /// When it does not run or does not end.
     pub fn end(&mut self, signal: Signal) -> Option<i32> {
+        kill(pid(self.pid()), signal).expect("it is alive");
+        self.gone()
+    }
+
+    /// Waits for the end of a daemon that something has ended.
+    ///
+    /// # Panics
+    /// When it does not run or does not end.
+    pub fn gone(&mut self) -> Option<i32> {
         let mut child = self.child.take().expect("a daemon runs");
-        kill(pid(child.id()), signal).expect("it is alive");
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = child.try_wait().expect("a child") {

@@ -12,6 +12,7 @@
 )]
 
 mod daemon;
+mod groups;
 mod held_file;
 mod intruder;
 mod machine;
@@ -27,6 +28,7 @@ mod programs;
 mod spoil;
 
 pub use daemon::{Daemon, Done};
+pub use groups::Groups;
 pub use held_file::HeldFile;
 pub use intruder::{Fate, Intruder};
 pub use machine::{Ended, Machine, Processes, bulkhead, is_alive};

@@ -8,8 +8,8 @@ use crate::report::{Failure, fail, say};
 use crate::sys::phys::{self, Dma};
 use crate::sys::{irq, time};
 
-/// Where `counter` publishes; the host may read it at any time.
-const PUBLISHED: u64 = 0x1f_f000;
+/// Where `counter` and `pace` publish; the host may read it at any time.
+pub(super) const PUBLISHED: u64 = 0x1f_f000;
 const MAGIC: u64 = u64::from_le_bytes(*b"BHCOUNT1");
 const PAGE: usize = 4096;
 const MIB: u64 = 1 << 20;

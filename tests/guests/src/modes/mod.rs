@@ -18,6 +18,7 @@ mod idle;
 mod legacy;
 mod memory;
 mod nonce;
+mod pace;
 mod rng;
 mod serial;
 mod smp;
@@ -49,6 +50,7 @@ const MODES: &[(&str, Mode)] = &[
     ("legacy", legacy::run),
     ("memory", memory::run),
     ("nonce", nonce::run),
+    ("pace", pace::run),
     ("rng", rng::run),
     ("serial", serial::run),
     ("smp", smp::run),

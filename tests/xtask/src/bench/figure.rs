@@ -86,7 +86,7 @@ impl Figure {
 }
 
 /// The value below which `percent` of the sorted values lie (nearest rank).
-fn quantile(sorted: &[f64], percent: usize) -> f64 {
+pub(super) fn quantile(sorted: &[f64], percent: usize) -> f64 {
     let rank = (sorted.len() * percent).div_ceil(100).max(1);
     sorted.get(rank - 1).copied().unwrap_or(f64::NAN)
 }

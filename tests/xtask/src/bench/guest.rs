@@ -98,10 +98,7 @@ impl Bench {
 
     /// Bulkhead alone, with a guest that runs for as long as it wants.
     pub(super) fn bulkhead(&self, arguments: &str, disk: Option<&Path>, timeout_s: u64) -> Command {
-        let mut run = command::command(self.binaries.join("bulkhead"));
-        run.env("BULKHEAD_STATE_DIR", self.directory().join("state"));
-        run.env("BULKHEAD_RUNTIME_DIR", self.directory().join("run"));
-        run.env("BULKHEAD_LIBEXEC_DIR", &self.binaries);
+        let mut run = self.plain();
         run.arg("run").arg("--kernel").arg(&self.guest);
         run.args(["--cmdline", arguments, "-c", "1", "-m"])
             .arg(format!("{MEMORY_MIB}MiB"));
@@ -110,6 +107,20 @@ impl Bench {
             run.arg("--disk").arg(disk);
         }
         run
+    }
+
+    /// `bulkhead` with directories of its own.
+    pub(super) fn plain(&self) -> Command {
+        let mut command = command::command(self.binaries.join("bulkhead"));
+        command.env("BULKHEAD_STATE_DIR", self.directory().join("state"));
+        command.env("BULKHEAD_RUNTIME_DIR", self.directory().join("run"));
+        command.env("BULKHEAD_LIBEXEC_DIR", &self.binaries);
+        command
+    }
+
+    /// The test guest.
+    pub(super) fn guest(&self) -> &Path {
+        &self.guest
     }
 
     fn qemu(&self, arguments: &str, disk: Option<&Path>) -> Command {

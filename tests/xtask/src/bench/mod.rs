@@ -8,6 +8,7 @@
 
 mod blk;
 mod boot;
+mod broker;
 mod faults;
 mod figure;
 mod guest;
@@ -58,6 +59,9 @@ enum Suite {
     Blk,
     /// Device processes killed at random under load: time to service, and what the guest saw.
     Faults,
+    /// The daemon killed under load: time until its machines are the next one's, and what a guest
+    /// notices.
+    Broker,
 }
 
 /// Runs the suites asked for.
@@ -89,6 +93,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             Suite::Mmio => mmio::run(&bench, &mut print)?,
             Suite::Blk => blk::run(&bench, &mut print)?,
             Suite::Faults => faults::run(&bench, &mut print)?,
+            Suite::Broker => broker::run(&bench, &mut print)?,
         }
     }
     Ok(())
