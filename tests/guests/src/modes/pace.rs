@@ -12,7 +12,7 @@ const GAPS: u64 = 240;
 /// Where the first one is, behind six words.
 const FIRST: u64 = PUBLISHED + 6 * 8;
 /// Shortest gap that is published, in microseconds.
-const LEAST_US: u64 = 100;
+const LEAST_US: u64 = 250;
 
 /// Looks at the time for `seconds=`.
 pub fn run(machine: &Machine) -> Result<(), Failure> {
