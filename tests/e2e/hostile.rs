@@ -27,8 +27,9 @@ const GROWTH_KIB: u64 = 4096;
 /// The share of its undisturbed pace that a guest keeps at least, on two CPUs of which the attacker may
 /// burn one, beside whatever else the host does.
 const PACE_MIN: f64 = 0.1;
-/// Lines about a machine at most, of which a process that lies without a pause makes as many in a blink.
-const SAID_MAX: usize = 1000;
+/// Lines about a machine at most: a process that sends more messages than the broker allows
+/// (`broker/src/supervisor/allowance.rs`) is ended. One that lies without a pause makes as many in a blink.
+const SAID_MAX: usize = 4000;
 /// Private memory of a device process at most, in KiB: several times what an honest guest makes it use.
 const DEVICE_KIB_MAX: u64 = 8192;
 /// Bytes of a disk; the guest uses the first half of it.

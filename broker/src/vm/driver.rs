@@ -8,7 +8,6 @@ mod takeover;
 
 pub use takeover::{adopt, adopt_and_keep, clear};
 
-use super::claims::{Claims, Speaker};
 use super::consoles::Rings;
 use super::devices;
 use super::household::{Household, Member, Nursery, Positions};
@@ -171,12 +170,7 @@ async fn run_at(
             (Some(resources), None, Rings::make(spec, &options.state)?)
         }
     };
-    let mut tell = Teller {
-        events,
-        dropped: 0,
-        claims: Claims::default(),
-        began: Instant::now(),
-    };
+    let mut tell = Teller { events, dropped: 0 };
     tell.event(Event::Consoles(Box::new(consoles)));
 
     let timeout = spec.limits.run_timeout;
@@ -289,30 +283,13 @@ fn policies(options: &RunOptions) -> Result<Compiled, RunError> {
     compiled.map_err(|e| RunError::Configuration(e.to_string()))
 }
 
-/// The one process that speaks for guest and gates.
-const VCPU: Speaker = (ProcKind::Vcpu, 0);
-
 /// Passes events on without ever waiting for whoever listens.
 struct Teller {
     events: mpsc::Sender<Event>,
     dropped: u64,
-    claims: Claims,
-    began: Instant,
 }
 
 impl Teller {
-    /// Passes on what a sandboxed process says, which may be untrue and may come in floods.
-    fn claim(&mut self, who: Speaker, event: Event) {
-        let Some(withheld) = self.claims.admit(who, self.began.elapsed()) else {
-            return;
-        };
-        if withheld > 0 {
-            tracing::warn!(?who, withheld, "a process says more than is passed on");
-        }
-        tracing::warn!(?who, ?event, "a process says");
-        self.event(event);
-    }
-
     fn event(&mut self, event: Event) {
         match self.events.try_send(event) {
             Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
@@ -547,8 +524,8 @@ impl Machine<'_> {
             Notice::Device(FromDevice::Fault { reason }) => {
                 let name = self.name(id);
                 let reason = fault::said(&reason);
-                let fault = Event::DeviceFault { name, reason };
-                self.tell.claim((id.kind, id.index), fault);
+                tracing::warn!(proc = %id, name, reason, "device fault");
+                self.tell.event(Event::DeviceFault { name, reason });
             }
             Notice::Vcpu(message, descriptors) => self.hear_vcpu(message, descriptors),
         }
@@ -621,19 +598,18 @@ impl Machine<'_> {
             }
             FromVcpu::RequestGivenUp { slot, reason } => {
                 let (name, reason) = (self.name_of_slot(slot), fault::said(&reason));
-                let given_up = Event::RequestGivenUp { name, reason };
-                self.tell.claim(VCPU, given_up);
+                tracing::error!(name, reason, "a request is given up");
+                self.tell.event(Event::RequestGivenUp { name, reason });
             }
             FromVcpu::DeviceFault { slot, reason } => {
                 let (name, reason) = (self.name_of_slot(slot), fault::said(&reason));
                 let mut members = self.household.members.iter();
                 let device = members.find(|m| m.slot == Some(slot));
                 let id = device.map(|m| m.launched.id);
-                let fault = Event::DeviceFault {
+                self.tell.event(Event::DeviceFault {
                     name,
                     reason: reason.clone(),
-                };
-                self.tell.claim(VCPU, fault);
+                });
                 if let Some(id) = id {
                     // It was heard in its window, so it is locked. Its own word of that comes by another
                     // channel, and may come later: that is no failed start.
@@ -648,7 +624,7 @@ impl Machine<'_> {
             }
             FromVcpu::GuestFault { slot, reason } => {
                 let (name, reason) = (self.name_of_slot(slot), fault::said(&reason));
-                self.tell.claim(VCPU, Event::GuestFault { name, reason });
+                self.tell.event(Event::GuestFault { name, reason });
             }
             FromVcpu::Report { text } => self.report.add(&text),
             FromVcpu::Ended(outcome) => {

@@ -3,7 +3,6 @@
 
 pub mod adopt;
 mod any_path;
-mod claims;
 mod consoles;
 pub mod devices;
 mod disk_hold;

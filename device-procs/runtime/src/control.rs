@@ -42,6 +42,12 @@ impl Control {
         Self { channel, adoption }
     }
 
+    /// The channel itself, for a test's process that says on it what no device says.
+    #[must_use]
+    pub const fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
     /// Reads what the broker has sent and answers pings, and answers a new broker that asks for the
     /// process. A broker that is gone changes nothing: the device serves on, and the next broker
     /// finds it. What is no message is dropped.

@@ -22,13 +22,11 @@ mod prey;
 mod prng;
 
 use attack::Method;
-use bulkhead_ipc::channel::Channel;
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_runtime::birth::EXIT_STILLBORN;
 use bulkhead_runtime::{Newborn, Stillbirth, leave, log};
 use prey::Prey;
 use prng::Prng;
-use std::os::fd::AsFd;
 
 fn main() {
     let kind = kind(std::env::args().next().as_deref().unwrap_or_default());
@@ -63,15 +61,12 @@ fn live(mut newborn: Newborn) -> Result<std::convert::Infallible, Stillbirth> {
         method.ok_or_else(|| Stillbirth::setup("the VM is not named hostile-METHOD-SEED"))?;
     let seed = words.next().and_then(|seed| seed.parse().ok()).unwrap_or(1);
     let mut prng = Prng::new(seed ^ u64::from(newborn.id.generation) << 32);
-    // The control socket itself, to say on it what no process says.
-    let socket = newborn.channel.as_fd().try_clone_to_owned();
-    let channel = Channel::from(socket.map_err(Stillbirth::setup)?);
     if newborn.id.kind == ProcKind::Vcpu {
         let prey = host::Prey::take(&mut newborn)?;
-        let (_control, _id) = newborn.lock()?;
-        host::run(method, &prey, &channel, &mut prng)
+        let (control, _id) = newborn.lock()?;
+        host::run(method, &prey, control.channel(), &mut prng)
     }
     let prey = Prey::take(&mut newborn)?;
-    let (_control, _id) = newborn.lock()?;
-    attack::run(method, &prey, &channel, &mut prng)
+    let (control, _id) = newborn.lock()?;
+    attack::run(method, &prey, control.channel(), &mut prng)
 }
