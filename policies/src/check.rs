@@ -424,6 +424,7 @@ impl Checker<'_> {
             requests,
             conditions,
             host: call.host,
+            build: call.build,
             why,
         })
     }

@@ -2,8 +2,8 @@
 //! compiles, shows or explains a policy works on this.
 
 use crate::schema::{
-    Access, FdType, HeartbeatEntry, Held, HostKvm, LandlockDeny, MadeType, Namespace, OnDeath,
-    RestartEntry, Speculation,
+    Access, Build, FdType, HeartbeatEntry, Held, HostKvm, LandlockDeny, MadeType, Namespace,
+    OnDeath, RestartEntry, Speculation,
 };
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::birth::FdRole;
@@ -106,6 +106,8 @@ pub struct Permit {
     pub conditions: Vec<Condition>,
     /// The hosts that need it; `None` for all.
     pub host: Option<HostKvm>,
+    /// The build that needs it; `None` for all.
+    pub build: Option<Build>,
     /// Why.
     pub why: String,
 }

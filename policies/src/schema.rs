@@ -183,9 +183,20 @@ pub struct Call {
     /// The hosts that need it; `None` for all.
     #[serde(default)]
     pub host: Option<HostKvm>,
+    /// The build that needs it; `None` for all.
+    #[serde(default)]
+    pub build: Option<Build>,
     /// Why the process needs it.
     #[serde(default)]
     pub why: String,
+}
+
+/// A build that alone needs a grant, which a check of another cannot show to be needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Build {
+    /// One with debug assertions: the standard library looks at descriptors before it closes them.
+    Debug,
 }
 
 /// Hosts by their KVM. A grant that only hosts of one sort need says so, since a check on another

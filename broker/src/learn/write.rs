@@ -4,7 +4,7 @@ use super::Learnt;
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_policies::check::PolicyError;
 use bulkhead_policies::grant::{Grant, IO_URING, Part, STARTUP};
-use bulkhead_policies::schema::{ArgCondition, Call, HostKvm, Number, Phase, PolicyFile};
+use bulkhead_policies::schema::{ArgCondition, Build, Call, HostKvm, Number, Phase, PolicyFile};
 use bulkhead_policies::{built_in, constants, load};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -163,6 +163,9 @@ fn one(section: &str, phase: &str, call: &Call, used: &BTreeSet<Grant>) -> Optio
     }
     if let Some(host) = call.host {
         let _infallible = writeln!(text, "{}", host_line(host));
+    }
+    if let Some(Build::Debug) = call.build {
+        text.push_str("build = \"debug\"\n");
     }
     let _infallible = writeln!(text, "why = {:?}", call.why);
     Some(text)
