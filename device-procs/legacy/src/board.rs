@@ -71,6 +71,8 @@ pub(crate) struct Board {
     reply: u32,
     /// States left in the page by this process.
     saved: u32,
+    /// The clock's interrupt line as it was last seen: the interrupt is asked for when it rises.
+    rtc_line: bool,
     pending: Vec<u8>,
     pending_at: u64,
     mirrored: [Option<u8>; MIRRORED.len()],
@@ -93,6 +95,7 @@ impl Board {
             answered: progress.answered,
             reply: progress.reply,
             saved: 1,
+            rtc_line: false,
             pending: Vec::with_capacity(POSTED_ENTRIES as usize),
             pending_at: 0,
             mirrored: [None; MIRRORED.len()],
@@ -105,9 +108,6 @@ impl Board {
     pub(crate) fn begin(&mut self, generation: u32, now: Duration) {
         self.mirror();
         self.wiring.page.set_serving(generation);
-        if self.rtc.is_requesting() {
-            self.wiring.page.request(1 << RTC_GSI);
-        }
         self.interrupt(now);
         self.wiring.interrupt.ring();
     }
@@ -200,12 +200,17 @@ impl Board {
 
     /// A clock interrupt may be due.
     pub(crate) fn clock(&mut self, now: Duration) {
-        let was_requesting = self.rtc.is_requesting();
         self.rtc.look(now);
-        if !was_requesting && self.rtc.is_requesting() {
+        let was_up = std::mem::replace(&mut self.rtc_line, self.rtc.is_requesting());
+        if self.rtc_line && !was_up {
             self.wiring.page.request(1 << RTC_GSI);
             self.wiring.interrupt.ring();
         }
+    }
+
+    /// The guest has touched the clock: its line may have fallen, to rise again before it is looked at.
+    fn clock_touched(&mut self) {
+        self.rtc_line &= self.rtc.is_requesting();
     }
 
     /// When [`Board::clock`] must be called next.
@@ -254,7 +259,10 @@ impl Board {
             }
             DEBUG_CONSOLE_PORT => self.put_out(position, value),
             RTC_PORT => self.rtc.select(value),
-            RTC_DATA_PORT => self.rtc.write(value, now),
+            RTC_DATA_PORT => {
+                self.rtc.write(value, now);
+                self.clock_touched();
+            }
             I8042_DATA_PORT | I8042_COMMAND_PORT => {
                 let reset = if port == I8042_DATA_PORT {
                     self.controller.write(value)
@@ -302,7 +310,11 @@ impl Board {
             COM1_PORT..=COM1_LAST => self.uart.read(port - COM1_PORT, &mut self.wiring.input),
             DEBUG_CONSOLE_PORT => DEBUG_CONSOLE_PRESENT,
             RTC_PORT => self.rtc.selected(),
-            RTC_DATA_PORT => self.rtc.read(now),
+            RTC_DATA_PORT => {
+                let value = self.rtc.read(now);
+                self.clock_touched();
+                value
+            }
             I8042_DATA_PORT => self.controller.read(),
             I8042_COMMAND_PORT => self.controller.status(),
             _ => NOTHING,

@@ -355,6 +355,26 @@ fn clock_is_read_through_calls_and_interrupts_when_asked() {
 }
 
 #[test]
+fn clock_interrupt_that_is_allowed_after_its_cause_comes_at_once_and_again() {
+    let mut m = Machine::new();
+    m.post(0x70, 0x0b);
+    m.run();
+    // A second has ended unnoticed: its flag is up before the guest asks for interrupts of it.
+    m.board.clock(NOW + Duration::from_secs(1));
+    assert_eq!(m.requests(), 0);
+    m.post(0x71, 0x12);
+    m.run();
+    assert_eq!(m.requests(), 1 << RTC_GSI);
+    m.run();
+    assert_eq!(m.requests(), 0);
+    // Reading register C lowers the line; it rises with the next second.
+    m.post(0x70, 0x0c);
+    assert_eq!(m.read(0x71) & 0x90, 0x90);
+    m.board.clock(NOW + Duration::from_secs(2));
+    assert_eq!(m.requests(), 1 << RTC_GSI);
+}
+
+#[test]
 fn debug_console_is_recognised() {
     assert_eq!(Machine::new().read(0xe9), 0xe9);
 }

@@ -194,10 +194,11 @@ impl Newborn {
         })
     }
 
-    /// Locks the calling thread as `main` and tells the broker. For single-threaded processes.
+    /// Locks the calling thread as `main` and tells the broker. For single-threaded processes. Ends the
+    /// process as [`Self::fail`] does when a grant was not taken or the filter is refused.
     ///
     /// # Errors
-    /// [`Stillbirth`] when a grant was not taken, the filter is refused, or the broker is gone.
+    /// [`Stillbirth::Channel`] when the broker is gone.
     pub fn lock(self) -> Result<(Control, ProcId), Stillbirth> {
         let Self {
             id,
@@ -212,7 +213,9 @@ impl Newborn {
         let taken = grants.finish().map_err(Stillbirth::from);
         bulkhead_ipc::shed::start_up_code();
         let locked = taken.and_then(|()| Ok(locks.lock_thread("main")?));
-        locked.inspect_err(|cause| tell(&channel, cause))?;
+        if let Err(cause) = locked {
+            fail(&channel, &cause);
+        }
         announce(&channel, page, landlock_abi)?;
         Ok((Control::new(channel, adoption), id))
     }
@@ -247,9 +250,15 @@ impl Newborn {
 
     /// Tells the broker that the process could not set itself up, and ends it.
     pub fn fail(&self, cause: &Stillbirth) -> ! {
-        tell(&self.channel, cause);
-        sys::leave(EXIT_STILLBORN)
+        fail(&self.channel, cause)
     }
+}
+
+/// Leaves at once: where debug assertions are on, descriptors that are dropped make calls that not even the
+/// start-up is granted.
+fn fail(channel: &Channel, cause: &Stillbirth) -> ! {
+    tell(channel, cause);
+    sys::leave(EXIT_STILLBORN)
 }
 
 /// Heap that a process can use without asking the kernel: a control message with its buffer, and

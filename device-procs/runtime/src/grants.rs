@@ -137,7 +137,7 @@ impl Grants {
     ///
     /// # Errors
     /// [`GrantError::Unused`] names one that was not.
-    pub fn finish(self) -> Result<(), GrantError> {
+    pub fn finish(&self) -> Result<(), GrantError> {
         match self.held.first() {
             Some(&(role, index, _)) => Err(GrantError::Unused { role, index }),
             None => Ok(()),
