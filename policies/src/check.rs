@@ -425,6 +425,7 @@ impl Checker<'_> {
             conditions,
             host: call.host,
             build: call.build,
+            on_failure: call.on_failure,
             why,
         })
     }

@@ -108,6 +108,8 @@ pub struct Permit {
     pub host: Option<HostKvm>,
     /// The build that needs it; `None` for all.
     pub build: Option<Build>,
+    /// Whether only a start that fails needs it.
+    pub on_failure: bool,
     /// Why.
     pub why: String,
 }

@@ -186,6 +186,9 @@ pub struct Call {
     /// The build that needs it; `None` for all.
     #[serde(default)]
     pub build: Option<Build>,
+    /// Whether only a start that fails needs it, to give up what it has got so far and tell why.
+    #[serde(default)]
+    pub on_failure: bool,
     /// Why the process needs it.
     #[serde(default)]
     pub why: String,

@@ -167,6 +167,9 @@ fn one(section: &str, phase: &str, call: &Call, used: &BTreeSet<Grant>) -> Optio
     if let Some(Build::Debug) = call.build {
         text.push_str("build = \"debug\"\n");
     }
+    if call.on_failure {
+        text.push_str("on_failure = true\n");
+    }
     let _infallible = writeln!(text, "why = {:?}", call.why);
     Some(text)
 }

@@ -71,7 +71,8 @@ fn is_elsewhere(kind: ProcKind, thread: &str, here: HostKvm) -> bool {
     threads.any(|t| t.name == thread && is_not(t.host, here))
 }
 
-/// Whether only hosts of another sort, or other builds, need the grant, as its policy declares.
+/// Whether only hosts of another sort, other builds, or starts that fail need the grant, as its policy
+/// declares. Starts that fail are played by the tests of `device-procs/`, not by machines.
 fn is_declared(policy: &Policy, grant: &Grant, here: HostKvm) -> bool {
     let thread = policy.locked.iter().find(|t| t.name == grant.phase);
     let permits = thread.map_or(&policy.startup, |t| &t.permits);
@@ -80,7 +81,7 @@ fn is_declared(policy: &Policy, grant: &Grant, here: HostKvm) -> bool {
         .find(|p| p.grants(&grant.phase).contains(grant));
     is_not(thread.and_then(|t| t.host), here)
         || is_not(permit.and_then(|p| p.host), here)
-        || permit.is_some_and(|p| p.build.is_some())
+        || permit.is_some_and(|p| p.build.is_some() || p.on_failure)
 }
 
 fn named(kind: ProcKind, grant: &Grant) -> String {
