@@ -5,7 +5,7 @@
     reason = "an integration test is a test module"
 )]
 
-use bulkhead_tests::Machine;
+use bulkhead_tests::{Daemon, Machine};
 use nix::sys::signal::Signal;
 use std::collections::BTreeSet;
 use std::fs;
@@ -92,4 +92,35 @@ fn processes_of_a_user_have_every_wall() {
     }
     machine.signal(Signal::SIGINT);
     assert_eq!(machine.wait().code, 130);
+}
+
+#[test]
+fn daemon_of_a_user_is_killed_and_its_machine_goes_on() {
+    let (_disk, path) = with_disk();
+    let mut daemon = Daemon::start_as(USER);
+    let load = "mode=beside seconds=6 qd=16 timeout=60";
+    // The programs' own guest: the tests' may be where that user cannot look.
+    let guest = daemon.programs().join("bulkhead-guest.elf");
+    let guest = guest.to_str().unwrap();
+    let create = ["create", "--name=web", "--kernel", guest, "-m", "64MiB"];
+    daemon.good(&[&create[..], &["--cmdline", load, "--disk", &path]].concat());
+    daemon.good(&["start", "web"]);
+    daemon.until_output("web", "BH beside.round ");
+    let pids: Vec<u32> = KINDS.map(|kind| daemon.process("web", kind)).into();
+    for pid in pids.iter().chain([&daemon.pid()]) {
+        let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert_eq!(status(&text, "CapEff"), "0000000000000000");
+        assert_ne!(status(&text, "Uid").split_whitespace().next(), Some("0"));
+    }
+    // Nothing is shown that the kernel does not tell this user.
+    let shown = daemon.good(&["inspect", "web", "--authority"]);
+    assert!(shown.contains("not measurable here"), "{shown}");
+
+    daemon.end(Signal::SIGKILL);
+    daemon.serve();
+    assert_eq!(KINDS.map(|kind| daemon.process("web", kind)), *pids);
+    let ended = daemon.run(&["wait", "web"]);
+    assert_eq!(ended.code, 0, "{ended:?}\n{}", daemon.log());
+    let console = daemon.good(&["logs", "web", "--console"]);
+    assert!(console.contains("BH done errors=0"), "{console}");
 }

@@ -1,6 +1,6 @@
 //! A `bulkhead serve` of a test's own, and the commands that talk to it.
 
-use super::machine::{bulkhead, is_alive, pid};
+use super::machine::{as_user, bulkhead, install_for, is_alive, pid};
 use bulkhead::vm::adopt::orphans;
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long anything may take on a busy machine.
@@ -20,6 +20,8 @@ pub struct Daemon {
     child: Option<Child>,
     scratch: tempfile::TempDir,
     arguments: Vec<String>,
+    /// The user that runs it and its clients, and where that user's programs are; `None` for the caller.
+    user: Option<(u32, PathBuf)>,
 }
 
 /// What a command did.
@@ -57,9 +59,53 @@ impl Daemon {
             child: None,
             scratch,
             arguments: Vec::new(),
+            user: None,
         };
         daemon.serve();
         daemon
+    }
+
+    /// Starts a daemon as user `id`, who has nothing of root. Where the caller is not root, that is the
+    /// caller.
+    ///
+    /// # Panics
+    /// When it does not serve within a minute.
+    #[must_use]
+    pub fn start_as(id: u32) -> Self {
+        if !nix::unistd::geteuid().is_root() {
+            return Self::start();
+        }
+        let scratch = tempfile::Builder::new()
+            .prefix("bulkhead-test-")
+            .tempdir()
+            .expect("tempdir");
+        let binaries = install_for(id, scratch.path());
+        let mut daemon = Self {
+            child: None,
+            scratch,
+            arguments: Vec::new(),
+            user: Some((id, binaries)),
+        };
+        daemon.serve();
+        daemon
+    }
+
+    /// Where the programs are.
+    #[must_use]
+    pub fn programs(&self) -> PathBuf {
+        let own = self.user.as_ref().map(|(_, binaries)| binaries.clone());
+        own.unwrap_or_else(|| super::path("BULKHEAD_BIN_DIR"))
+    }
+
+    /// `bulkhead` as the daemon's user runs it.
+    fn bulkhead(&self) -> Command {
+        let Some((id, binaries)) = &self.user else {
+            return bulkhead(self.scratch.path());
+        };
+        let mut command = as_user(*id, self.scratch.path());
+        command.arg(binaries.join("bulkhead"));
+        command.env("BULKHEAD_LIBEXEC_DIR", binaries);
+        command
     }
 
     /// Starts `serve` (again) and waits until it answers.
@@ -73,7 +119,7 @@ impl Daemon {
             .create(true)
             .open(self.scratch.path().join("serve.log"))
             .expect("a log");
-        let mut command = bulkhead(self.scratch.path());
+        let mut command = self.bulkhead();
         command.arg("serve").args(&self.arguments);
         command
             .stdin(Stdio::null())
@@ -131,7 +177,7 @@ impl Daemon {
     /// When it cannot be started.
     #[must_use]
     pub fn run(&self, arguments: &[&str]) -> Done {
-        let mut command = bulkhead(self.scratch.path());
+        let mut command = self.bulkhead();
         let output = command.args(arguments).stdin(Stdio::null()).output();
         let output = output.expect("bulkhead starts");
         Done {
@@ -147,7 +193,7 @@ impl Daemon {
     /// When it cannot be started.
     #[must_use]
     pub fn begin(&self, arguments: &[&str]) -> Child {
-        let mut command = bulkhead(self.scratch.path());
+        let mut command = self.bulkhead();
         let command = command.args(arguments).stdin(Stdio::piped());
         let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().expect("bulkhead starts")

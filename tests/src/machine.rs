@@ -117,24 +117,7 @@ impl Machine {
             .prefix("bulkhead-test-")
             .tempdir()
             .expect("tempdir");
-        // The build may be where that user cannot look.
-        let binaries = scratch.path().join("bin");
-        fs::create_dir(&binaries).expect("scratch folder");
-        for entry in fs::read_dir(super::path("BULKHEAD_BIN_DIR")).expect("binaries") {
-            let from = entry.expect("binaries").path();
-            let name = from.file_name().and_then(|n| n.to_str()).unwrap_or("");
-            if name.starts_with("bulkhead") && !name.ends_with(".d") {
-                fs::copy(&from, binaries.join(name)).expect("scratch folder");
-            }
-        }
-        super::tool(
-            "chown",
-            &[
-                "-R",
-                &format!("{id}:{id}"),
-                &scratch.path().display().to_string(),
-            ],
-        );
+        let binaries = install_for(id, scratch.path());
         let mut command = as_user(id, scratch.path());
         command
             .arg(binaries.join("bulkhead"))
@@ -628,14 +611,31 @@ fn directories(command: &mut Command, scratch: &Path) {
     command.env("BULKHEAD_CONFIG_DIR", scratch.join("etc"));
 }
 
+/// Copies the binaries into `scratch`, since the build may be where user `id` cannot look, and gives it all
+/// of `scratch`. Returns where they are.
+pub(crate) fn install_for(id: u32, scratch: &Path) -> PathBuf {
+    let binaries = scratch.join("bin");
+    fs::create_dir(&binaries).expect("scratch folder");
+    for entry in fs::read_dir(super::path("BULKHEAD_BIN_DIR")).expect("binaries") {
+        let from = entry.expect("binaries").path();
+        let name = from.file_name().and_then(|n| n.to_str()).unwrap_or("");
+        if name.starts_with("bulkhead") && !name.ends_with(".d") {
+            fs::copy(&from, binaries.join(name)).expect("scratch folder");
+        }
+    }
+    let owner = format!("{id}:{id}");
+    super::tool("chown", &["-R", &owner, &scratch.display().to_string()]);
+    binaries
+}
+
 /// Executes what is appended as user and group `id`, whose `/dev/kvm` is one of its own: in a mount
 /// namespace that ends with it, so that the host's stays as it is.
 #[expect(
     clippy::disallowed_methods,
     reason = "tests start the product as a user does"
 )]
-fn as_user(id: u32, scratch: &Path) -> Command {
-    const SCRIPT: &str = "set -e; id=$0; dir=$1; shift; mkdir \"$dir/dev\"; \
+pub(crate) fn as_user(id: u32, scratch: &Path) -> Command {
+    const SCRIPT: &str = "set -e; id=$0; dir=$1; shift; mkdir -p \"$dir/dev\"; \
         mount -t tmpfs -o mode=755 tests \"$dir/dev\"; mknod \"$dir/dev/kvm\" c 10 232; \
         chown \"$id:$id\" \"$dir/dev/kvm\"; mount --bind \"$dir/dev/kvm\" /dev/kvm; \
         exec setpriv --reuid \"$id\" --regid \"$id\" --clear-groups --inh-caps=-all -- \"$@\"";

@@ -161,18 +161,7 @@ mod tests {
     use crate::vm::spec::{KernelSource, VmSpec};
 
     fn found(name: &str) -> Record {
-        let options = RunOptions {
-            binaries: "/b".into(),
-            policies: None,
-            allow_looser_policy: false,
-            cache: None,
-            state: "/s".into(),
-            runtime: "/r".into(),
-            core: None,
-            reach: crate::launch::cgroup::Reach::Within,
-            reboot: true,
-            id: None,
-        };
+        let options = RunOptions::for_test("/r".as_ref());
         Record::new(
             &VmSpec::new(name, KernelSource::File("/k".into())),
             &options,

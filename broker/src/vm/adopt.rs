@@ -271,21 +271,6 @@ mod tests {
     use super::*;
     use bulkhead_ipc::ident::ProcId;
 
-    fn options(runtime: &Path) -> RunOptions {
-        RunOptions {
-            binaries: "/b".into(),
-            policies: None,
-            allow_looser_policy: false,
-            cache: None,
-            state: "/s".into(),
-            runtime: runtime.into(),
-            core: None,
-            reach: crate::launch::cgroup::Reach::Within,
-            reboot: true,
-            id: None,
-        }
-    }
-
     fn spec(name: &str) -> VmSpec {
         VmSpec::new(name, KernelSource::File("k".into()))
     }
@@ -314,7 +299,7 @@ mod tests {
     fn machine_is_an_orphan_when_its_owner_is_gone_and_not_before() {
         let runtime = tempfile::tempdir().unwrap();
         assert_eq!(orphans(runtime.path()).unwrap(), []);
-        let options = options(runtime.path());
+        let options = RunOptions::for_test(runtime.path());
         let mut keeper = Keeper::begin(&spec("web"), &options).unwrap();
         keeper.put(me()).unwrap();
         assert_eq!(orphans(runtime.path()).unwrap(), []);
@@ -336,7 +321,7 @@ mod tests {
     #[test]
     fn name_of_a_machine_whose_processes_are_dead_is_free() {
         let runtime = tempfile::tempdir().unwrap();
-        let options = options(runtime.path());
+        let options = RunOptions::for_test(runtime.path());
         let mut keeper = Keeper::begin(&spec("web"), &options).unwrap();
         keeper
             .put(ProcessRecord {

@@ -433,16 +433,8 @@ mod tests {
             queues: 2,
         });
         let options = RunOptions {
-            binaries: "/b".into(),
-            policies: None,
-            allow_looser_policy: false,
             cache: Some("/c".into()),
-            state: "/s".into(),
-            runtime: "/r".into(),
-            core: None,
-            reach: crate::launch::cgroup::Reach::Within,
-            reboot: true,
-            id: None,
+            ..RunOptions::for_test("/r".as_ref())
         };
         let mut record = Record::new(&spec, &options).unwrap();
         record.put(process(ProcKind::Vcpu, 0, 1, 100));

@@ -54,6 +54,25 @@ pub struct RunOptions {
     pub id: Option<String>,
 }
 
+#[cfg(test)]
+impl RunOptions {
+    /// Those of a machine that a test only writes about.
+    pub(crate) fn for_test(runtime: &std::path::Path) -> Self {
+        Self {
+            binaries: "/b".into(),
+            policies: None,
+            allow_looser_policy: false,
+            cache: None,
+            state: "/s".into(),
+            runtime: runtime.to_owned(),
+            core: None,
+            reach: Reach::Within,
+            reboot: true,
+            id: None,
+        }
+    }
+}
+
 /// What a caller may ask of a running machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {

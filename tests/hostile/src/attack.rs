@@ -6,7 +6,7 @@ use crate::prng::Prng;
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::protocol::birth::Born;
 use bulkhead_ipc::protocol::device::FromDevice;
-use bulkhead_ipc::shared::SharedMemory;
+use bulkhead_ipc::shared::{Doorbell, SharedMemory};
 use bulkhead_ipc::window::{DeviceState, QueueLayout, Window};
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
@@ -74,7 +74,7 @@ pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prn
             Method::Rings => rings(prey, prng),
             Method::Publish => publish(prey, prng),
             Method::Ring => (0..10_000).for_each(|_| prey.ring_all()),
-            Method::Fill => fill(prey),
+            Method::Fill => fill(&prey.bells),
             Method::Flood => flood(prey, channel, prng),
             Method::Lie => (0..LIES).for_each(|_| lie(channel, prng)),
             Method::Silent => {}
@@ -205,18 +205,24 @@ fn tell_state(window: &Window, prng: &mut Prng) {
     }
 }
 
-fn fill(prey: &Prey) {
-    for bell in &prey.bells {
+/// Fills doorbells, so that whoever rings one finds it full.
+pub(crate) fn fill(bells: &[Doorbell]) {
+    for bell in bells {
         // Full already is as good.
         let _full = bell.eventfd().write(u64::MAX - 1);
     }
 }
 
+/// A message that is none.
+pub(crate) fn noise(prng: &mut Prng) -> Vec<u8> {
+    (0..below(prng, 600))
+        .map(|n| u8::try_from(n % 251).unwrap_or(0))
+        .collect()
+}
+
 fn flood(prey: &Prey, channel: &Channel, prng: &mut Prng) {
     for _ in 0..1000 {
-        let noise: Vec<u8> = (0..below(prng, 600))
-            .map(|n| u8::try_from(n % 251).unwrap_or(0))
-            .collect();
+        let noise = noise(prng);
         let fds: Vec<_> = prey.bells.iter().map(AsFd::as_fd).collect();
         let sent = match below(prng, 3) {
             0 => channel.send(&noise, &fds),

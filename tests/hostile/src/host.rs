@@ -4,7 +4,7 @@
 //! It is locked as the control thread of `bulkhead-vcpu` is, which may do what any of its threads may to
 //! devices and broker.
 
-use crate::attack::Method;
+use crate::attack::{Method, fill, noise};
 use crate::edges::{below, edge16, edge32};
 use crate::prng::Prng;
 use bulkhead_ipc::channel::{Channel, ChannelError};
@@ -133,7 +133,7 @@ pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prn
                 epoch = restart_all(prey, epoch, prng);
             }
             Method::Ring => (0..10_000).for_each(|_| prey.ring_all()),
-            Method::Fill => fill(prey),
+            Method::Fill => fill(&prey.bells),
             Method::Flood => flood(prey, channel, prng),
             Method::Lie => (0..LIES).for_each(|_| lie(prey, channel, prng)),
             Method::Silent => {}
@@ -245,18 +245,9 @@ fn restart_all(prey: &Prey, epoch: u64, prng: &mut Prng) -> u64 {
     epoch.wrapping_add(256 + u64::from(edge16(prng)))
 }
 
-fn fill(prey: &Prey) {
-    for bell in &prey.bells {
-        // Full already is as good.
-        let _full = bell.eventfd().write(u64::MAX - 1);
-    }
-}
-
 fn flood(prey: &Prey, channel: &Channel, prng: &mut Prng) {
     for _ in 0..1000 {
-        let noise: Vec<u8> = (0..below(prng, 600))
-            .map(|n| u8::try_from(n % 251).unwrap_or(0))
-            .collect();
+        let noise = noise(prng);
         let fds: Vec<_> = prey.bells.iter().take(4).map(AsFd::as_fd).collect();
         let text = "\u{1b}[2Jflood\r\n".repeat(below(prng, 60));
         let sent = match below(prng, 4) {

@@ -117,11 +117,13 @@ impl Machine {
 
     /// A driver's initialisation up to DRIVER_OK, without event index.
     fn start(&mut self) {
+        self.set(0x70, 0);
+        // The rings are the device's until the reset is done.
+        self.wait("the reset", |m| (m.get(0x70) == 0).then_some(()));
         self.memory
             .write_slice(&[0; 0x3000], GuestAddress(DESC))
             .unwrap();
         (self.avail, self.used) = (0, 0);
-        self.set(0x70, 0);
         self.set(0x70, 3);
         self.set(0x24, 1);
         self.set(0x20, 1);
