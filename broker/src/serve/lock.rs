@@ -4,9 +4,10 @@ use super::{ServeError, os};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// A locked file with the owner's pid in it.
 #[derive(Debug)]
@@ -14,8 +15,12 @@ pub struct Lock {
     _file: Flock<File>,
 }
 
+/// How long the lock may outlive its owner: what it was about to start holds it from fork to exec.
+const REMAINS: Duration = Duration::from_secs(2);
+const POLL: Duration = Duration::from_millis(2);
+
 impl Lock {
-    /// Takes the lock, without waiting.
+    /// Takes the lock. Waits only for what is left of an owner that is dead, at most [`REMAINS`].
     ///
     /// # Errors
     /// [`ServeError::InUse`] with the owner's pid, or the kernel's error.
@@ -23,37 +28,48 @@ impl Lock {
         let shown = path.display().to_string();
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create(true).truncate(false);
-        let file = options
+        let mut file = options
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
             .open(path)
             .map_err(os(shown.clone()))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(mut file) => {
-                // For people who find the file; the lock does not depend on it, so that a full
-                // disk keeps nobody from serving.
-                let _told = file.set_len(0).and_then(|()| {
-                    let pid = std::process::id();
-                    file.write_all(format!("{pid}\n").as_bytes())
-                });
-                Ok(Self { _file: file })
+        let until = Instant::now() + REMAINS;
+        loop {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(file) => {
+                    // For people who find the file, and those who wait: the lock does not depend on it, so
+                    // that a full disk keeps nobody from serving.
+                    let pid = format!("{}\n", std::process::id());
+                    let _told = file
+                        .set_len(0)
+                        .and_then(|()| file.write_all_at(pid.as_bytes(), 0));
+                    return Ok(Self { _file: file });
+                }
+                Err((held, Errno::EWOULDBLOCK)) => {
+                    let holder = holder(&held);
+                    let is_dead =
+                        holder.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+                    if !is_dead || Instant::now() >= until {
+                        return Err(ServeError::InUse {
+                            what: path.to_owned(),
+                            holder: holder
+                                .map_or_else(String::new, |pid| format!(" (process {pid})")),
+                        });
+                    }
+                    file = held;
+                    std::thread::sleep(POLL);
+                }
+                Err((_, errno)) => return Err(os(shown)(io::Error::from(errno))),
             }
-            Err((file, Errno::EWOULDBLOCK)) => Err(ServeError::InUse {
-                what: path.to_owned(),
-                holder: holder(file),
-            }),
-            Err((_, errno)) => Err(os(shown)(io::Error::from(errno))),
         }
     }
 }
 
-fn holder(file: File) -> String {
-    let mut text = String::new();
-    let read = file.take(32).read_to_string(&mut text);
-    match (read, text.trim().parse::<u32>()) {
-        (Ok(_), Ok(pid)) => format!(" (process {pid})"),
-        _ => String::new(),
-    }
+fn holder(file: &File) -> Option<u32> {
+    let mut text = [0; 32];
+    let len = file.read_at(&mut text, 0).ok()?;
+    let text = str::from_utf8(text.get(..len)?).ok()?;
+    text.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -70,5 +86,22 @@ mod tests {
         assert!(told.contains(&format!("(process {pid})")), "{told}");
         drop(first);
         Lock::take(&path).unwrap();
+    }
+
+    #[test]
+    fn what_is_left_of_a_dead_owner_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("serve.lock");
+        let left = Lock::take(&path).unwrap();
+        // No pid is as large as this.
+        std::fs::write(&path, "99999999\n").unwrap();
+        let waiting = std::thread::spawn({
+            let path = path.clone();
+            move || Lock::take(&path).map(drop)
+        });
+        std::thread::sleep(20 * POLL);
+        assert!(!waiting.is_finished());
+        drop(left);
+        waiting.join().unwrap().unwrap();
     }
 }

@@ -216,6 +216,9 @@ impl Machine<'_> {
         }
         // That was told when they were started.
         self.all_locked_after = None;
+        // At once: its last broker may have made groups that are not on record, and the machine may end
+        // before others would be made.
+        self.make_groups();
         self.taking_over = Some(self.began);
         self.tell_vcpu(&ToVcpu::Tell);
         for (id, reason) in dead {
