@@ -25,6 +25,7 @@ pub mod pattern;
 #[path = "../guests/src/prng.rs"]
 pub mod prng;
 mod programs;
+mod restart;
 mod spoil;
 
 pub use daemon::{Daemon, Done};
@@ -33,7 +34,8 @@ pub use held_file::HeldFile;
 pub use intruder::{Fate, Intruder};
 pub use machine::{Ended, Machine, Processes, bulkhead, is_alive};
 pub use programs::{Programs, with_version};
-pub use spoil::{Restart, kill, signal_process, window_of};
+pub use restart::Restart;
+pub use spoil::{kill, signal_process, window_of};
 
 use std::path::PathBuf;
 

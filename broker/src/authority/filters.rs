@@ -4,6 +4,7 @@ use super::status::field;
 use super::sys;
 use bulkhead_policies::evaluate::{EvaluateError, Instruction, Permitted, permitted};
 use nix::errno::Errno;
+use nix::sys::ptrace::Options;
 use serde::{Serialize, Serializer};
 use std::collections::BTreeSet;
 use std::fs;
@@ -98,7 +99,7 @@ fn read(tid: i32, count: usize) -> Result<Vec<Vec<Instruction>>, Errno> {
     if count == 0 {
         return Ok(Vec::new());
     }
-    let stopped = match sys::Stopped::seize(tid) {
+    let stopped = match sys::Stopped::seize(tid, Options::empty()) {
         Err(Errno::ESRCH) => return Err(Errno::ENOENT),
         stopped => stopped?,
     };

@@ -3,6 +3,7 @@
 //!
 //! The kernel judges these calls as the thread's own. That is how what no file of /proc tells is measured.
 
+use super::sys::Stopped;
 use nix::errno::Errno;
 use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::Signal;
@@ -37,7 +38,8 @@ pub struct Guided {
     thread: Pid,
     memory: File,
     saved: libc::user_regs_struct,
-    is_alive: bool,
+    /// Lets go of it, after its registers are what they were.
+    _stopped: Stopped,
 }
 
 impl Guided {
@@ -70,23 +72,14 @@ impl Guided {
             .read(true)
             .write(true)
             .open(format!("/proc/{pid}/mem"))?;
+        let stopped = Stopped::seize(tid, options)?;
         let thread = Pid::from_raw(tid);
-        ptrace::seize(thread, options)?;
-        let stopped = ptrace::interrupt(thread)
-            .and_then(|()| waitpid(thread, Some(WaitPidFlag::__WALL)))
-            .and_then(|_| ptrace::getregs(thread));
-        match stopped {
-            Ok(saved) => Ok(Self {
-                thread,
-                memory,
-                saved,
-                is_alive: true,
-            }),
-            Err(errno) => {
-                let _gone = ptrace::detach(thread, None);
-                Err(errno.into())
-            }
-        }
+        Ok(Self {
+            thread,
+            memory,
+            saved: ptrace::getregs(thread)?,
+            _stopped: stopped,
+        })
     }
 
     /// The system call that was interrupted: its number and its second argument; `None` when the thread
@@ -148,11 +141,9 @@ impl Guided {
                 }
                 WaitStatus::Stopped(_, signal) => ptrace::cont(self.thread, signal)?,
                 WaitStatus::Exited(_, code) => {
-                    self.is_alive = false;
                     return Ok(Outcome::Exited(code));
                 }
                 WaitStatus::Signaled(_, signal, _) => {
-                    self.is_alive = false;
                     return Ok(Outcome::Killed(signal));
                 }
                 _ => ptrace::cont(self.thread, None)?,
@@ -189,10 +180,7 @@ impl Guided {
 
 impl Drop for Guided {
     fn drop(&mut self) {
-        if self.is_alive {
-            // The interrupted call is restarted where it was.
-            let _restored = ptrace::setregs(self.thread, self.saved);
-            let _detached = ptrace::detach(self.thread, None);
-        }
+        // The interrupted call is restarted where it was. A process that has ended has no registers.
+        let _restored = ptrace::setregs(self.thread, self.saved);
     }
 }

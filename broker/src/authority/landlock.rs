@@ -72,11 +72,11 @@ fn files(guided: &mut Guided) -> io::Result<bool> {
     ];
     call(guided, libc::SYS_faccessat2, may_read)?;
     let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
-    denied(
-        guided,
-        libc::SYS_openat,
-        [word(libc::AT_FDCWD), path, word(flags), 0, 0, 0],
-    )
+    let open = [word(libc::AT_FDCWD), path, word(flags), 0, 0, 0];
+    match unless_denied(call(guided, libc::SYS_openat, open))? {
+        Some(made) => close(guided, made).map(|()| false),
+        None => Ok(true),
+    }
 }
 
 fn tcp(guided: &mut Guided) -> io::Result<Option<bool>> {
@@ -90,23 +90,22 @@ fn tcp(guided: &mut Guided) -> io::Result<Option<bool>> {
     any[..2].copy_from_slice(&family.to_ne_bytes());
     let bound = guided.place(&any).and_then(|address| {
         let arguments = [socket, address, any.len() as u64, 0, 0, 0];
-        match call(guided, libc::SYS_bind, arguments) {
-            Ok(_) => Ok(false),
-            Err(e) if e.raw_os_error() == Some(libc::EACCES) => Ok(true),
-            Err(e) => Err(e),
-        }
+        unless_denied(call(guided, libc::SYS_bind, arguments))
     });
-    call(guided, libc::SYS_close, [socket, 0, 0, 0, 0, 0])?;
-    bound.map(Some)
+    close(guided, socket)?;
+    bound.map(|allowed| Some(allowed.is_none()))
 }
 
-/// Whether a call that makes a descriptor is denied.
-fn denied(guided: &mut Guided, number: i64, arguments: [u64; 6]) -> io::Result<bool> {
-    match call(guided, number, arguments) {
-        Ok(made) => call(guided, libc::SYS_close, [made, 0, 0, 0, 0, 0]).map(|_| false),
-        Err(e) if e.raw_os_error() == Some(libc::EACCES) => Ok(true),
-        Err(e) => Err(e),
+/// `None` of a call that is denied as Landlock denies files and ports.
+fn unless_denied(called: io::Result<u64>) -> io::Result<Option<u64>> {
+    match called {
+        Err(e) if e.raw_os_error() == Some(libc::EACCES) => Ok(None),
+        called => called.map(Some),
     }
+}
+
+fn close(guided: &mut Guided, descriptor: u64) -> io::Result<()> {
+    call(guided, libc::SYS_close, [descriptor, 0, 0, 0, 0, 0]).map(|_| ())
 }
 
 fn call(guided: &mut Guided, number: i64, arguments: [u64; 6]) -> io::Result<u64> {

@@ -7,6 +7,7 @@
 
 use bulkhead_policies::evaluate::Instruction;
 use nix::errno::Errno;
+use nix::sys::ptrace::Options;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -39,8 +40,8 @@ pub(super) fn duplicate(process: BorrowedFd<'_>, number: RawFd) -> Result<OwnedF
 pub(super) struct Stopped(i32);
 
 impl Stopped {
-    pub(super) fn seize(thread: i32) -> Result<Self, Errno> {
-        request(libc::PTRACE_SEIZE, thread, 0, ptr::null_mut())?;
+    pub(super) fn seize(thread: i32, options: Options) -> Result<Self, Errno> {
+        nix::sys::ptrace::seize(Pid::from_raw(thread), options)?;
         let stopped = Self(thread);
         request(libc::PTRACE_INTERRUPT, thread, 0, ptr::null_mut())?;
         waitpid(Pid::from_raw(thread), Some(WaitPidFlag::__WALL))?;

@@ -6,6 +6,7 @@
 
 use crate::attack::{Method, fill, noise};
 use crate::edges::{below, edge16, edge32};
+use crate::prey::BELLS;
 use crate::prng::Prng;
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::legacy_page::LEGACY_PAGE_BYTES;
@@ -24,15 +25,6 @@ const PAUSE: Duration = Duration::from_millis(1);
 const LIES: usize = 50;
 /// Descriptors of one role at most.
 const INDEXES: u16 = 16;
-const BELLS: [FdRole; 7] = [
-    FdRole::Kick,
-    FdRole::Call,
-    FdRole::LegacyKick,
-    FdRole::LegacyInterrupt,
-    FdRole::LegacyReply,
-    FdRole::InputBell,
-    FdRole::OutputBell,
-];
 /// What is held and of no use here.
 const REST: [FdRole; 5] = [
     FdRole::Kvm,

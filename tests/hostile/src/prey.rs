@@ -12,7 +12,8 @@ use std::io::{Seek, SeekFrom};
 
 /// Roles whose descriptors a device process may have, doorbells apart.
 const FILES: [FdRole; 3] = [FdRole::Disk, FdRole::Entropy, FdRole::Output];
-const BELLS: [FdRole; 7] = [
+/// Doorbells of all kinds.
+pub(crate) const BELLS: [FdRole; 7] = [
     FdRole::Kick,
     FdRole::Call,
     FdRole::LegacyKick,

@@ -107,11 +107,23 @@ impl Daemon {
     /// answer.
     pub(crate) fn replace(&mut self) -> Result<Duration> {
         let killed = Instant::now();
-        self.child.kill()?;
-        self.child.wait()?;
-        self.child = serve(&self.place)?;
+        self.kill()?;
+        self.start_again()?;
         self.until_it_answers()?;
         Ok(killed.elapsed())
+    }
+
+    /// Kills it without a warning. Until the next one is started nobody owns its machines.
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Starts the next one after [`Self::kill`], and does not wait for it.
+    pub(crate) fn start_again(&mut self) -> Result<()> {
+        self.child = serve(&self.place)?;
+        Ok(())
     }
 
     fn until_it_answers(&mut self) -> Result<()> {

@@ -21,6 +21,12 @@ mod demo;
 mod guest;
 mod packages;
 mod process;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "the end-to-end tests' own, of which not all is asked here"
+)]
+#[path = "../../src/restart.rs"]
 mod restart;
 mod soak;
 mod suite;

@@ -14,14 +14,14 @@ use super::Print;
 use super::figure::{Figure, quantile};
 use super::guest::Bench;
 use super::prng::Prng;
+use crate::daemon::{Daemon, Place};
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use bulkhead::api::State;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,7 @@ pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
     while readopt_ms.len() < KILLS {
         if load_until <= Instant::now() {
             host.verified()?;
-            host.good(&["start", "load"])?;
+            host.place.run(&["start", "load"])?;
             load_until = Instant::now() + KILLED_FOR;
         }
         without.push(pace.longest_gap_ms(|| Ok(()))?);
@@ -86,18 +86,18 @@ pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
 }
 
 /// A daemon with both machines. Dropped, it ends them.
-struct Host<'a> {
-    bench: &'a Bench,
-    daemon: Child,
+struct Host {
+    place: Place,
+    daemon: Daemon,
 }
 
-impl<'a> Host<'a> {
-    fn start(bench: &'a Bench) -> Result<Self> {
+impl Host {
+    fn start(bench: &Bench) -> Result<Self> {
         let disk = bench.directory().join("load.img");
         File::create(&disk)?.set_len(8 << 20)?;
-        let daemon = spawn(bench)?;
-        let host = Self { bench, daemon };
-        host.answers(0)?;
+        let place = bench.place();
+        let daemon = Daemon::start(&place)?;
+        let host = Self { place, daemon };
         let kernel = bench.guest().display().to_string();
         let load = format!("mode=beside seconds={GUEST_S} qd=16 timeout=60");
         let disk = disk.display().to_string();
@@ -106,12 +106,14 @@ impl<'a> Host<'a> {
             ("pace", "mode=pace", &[]),
         ] {
             let all = ["create", "--name", name, "--kernel", &kernel, "-m", MEMORY];
-            host.good(&[&all[..], &["--cmdline", cmdline], more].concat())?;
+            host.place
+                .run(&[&all[..], &["--cmdline", cmdline], more].concat())?;
         }
-        host.good(&["start", "pace"])?;
+        host.place.run(&["start", "pace"])?;
         let until = Instant::now() + PATIENCE;
         while !host
-            .good(&["logs", "pace", "--console"])?
+            .place
+            .run(&["logs", "pace", "--console"])?
             .contains("BH pace ")
         {
             ensure!(Instant::now() < until, "the guest says nothing");
@@ -120,30 +122,20 @@ impl<'a> Host<'a> {
         Ok(host)
     }
 
-    /// Runs a command that must succeed.
-    fn good(&self, arguments: &[&str]) -> Result<String> {
-        let output = self.bench.plain().args(arguments).output()?;
-        let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{arguments:?}: {errors}");
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    }
-
-    fn process(&self, name: &str, kind: &str) -> Result<u64> {
-        let about: Value = serde_json::from_str(&self.good(&["inspect", name, "--json"])?)?;
-        let processes = about["processes"].as_array().context("no processes")?;
-        let one = processes.iter().find(|process| process["kind"] == kind);
-        one.and_then(|process| process["pid"].as_u64())
-            .context("no such process")
+    fn process(&self, name: &str, kind: &str) -> Result<i32> {
+        let mut processes = self.place.inspect(name)?.processes.into_iter();
+        let one = processes.find(|process| process.kind == kind);
+        one.map(|process| process.pid).context("no such process")
     }
 
     /// Waits for the end of the verifying guest, if one was started, which must have found nothing.
     fn verified(&self) -> Result<()> {
-        let about: Value = serde_json::from_str(&self.good(&["inspect", "load", "--json"])?)?;
-        if about["last_run"].is_null() && about["state"] == "stopped" {
+        let about = self.place.inspect("load")?.summary;
+        if about.last_run.is_none() && about.state == State::Stopped {
             return Ok(());
         }
-        self.good(&["wait", "load"])?;
-        let output = self.good(&["logs", "load", "--console"])?;
+        self.place.run(&["wait", "load"])?;
+        let output = self.place.run(&["logs", "load", "--console"])?;
         ensure!(output.contains("BH done errors=0"), "{output}");
         Ok(())
     }
@@ -152,9 +144,8 @@ impl<'a> Host<'a> {
     /// its own, in milliseconds.
     fn kill_and_start(&mut self) -> Result<f64> {
         self.daemon.kill()?;
-        self.daemon.wait()?;
         let began = Instant::now();
-        self.daemon = spawn(self.bench)?;
+        self.daemon.start_again()?;
         self.answers(2)?;
         Ok(began.elapsed().as_secs_f64() * 1e3)
     }
@@ -162,7 +153,7 @@ impl<'a> Host<'a> {
     /// Waits until the daemon answers and has this many machines that run.
     fn answers(&self, running: usize) -> Result<()> {
         let until = Instant::now() + PATIENCE;
-        let socket = self.bench.directory().join("run/bulkhead.sock");
+        let socket = self.place.directory().join("run/bulkhead.sock");
         loop {
             let answer = ask(&socket).unwrap_or_default();
             if answer.starts_with("HTTP/1.1 200")
@@ -176,27 +167,6 @@ impl<'a> Host<'a> {
             sleep(POLL);
         }
     }
-}
-
-impl Drop for Host<'_> {
-    fn drop(&mut self) {
-        for name in ["pace", "load"] {
-            let _ended = self.good(&["kill", name]);
-        }
-        let _ended = self.daemon.kill();
-        let _reaped = self.daemon.wait();
-    }
-}
-
-fn spawn(bench: &Bench) -> Result<Child> {
-    let log = bench.directory().join("serve.log");
-    let log = File::options().append(true).create(true).open(log)?;
-    let mut serve = bench.plain();
-    serve
-        .arg("serve")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null());
-    serve.stderr(log).spawn().context("bulkhead serve")
 }
 
 fn ask(socket: &Path) -> Result<String> {
@@ -219,7 +189,7 @@ struct Pace {
 
 impl Pace {
     /// Of the guest in vCPU process `pid`.
-    fn of(pid: u64) -> Result<Self> {
+    fn of(pid: i32) -> Result<Self> {
         let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
         let memory = File::open(format!("/proc/{pid}/mem"))?;
         let until = Instant::now() + PATIENCE;

@@ -84,5 +84,5 @@ fn one_guest(bench: &Bench, seed: u64, after_ms: &mut Vec<f64>) -> Result<u32> {
 /// Time from death to service of each restart so far, in milliseconds.
 fn times(errors: &str) -> Vec<f64> {
     let restarts = errors.lines().filter_map(Restart::parse);
-    restarts.map(|restart| restart.after_ms).collect()
+    restarts.map(|restart| restart.after_ms()).collect()
 }

@@ -1,5 +1,6 @@
 //! Running the test guest under Bulkhead and under QEMU, the same way.
 
+use crate::daemon::Place;
 use crate::guest::Image;
 use crate::process;
 use crate::{command, suite};
@@ -98,7 +99,7 @@ impl Bench {
 
     /// Bulkhead alone, with a guest that runs for as long as it wants.
     pub(super) fn bulkhead(&self, arguments: &str, disk: Option<&Path>, timeout_s: u64) -> Command {
-        let mut run = self.plain();
+        let mut run = self.place().bulkhead();
         run.arg("run").arg("--kernel").arg(&self.guest);
         run.args(["--cmdline", arguments, "-c", "1", "-m"])
             .arg(format!("{MEMORY_MIB}MiB"));
@@ -109,13 +110,9 @@ impl Bench {
         run
     }
 
-    /// `bulkhead` with directories of its own.
-    pub(super) fn plain(&self) -> Command {
-        let mut command = command::command(self.binaries.join("bulkhead"));
-        command.env("BULKHEAD_STATE_DIR", self.directory().join("state"));
-        command.env("BULKHEAD_RUNTIME_DIR", self.directory().join("run"));
-        command.env("BULKHEAD_LIBEXEC_DIR", &self.binaries);
-        command
+    /// Where the programs are, with directories of the benchmark's own.
+    pub(super) fn place(&self) -> Place {
+        Place::new(&self.binaries, self.directory())
     }
 
     /// The test guest.

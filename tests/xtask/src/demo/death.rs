@@ -34,8 +34,9 @@ pub(super) fn show_successor(victim: u32, restart: &Restart) -> Result<()> {
         name,
         pid,
         generation,
-        after_ms,
+        ..
     } = restart;
+    let after_ms = restart.after_ms();
     ensure!(*pid != victim, "the disk is served by the dead process");
     ensure!(*generation > 1, "the successor is not another generation");
     println!(

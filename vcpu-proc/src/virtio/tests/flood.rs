@@ -14,6 +14,16 @@ impl Machine {
             }
         })
     }
+
+    /// Starts the device and has its guest offer what is not in its memory.
+    fn break_the_protocol(&mut self) {
+        self.start();
+        self.describe(0, u64::MAX - 8, 16, 0, 0);
+        self.offer(0);
+        self.wait("DEVICE_NEEDS_RESET", |m| {
+            (m.get(0x70) & 0x40 != 0).then_some(())
+        });
+    }
 }
 
 #[test]
@@ -67,12 +77,7 @@ fn guest_cannot_use_up_the_reports_of_its_devices_faults() {
     let mut m = running();
     // More than are ever told, so that the last ones are not.
     for _ in 0..150 {
-        m.start();
-        m.describe(0, u64::MAX - 8, 16, 0, 0);
-        m.offer(0);
-        m.wait("DEVICE_NEEDS_RESET", |m| {
-            (m.get(0x70) & 0x40 != 0).then_some(())
-        });
+        m.break_the_protocol();
         let _heard = m.bus.take_faults();
     }
     m.start();
@@ -85,12 +90,7 @@ fn guest_cannot_use_up_the_reports_of_its_devices_faults() {
 fn guest_faults_that_nobody_takes_leave_room_for_those_of_devices() {
     let mut m = running();
     for _ in 0..80 {
-        m.start();
-        m.describe(0, u64::MAX - 8, 16, 0, 0);
-        m.offer(0);
-        m.wait("DEVICE_NEEDS_RESET", |m| {
-            (m.get(0x70) & 0x40 != 0).then_some(())
-        });
+        m.break_the_protocol();
     }
     m.start();
     m.window.set_device_state(DeviceState::Failed);
