@@ -101,6 +101,12 @@ impl Doorbell {
     }
 }
 
+impl From<EventFd> for Doorbell {
+    fn from(eventfd: EventFd) -> Self {
+        Self(eventfd)
+    }
+}
+
 impl From<OwnedFd> for Doorbell {
     #[expect(
         unsafe_code,

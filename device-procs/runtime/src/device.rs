@@ -61,7 +61,8 @@ pub struct Setup<'a> {
 }
 
 impl<'a> Setup<'a> {
-    pub(crate) const fn new(
+    /// What a device is given; `waiter` is what wakes it.
+    pub const fn new(
         config: &'a DeviceConfig,
         grants: &'a mut Grants,
         uring: &'a UringGrant,

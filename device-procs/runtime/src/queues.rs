@@ -134,12 +134,19 @@ impl Queues {
             queue.set_ready(true);
             queues.push(queue);
         }
-        Ok(Self {
+        let bytes = u32::try_from(layout.bytes).map_err(|e| map_error(&e))?;
+        Ok(Self::over(memory, bytes, queues))
+    }
+
+    /// Queues that are set up already. `memory` has one region, from 0 to `bytes`.
+    #[must_use]
+    pub const fn over(memory: GuestMemoryMmap, bytes: u32, queues: Vec<Queue>) -> Self {
+        Self {
             memory,
-            bytes: u32::try_from(layout.bytes).map_err(|e| map_error(&e))?,
+            bytes,
             queues,
             completed: false,
-        })
+        }
     }
 
     /// Number of queues.
@@ -234,7 +241,10 @@ impl Queues {
     }
 
     /// Whether the gate asked to be called for what was completed since the last question.
-    pub(crate) fn call_needed(&mut self) -> Result<bool, DeviceFault> {
+    ///
+    /// # Errors
+    /// [`DeviceFault::Ring`] when the gate's half of a ring is nonsense.
+    pub fn call_needed(&mut self) -> Result<bool, DeviceFault> {
         if !std::mem::take(&mut self.completed) {
             return Ok(false);
         }
@@ -248,7 +258,8 @@ impl Queues {
     }
 
     /// Whether there is a request. Cheap: one load for each queue.
-    pub(crate) fn any_waiting(&self) -> bool {
+    #[must_use]
+    pub fn any_waiting(&self) -> bool {
         self.queues.iter().any(|queue| {
             queue
                 .avail_idx(&self.memory, Ordering::Acquire)
@@ -257,7 +268,10 @@ impl Queues {
     }
 
     /// Asks the gate for a kick at the next request. Returns whether there is one already.
-    pub(crate) fn ask_for_kicks(&mut self) -> Result<bool, DeviceFault> {
+    ///
+    /// # Errors
+    /// As [`Queues::call_needed`].
+    pub fn ask_for_kicks(&mut self) -> Result<bool, DeviceFault> {
         let mut waiting = false;
         for (index, queue) in self.queues.iter_mut().enumerate() {
             waiting |= queue

@@ -175,10 +175,12 @@ impl Gate {
         self.starting = None;
         self.queues.iter_mut().for_each(GateQueue::detach);
         self.tell_driver();
-        self.link.needs_reset.store(0, Ordering::Release);
-        self.link.interrupt_status.store(0, Ordering::Release);
-        self.link.config().resets_done += 1;
-        self.link.notify();
+        self.link.reset_is_done();
+    }
+
+    /// Gives up everything but what it shares with other threads.
+    pub(super) fn into_link(self) -> Arc<GateLink> {
+        self.link
     }
 
     /// The guest set DRIVER_OK.

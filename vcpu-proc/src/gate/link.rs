@@ -116,6 +116,14 @@ impl GateLink {
         self.changed.notify_all();
     }
 
+    /// The driver's reset has been carried out: status and interrupts are as new, and it may go on.
+    pub(super) fn reset_is_done(&self) {
+        self.needs_reset.store(0, Ordering::Release);
+        self.interrupt_status.store(0, Ordering::Release);
+        self.config().resets_done += 1;
+        self.notify();
+    }
+
     /// Tells the driver to look at configuration and status.
     pub(crate) fn raise_config(&self) {
         self.raise(INTERRUPT_CONFIG);

@@ -21,7 +21,9 @@ mod queue;
 mod rings;
 mod succession;
 pub(crate) mod thread;
+mod ungated;
 
 pub(crate) use device::{DeviceChannel, Gate};
 pub(crate) use link::{Attachment, ConfigImage, GateLink, Phase};
 pub use thread::GateThread;
+pub use ungated::{Asked, Ungated};

@@ -11,11 +11,23 @@ use std::path::Path;
 const DISK_MIB: usize = 512;
 const SECONDS: u32 = 1;
 
-struct Load {
+pub(super) struct Load {
     name: &'static str,
-    unit: &'static str,
+    pub(super) unit: &'static str,
     arguments: &'static str,
 }
+
+pub(super) const SEQ_READ_QD32: Load = Load {
+    name: "blk.seq_read_qd32",
+    unit: "MB/s",
+    arguments: "op=seq_read qd=32 bs=128k",
+};
+
+pub(super) const RAND_READ_QD32: Load = Load {
+    name: "blk.rand_read_qd32",
+    unit: "IOPS",
+    arguments: "op=rand_read qd=32 bs=4k",
+};
 
 const LOADS: [Load; 5] = [
     Load {
@@ -23,11 +35,7 @@ const LOADS: [Load; 5] = [
         unit: "MB/s",
         arguments: "op=seq_read qd=1 bs=128k",
     },
-    Load {
-        name: "blk.seq_read_qd32",
-        unit: "MB/s",
-        arguments: "op=seq_read qd=32 bs=128k",
-    },
+    SEQ_READ_QD32,
     Load {
         name: "blk.seq_write_qd32",
         unit: "MB/s",
@@ -38,11 +46,7 @@ const LOADS: [Load; 5] = [
         unit: "IOPS",
         arguments: "op=rand_read qd=1 bs=4k",
     },
-    Load {
-        name: "blk.rand_read_qd32",
-        unit: "IOPS",
-        arguments: "op=rand_read qd=32 bs=4k",
-    },
+    RAND_READ_QD32,
 ];
 
 pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
@@ -56,7 +60,7 @@ pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
 }
 
 /// Every page exists, so that reads copy data and not holes.
-fn fill(disk: &Path) -> Result<()> {
+pub(super) fn fill(disk: &Path) -> Result<()> {
     let mut file = File::create(disk)?;
     let mut word = 0x9e37_79b9_7f4a_7c15u64;
     let mut block = Vec::with_capacity(1 << 20);
@@ -74,7 +78,7 @@ fn fill(disk: &Path) -> Result<()> {
     clippy::cast_precision_loss,
     reason = "counts of one second are far below 2^52"
 )]
-fn measure(bench: &Bench, vmm: Vmm, load: &Load, disk: &Path) -> Result<f64> {
+pub(super) fn measure(bench: &Bench, vmm: Vmm, load: &Load, disk: &Path) -> Result<f64> {
     let arguments = format!(
         "mode=bench-blk {} seconds={SECONDS} end=debug:0",
         load.arguments

@@ -23,6 +23,8 @@ pub(super) enum Vmm {
     Bulkhead,
     /// `qemu-system-x86_64 -M microvm`.
     Qemu,
+    /// Bulkhead's parts without gates, walls and other processes; it always has a disk.
+    Direct,
 }
 
 /// What all benchmarks share.
@@ -61,6 +63,11 @@ impl Bench {
         }
     }
 
+    /// Whether QEMU runs, too.
+    pub(super) const fn has_peer(&self) -> bool {
+        self.peer
+    }
+
     /// Where files on tmpfs may be put.
     pub(super) fn directory(&self) -> &Path {
         self.directory.path()
@@ -94,6 +101,7 @@ impl Bench {
         match vmm {
             Vmm::Bulkhead => self.bulkhead(arguments, disk, GUEST_TIMEOUT_S),
             Vmm::Qemu => self.qemu(arguments, disk),
+            Vmm::Direct => self.direct(arguments, disk),
         }
     }
 
@@ -120,15 +128,23 @@ impl Bench {
         &self.guest
     }
 
+    fn direct(&self, arguments: &str, disk: Option<&Path>) -> Command {
+        let mut run = within_timeout();
+        run.arg(self.binaries.join("bulkhead-direct"));
+        run.arg("--kernel").arg(&self.guest);
+        run.args(["--cmdline", arguments, "--memory-mib"]);
+        run.arg(MEMORY_MIB.to_string());
+        run.args(
+            disk.into_iter()
+                .flat_map(|disk| ["--disk".as_ref(), disk.as_os_str()]),
+        );
+        run
+    }
+
     fn qemu(&self, arguments: &str, disk: Option<&Path>) -> Command {
-        let mut run = command::command("timeout");
+        let mut run = within_timeout();
         run.args([
-            "-k",
-            "1",
-            &GUEST_TIMEOUT_S.to_string(),
             "qemu-system-x86_64",
-        ]);
-        run.args([
             "-M",
             "microvm,rtc=on,pit=on,pic=on,isa-serial=on",
             "-accel",
@@ -187,6 +203,13 @@ impl Bench {
             log,
         })
     }
+}
+
+/// A command that ends with the guest's time.
+fn within_timeout() -> Command {
+    let mut run = command::command("timeout");
+    run.args(["-k", "1", &GUEST_TIMEOUT_S.to_string()]);
+    run
 }
 
 /// A guest that runs. Dropping it ends it.

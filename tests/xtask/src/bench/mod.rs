@@ -11,6 +11,7 @@ mod boot;
 mod broker;
 mod faults;
 mod figure;
+mod gate;
 mod guest;
 mod kernel_memory;
 mod memory;
@@ -57,6 +58,8 @@ enum Suite {
     Mmio,
     /// Block device throughput and latency.
     Blk,
+    /// Block device throughput through the gates, and without them.
+    Gate,
     /// Device processes killed at random under load: time to service, and what the guest saw.
     Faults,
     /// The daemon killed under load: time until its machines are the next one's, and what a guest
@@ -92,6 +95,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             Suite::Memory => memory::run(&bench, &mut print)?,
             Suite::Mmio => mmio::run(&bench, &mut print)?,
             Suite::Blk => blk::run(&bench, &mut print)?,
+            Suite::Gate => gate::run(&bench, &mut print)?,
             Suite::Faults => faults::run(&bench, &mut print)?,
             Suite::Broker => broker::run(&bench, &mut print)?,
         }
