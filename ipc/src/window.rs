@@ -38,6 +38,7 @@ const OFFSET_DRIVER_EPOCH: usize = 0x48;
 const OFFSET_DEVICE_STATE: usize = 0x80;
 const OFFSET_CONFIG_SEQ: usize = 0x84;
 const OFFSET_DEVICE_FEATURES: usize = 0x88;
+const OFFSET_AT_ONCE: usize = 0xc0;
 const OFFSET_CONFIG: usize = 0x100;
 
 /// What a device says of itself in the window.
@@ -279,6 +280,19 @@ impl Window {
         };
         self.memory
             .store(OFFSET_DEVICE_STATE, value, Ordering::Release);
+    }
+
+    /// Device: says whether its requests are done as soon as it has looked at them, with nothing to wait for.
+    pub fn set_at_once(&self, at_once: bool) {
+        self.memory
+            .store(OFFSET_AT_ONCE, u32::from(at_once), Ordering::Relaxed);
+    }
+
+    /// Gate: whether the device says that more requests in its hands would not make it faster. One that lies
+    /// makes itself slow.
+    #[must_use]
+    pub fn is_at_once(&self) -> bool {
+        self.memory.load::<u32>(OFFSET_AT_ONCE, Ordering::Relaxed) == 1
     }
 
     /// Gate: how the device says it is.

@@ -5,10 +5,10 @@
     reason = "an integration test is a test module"
 )]
 
-use bulkhead_tests::{Daemon, Groups, is_alive, tool};
+use bulkhead_tests::{Daemon, Groups, SmallDisk, is_alive};
 use nix::sys::signal::Signal;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 #[test]
@@ -60,33 +60,12 @@ fn what_ends_all_control_groups_of_the_daemon_ends_no_machine() {
     assert!(daemon.output_of("web").contains("BH done errors=0"));
 }
 
-/// A small file system at the place of a test's own.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(at: &Path) -> Self {
-        let place = at.to_str().unwrap();
-        tool(
-            "mount",
-            &["-t", "tmpfs", "-o", "size=2m,mode=0700", "tmpfs", place],
-        );
-        Self(at.to_owned())
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily: the daemon is still there when a test has failed.
-        let _done = std::panic::catch_unwind(|| tool("umount", &["-l", self.0.to_str().unwrap()]));
-    }
-}
-
 #[test]
 fn full_disk_costs_changes_and_logs_and_no_machine() {
     assert!(nix::unistd::geteuid().is_root(), "a file system is mounted");
     let mut daemon = Daemon::start();
     daemon.end(Signal::SIGTERM);
-    let _small = SmallDisk::mount(&daemon.state());
+    let _small = SmallDisk::memory_at(daemon.state(), "2m");
     daemon.serve();
     daemon.create_and_start("lives", "mode=idle", &[]);
     daemon.create("waits", "mode=idle", &[]);

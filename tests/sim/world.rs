@@ -319,9 +319,15 @@ impl World {
             self.after(0, 5, Later::Die(self.processes[&VCPU].id, true));
         }
         if self.prng.one_in(100) {
-            let commands = [Command::Pause, Command::Resume, Command::PowerButton];
-            let at = usize::try_from(self.prng.below(3)).unwrap_or(0);
-            self.inputs.push_back(Input::Command(commands[at].clone()));
+            let inputs = [
+                Input::Command(Command::Pause),
+                Input::Command(Command::Resume),
+                Input::Command(Command::PowerButton),
+                Input::NoRoom,
+                Input::HasRoom,
+            ];
+            let input = self.prng.pick(&inputs).clone();
+            self.inputs.push_back(input);
             self.drain();
         }
         if self.prng.one_in(150) {

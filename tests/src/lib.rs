@@ -26,6 +26,7 @@ pub mod pattern;
 pub mod prng;
 mod programs;
 mod restart;
+mod small_disk;
 mod spoil;
 
 pub use daemon::{Daemon, Done};
@@ -35,6 +36,7 @@ pub use intruder::{Fate, Intruder};
 pub use machine::{Ended, Machine, Processes, bulkhead, is_alive};
 pub use programs::{Programs, with_version};
 pub use restart::Restart;
+pub use small_disk::SmallDisk;
 pub use spoil::{kill, signal_process, window_of};
 
 use std::path::PathBuf;

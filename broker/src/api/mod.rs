@@ -116,6 +116,9 @@ pub struct Summary {
     pub last_run: Option<LastRun>,
     /// Devices that are lost.
     pub degraded: Vec<Degraded>,
+    /// Disks for which the host has no room: the machine is paused until it has.
+    #[serde(default)]
+    pub no_room: Vec<String>,
 }
 
 /// How a run ended.

@@ -213,6 +213,13 @@ impl Watcher {
             Event::Degraded { name, reason, .. } => {
                 notice(&format!("bulkhead: degraded: {name} is lost: {reason}"));
             }
+            Event::NoRoom { name } => {
+                let line = "the host has no room for what the guest writes to";
+                notice(&format!("bulkhead: paused: {line} {name}"));
+            }
+            Event::HasRoom { name } => {
+                notice(&format!("bulkhead: the host has room for {name} again"));
+            }
             Event::Denied { id, name, denial } => {
                 notice(&format!("bulkhead: {id} ({name}): {denial}"));
             }

@@ -98,7 +98,7 @@ pub(super) fn list(args: &ListArgs, options: &PathOptions) -> Result<u8, Failure
     ])];
     for vm in &vms {
         let (since, note) = match (&vm.started_at, &vm.last_run) {
-            (Some(at), _) => (at.as_str(), degraded(vm)),
+            (Some(at), _) => (at.as_str(), ails(vm)),
             (None, Some(last)) => (last.ended_at.as_str(), last.ending.replace('_', " ")),
             (None, None) => (vm.created_at.as_str(), "never started".to_owned()),
         };
@@ -113,12 +113,16 @@ pub(super) fn list(args: &ListArgs, options: &PathOptions) -> Result<u8, Failure
     Ok(0)
 }
 
-fn degraded(vm: &Summary) -> String {
-    let names: Vec<_> = vm.degraded.iter().map(|d| printable(&d.device)).collect();
-    match names.is_empty() {
-        true => String::new(),
-        false => format!("degraded: {}", names.join(", ")),
-    }
+/// What is wrong with a machine that runs.
+fn ails(vm: &Summary) -> String {
+    let lost: Vec<_> = vm.degraded.iter().map(|d| printable(&d.device)).collect();
+    let full: Vec<_> = vm.no_room.iter().map(|name| printable(name)).collect();
+    let all = [("degraded", lost), ("no room on the host for", full)];
+    let told = all.iter().filter(|(_, names)| !names.is_empty());
+    let told: Vec<_> = told
+        .map(|(what, names)| format!("{what}: {}", names.join(", ")))
+        .collect();
+    told.join("; ")
 }
 
 /// Runs `inspect`.
@@ -153,6 +157,12 @@ fn show_details(vm: &Details) -> String {
     for lost in &about.degraded {
         let line = format!("{}: {}", printable(&lost.device), printable(&lost.reason));
         rows.push(row(["degraded", &line]));
+    }
+    for name in &about.no_room {
+        rows.push(row([
+            "no room",
+            &format!("on the host for {}", printable(name)),
+        ]));
     }
     for denial in &vm.denials {
         let (process, said) = (printable(&denial.process), printable(&denial.said));

@@ -310,6 +310,7 @@ impl Actor {
             view.processes.clear();
             view.devices.clear();
             view.degraded.clear();
+            view.no_room.clear();
             view.restarts = 0;
             view.denials.clear();
             view.failure = None;
@@ -409,6 +410,7 @@ impl Actor {
             view.processes.clear();
             view.devices.clear();
             view.degraded.clear();
+            view.no_room.clear();
             view.started_at_ms = None;
             view.failure = failure;
         });

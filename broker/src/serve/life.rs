@@ -110,6 +110,8 @@ pub(super) fn line_of(event: &Event) -> Option<(&'static str, Value)> {
         ),
         Event::Paused => ("paused", json!({})),
         Event::Resumed => ("resumed", json!({})),
+        Event::NoRoom { name } => ("no_room", json!({ "name": name })),
+        Event::HasRoom { name } => ("has_room", json!({ "name": name })),
         Event::Degraded { id, name, reason } => (
             "device_lost",
             json!({ "process": id.to_string(), "name": name, "reason": reason }),
@@ -209,6 +211,12 @@ pub(super) fn apply(view: &mut View, event: Event) {
         Event::Paused | Event::Resumed if view.state == State::Stopping => {}
         Event::Paused => view.state = State::Paused,
         Event::Resumed => view.state = State::Running,
+        Event::NoRoom { name } => {
+            if !view.no_room.contains(&name) {
+                view.no_room.push(name);
+            }
+        }
+        Event::HasRoom { name } => view.no_room.retain(|other| *other != name),
         Event::Degraded { id, name, reason } => {
             view.processes
                 .retain(|p| (p.kind.as_str(), p.index) != (id.kind.name(), id.index));
@@ -236,6 +244,7 @@ pub(super) fn apply(view: &mut View, event: Event) {
             view.state = State::Starting;
             view.processes.clear();
             view.degraded.clear();
+            view.no_room.clear();
         }
         Event::Consoles(_)
         | Event::Died { .. }

@@ -148,13 +148,31 @@ impl Vm {
     }
 
     pub(super) async fn pause(&self) -> Result<Changed, ApiError> {
+        if self.state() == State::Paused && !self.lacks_room().is_empty() {
+            // It stays paused when there is room, too.
+            self.command(Command::Pause).await?;
+        }
         self.turn(State::Running, State::Paused, Command::Pause)
             .await
     }
 
     pub(super) async fn resume(&self) -> Result<Changed, ApiError> {
-        self.turn(State::Paused, State::Running, Command::Resume)
-            .await
+        let turned = self
+            .turn(State::Paused, State::Running, Command::Resume)
+            .await;
+        let disks = self.lacks_room();
+        match turned {
+            Err(error) if error.code == Code::TimedOut && !disks.is_empty() => {
+                let disks = disks.join(", ");
+                let what = format!("goes on when the host has room for {disks}");
+                Err(self.conflict(&what))
+            }
+            other => other,
+        }
+    }
+
+    fn lacks_room(&self) -> Vec<String> {
+        self.view.borrow().no_room.clone()
     }
 
     /// Brings it from one state to another; it may be there already.

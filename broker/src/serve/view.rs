@@ -22,6 +22,8 @@ pub(super) struct View {
     pub(super) processes: Vec<Process>,
     pub(super) devices: Known,
     pub(super) degraded: Vec<Degraded>,
+    /// Disks for which the host has no room.
+    pub(super) no_room: Vec<String>,
     /// Restarts of the whole machine within the run.
     pub(super) restarts: u32,
     /// The latest denials of the present run or the last.
@@ -60,6 +62,7 @@ impl View {
             processes: Vec::new(),
             devices: Known::default(),
             degraded: Vec::new(),
+            no_room: Vec::new(),
             restarts: 0,
             denials: VecDeque::new(),
             failure: None,
@@ -84,6 +87,7 @@ impl View {
             started_at: self.started_at_ms.map(rfc3339),
             last_run: record.last.as_ref().map(last_run),
             degraded: self.degraded.clone(),
+            no_room: self.no_room.clone(),
         }
     }
 

@@ -3,7 +3,7 @@
 
 use super::household::Positions;
 use super::session::default_name;
-use super::spec::{ConsoleSpec, DiskSpec, VmSpec};
+use super::spec::{ConsoleSpec, DiskSpec, OnDiskFull, VmSpec};
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{DeviceConfig, DeviceOwn, VirtioSlot};
 use bulkhead_ipc::window::WindowLayout;
@@ -68,7 +68,8 @@ pub struct DevicePlan {
 pub fn plan(spec: &VmSpec) -> Vec<DevicePlan> {
     let console = spec.console.virtio.then(|| console(&spec.console));
     let disks = (DISK_SLOT..).zip(0..).zip(&spec.disks);
-    let disks = disks.map(|((slot, index), disk)| self::disk(slot, index, disk));
+    let waits = spec.lifecycle.on_disk_full == OnDiskFull::Pause;
+    let disks = disks.map(|((slot, index), disk)| self::disk(slot, index, disk, waits));
     console.into_iter().chain([rng()]).chain(disks).collect()
 }
 
@@ -110,7 +111,7 @@ fn rng() -> DevicePlan {
     }
 }
 
-fn disk(slot: u8, index: u16, spec: &DiskSpec) -> DevicePlan {
+fn disk(slot: u8, index: u16, spec: &DiskSpec, waits_for_room: bool) -> DevicePlan {
     let queue_sizes = vec![DISK_QUEUE; usize::from(spec.queues)];
     let window_bytes = DISK_WINDOW_BYTES;
     let layout = WindowLayout::new(window_bytes as usize, &queue_sizes);
@@ -153,6 +154,7 @@ fn disk(slot: u8, index: u16, spec: &DiskSpec) -> DevicePlan {
         own: DeviceOwn::Blk {
             read_only: spec.read_only,
             serial: spec.serial.clone(),
+            waits_for_room,
         },
     }
 }

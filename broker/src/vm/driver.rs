@@ -4,6 +4,7 @@
 //! pidfds, logs, its owner's commands and deadlines.
 
 mod revival;
+mod room;
 mod takeover;
 
 pub use takeover::{adopt, adopt_and_keep, clear};
@@ -28,6 +29,7 @@ use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, ToVcpu};
 use bulkhead_policies::cache::Compiled;
 use revival::{LateLock, Revival, Trial};
+use room::NoRoom;
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -215,10 +217,14 @@ async fn run_at(
             }
         };
         let (notices, heard) = mpsc::channel(NOTICES_CAPACITY);
+        let record = nursery.keeper.record();
+        let (pause_wanted, no_room) = (record.pause_wanted, !record.no_room.is_empty());
+        let life = Life::new(spec.lifecycle, may_restart).found(pause_wanted, no_room);
         let mut machine = Machine {
             nursery,
             began: Instant::now(),
-            life: Life::new(spec.lifecycle, may_restart),
+            life,
+            no_room: NoRoom::default(),
             supervisor: Supervisor::new(spec.limits.shutdown_timeout),
             household,
             report: Report::default(),
@@ -309,6 +315,7 @@ struct Machine<'a> {
     nursery: Nursery<'a>,
     began: Instant,
     life: Life,
+    no_room: NoRoom,
     supervisor: Supervisor,
     household: Household,
     report: Report,
@@ -443,6 +450,7 @@ impl Machine<'_> {
                 }
                 () = sleep_until(self.next_push()) => self.push_revivals(),
                 () = sleep_until(self.groups_at) => self.make_groups(),
+                () = sleep_until(self.no_room.next_try()) => self.try_again(),
                 () = sleep_until(until.map(|(at, _)| at)), if !timed_out => {
                     timed_out = true;
                     let after = until.map(|(_, after)| after).unwrap_or_default();
@@ -488,6 +496,11 @@ impl Machine<'_> {
             }
             Command::RestartDevice(name) => self.replace(name, false),
             Command::UpgradeDevice(name) => self.replace(name, true),
+            Command::Pause => self.note_pause(true),
+            Command::Resume => {
+                self.note_pause(false);
+                self.try_again();
+            }
             _ => {}
         }
         self.inputs.push_back(Input::Command(command));
@@ -527,6 +540,8 @@ impl Machine<'_> {
                 tracing::warn!(proc = %id, name, reason, "device fault");
                 self.tell.event(Event::DeviceFault { name, reason });
             }
+            Notice::Device(FromDevice::NoRoom) => self.lacks_room(id),
+            Notice::Device(FromDevice::HasRoom) => self.has_room(&self.name(id)),
             Notice::Vcpu(message, descriptors) => self.hear_vcpu(message, descriptors),
         }
     }
@@ -711,6 +726,8 @@ impl Machine<'_> {
             record.degraded.retain(|(before, _)| *before != lost.0);
             record.degraded.push(lost);
         });
+        // Nothing of it waits for room any more.
+        self.has_room(&name);
         self.tell.event(Event::Degraded { id, name, reason });
     }
 

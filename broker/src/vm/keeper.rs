@@ -132,6 +132,8 @@ impl Keeper {
             record.phase = Phase::Starting;
             record.restarts += 1;
             record.processes.clear();
+            record.pause_wanted = false;
+            record.no_room.clear();
         });
     }
 

@@ -160,6 +160,12 @@ pub struct Record {
     /// Devices that were lost on the way: name and reason.
     #[serde(default)]
     pub degraded: Vec<(String, String)>,
+    /// Whether its owner has paused it.
+    #[serde(default)]
+    pub pause_wanted: bool,
+    /// Disks for which the host has no room, for which it is paused.
+    #[serde(default)]
+    pub no_room: Vec<String>,
 }
 
 impl Record {
@@ -179,6 +185,8 @@ impl Record {
             processes: Vec::new(),
             groups: Vec::new(),
             degraded: Vec::new(),
+            pause_wanted: false,
+            no_room: Vec::new(),
         })
     }
 

@@ -175,6 +175,16 @@ pub enum Event {
     Paused,
     /// The vCPUs run again.
     Resumed,
+    /// The host has no room for what the guest writes to a disk: the machine is paused until there is.
+    NoRoom {
+        /// The disk's name in the VM file.
+        name: String,
+    },
+    /// There is room again, or nothing waits for it any more.
+    HasRoom {
+        /// The disk's name in the VM file.
+        name: String,
+    },
     /// A process was lost; the machine goes on without its device.
     Degraded {
         /// Who.

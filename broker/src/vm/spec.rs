@@ -140,6 +140,19 @@ pub struct Lifecycle {
     /// ([`OnEnd::Destroy`]), its power is cut and it starts again with the host
     /// ([`OnEnd::Restart`]), or nothing is done to it ([`OnEnd::Preserve`]).
     pub on_host_shutdown: OnEnd,
+    /// When the host has no room for what the guest writes to a disk.
+    #[serde(default)]
+    pub on_disk_full: OnDiskFull,
+}
+
+/// What to do when the host has no room for what the guest writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum OnDiskFull {
+    /// The machine is paused, and goes on when there is room. Nothing is lost.
+    #[default]
+    Pause,
+    /// The write fails; the guest has to cope.
+    Error,
 }
 
 /// What to do with a machine that has ended.
@@ -205,6 +218,7 @@ impl Default for Lifecycle {
             on_reboot: OnEnd::Restart,
             on_crash: OnEnd::Destroy,
             on_host_shutdown: OnEnd::Destroy,
+            on_disk_full: OnDiskFull::Pause,
         }
     }
 }

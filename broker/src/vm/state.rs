@@ -33,6 +33,10 @@ pub enum Input {
     Paused,
     /// The vCPUs run again.
     Resumed,
+    /// The host has no room for what the guest writes.
+    NoRoom,
+    /// It has.
+    HasRoom,
     /// The owner wants something.
     Command(Command),
     /// The run's time-out has passed.
@@ -81,6 +85,10 @@ pub struct Life {
     may_restart: bool,
     /// Whether the owner has pressed the power button and waits for the guest to go off.
     off_wanted: bool,
+    /// Whether the owner has paused it.
+    pause_wanted: bool,
+    /// Whether it waits for room on the host.
+    no_room: bool,
 }
 
 impl Life {
@@ -92,7 +100,25 @@ impl Life {
             lifecycle,
             may_restart,
             off_wanted: false,
+            pause_wanted: false,
+            no_room: false,
         }
+    }
+
+    /// The same of a machine that another broker has started, and may have paused.
+    #[must_use]
+    pub fn found(self, pause_wanted: bool, no_room: bool) -> Self {
+        Self {
+            pause_wanted,
+            no_room,
+            ..self
+        }
+    }
+
+    /// Whether the owner has paused it.
+    #[must_use]
+    pub const fn is_pause_wanted(&self) -> bool {
+        self.pause_wanted
     }
 
     /// Whether processes are being ended on purpose.
@@ -130,6 +156,8 @@ impl Life {
             Input::Ended(outcome) => self.ended(outcome),
             Input::Paused => self.change(State::Running, State::Paused),
             Input::Resumed => self.change(State::Paused, State::Running),
+            Input::NoRoom => self.wait_for_room(),
+            Input::HasRoom => self.go_on(),
             Input::Command(command) => self.command(command),
             Input::TimedOut(after) => self.stop_as(Ending::TimedOut(after)),
             Input::AllGone => self.all_gone(),
@@ -141,6 +169,24 @@ impl Life {
             self.state = to;
         }
         Vec::new()
+    }
+
+    fn wait_for_room(&mut self) -> Vec<Output> {
+        self.no_room = true;
+        match self.state {
+            State::Starting | State::Running => vec![Output::Tell(ToVcpu::Pause)],
+            _ => Vec::new(),
+        }
+    }
+
+    fn go_on(&mut self) -> Vec<Output> {
+        let waited = std::mem::replace(&mut self.no_room, false);
+        match self.state {
+            State::Starting | State::Running | State::Paused if waited && !self.pause_wanted => {
+                vec![Output::Tell(ToVcpu::Resume)]
+            }
+            _ => Vec::new(),
+        }
     }
 
     fn stop(&mut self, verdict: Verdict) -> Vec<Output> {
@@ -195,6 +241,11 @@ impl Life {
     }
 
     fn command(&mut self, command: Command) -> Vec<Output> {
+        match command {
+            Command::Pause => self.pause_wanted = true,
+            Command::Resume => self.pause_wanted = false,
+            _ => {}
+        }
         match (command, &self.state) {
             (Command::Kill, _) => self.stop_as(Ending::Killed),
             (Command::Interrupt, _) => self.stop_as(Ending::Interrupted),
@@ -210,7 +261,9 @@ impl Life {
             (Command::Pause, State::Starting | State::Running) => {
                 vec![Output::Tell(ToVcpu::Pause)]
             }
-            (Command::Resume, State::Starting | State::Running | State::Paused) => {
+            (Command::Resume, State::Starting | State::Running | State::Paused)
+                if !self.no_room =>
+            {
                 vec![Output::Tell(ToVcpu::Resume)]
             }
             // These concern device processes, of which the driver knows.
@@ -346,6 +399,36 @@ mod tests {
     }
 
     #[test]
+    fn machine_without_room_goes_on_by_itself_unless_its_owner_has_paused_it() {
+        let pause = [Output::Tell(ToVcpu::Pause)];
+        let resume = [Output::Tell(ToVcpu::Resume)];
+        let mut machine = life(OnEnd::Restart, true);
+        assert_eq!(machine.step(Input::NoRoom), pause);
+        machine.step(Input::Paused);
+        assert_eq!(machine.step(Input::Command(Command::Resume)), []);
+        assert_eq!(machine.step(Input::HasRoom), resume);
+        machine.step(Input::Resumed);
+        assert_eq!(machine.step(Input::HasRoom), [], "only once");
+
+        assert_eq!(machine.step(Input::NoRoom), pause);
+        machine.step(Input::Paused);
+        assert_eq!(machine.step(Input::Command(Command::Pause)), []);
+        assert_eq!(machine.step(Input::HasRoom), []);
+        assert_eq!(machine.step(Input::Command(Command::Resume)), resume);
+    }
+
+    #[test]
+    fn machine_that_was_found_without_room_goes_on_when_there_is() {
+        let found = |wanted| {
+            let mut found = life(OnEnd::Restart, true).found(wanted, true);
+            found.step(Input::Paused);
+            found.step(Input::HasRoom)
+        };
+        assert_eq!(found(false), [Output::Tell(ToVcpu::Resume)]);
+        assert_eq!(found(true), []);
+    }
+
+    #[test]
     fn first_reason_counts() {
         let inputs = [
             Input::TimedOut(Duration::from_secs(1)),
@@ -379,6 +462,8 @@ mod tests {
             prop::sample::select(outcomes.to_vec()).prop_map(Input::Ended),
             Just(Input::Paused),
             Just(Input::Resumed),
+            Just(Input::NoRoom),
+            Just(Input::HasRoom),
             prop::sample::select(commands.to_vec()).prop_map(Input::Command),
             Just(Input::TimedOut(Duration::ZERO)),
         ]

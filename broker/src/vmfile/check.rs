@@ -141,6 +141,9 @@ impl Checker {
                 *end = wish.value;
             }
         }
+        if let Some(full) = &draft.on_disk_full {
+            spec.lifecycle.on_disk_full = full.value;
+        }
         spec.limits.share = draft.share;
         spec
     }

@@ -4,7 +4,7 @@
 //! [`super::check`] turns the result into a [`crate::vm::spec::VmSpec`].
 
 use super::problem::{Located, Place};
-use crate::vm::spec::{ConsoleChoice, HostShare, OnEnd};
+use crate::vm::spec::{ConsoleChoice, HostShare, OnDiskFull, OnEnd};
 use bulkhead_ipc::protocol::birth::HugePages;
 use std::path::PathBuf;
 
@@ -30,6 +30,7 @@ pub struct Draft {
     pub on_reboot: Option<Located<OnEnd>>,
     pub on_crash: Option<Located<OnEnd>>,
     pub on_host_shutdown: Option<Located<OnEnd>>,
+    pub on_disk_full: Option<Located<OnDiskFull>>,
     pub autostart: Option<Located<bool>>,
     /// Nothing of it depends on anything else, so no place is kept.
     pub share: HostShare,
@@ -89,6 +90,7 @@ impl Draft {
             on_reboot: self.on_reboot.or(other.on_reboot),
             on_crash: self.on_crash.or(other.on_crash),
             on_host_shutdown: self.on_host_shutdown.or(other.on_host_shutdown),
+            on_disk_full: self.on_disk_full.or(other.on_disk_full),
             autostart: self.autostart.or(other.autostart),
             share: HostShare {
                 cpu_weight: self.share.cpu_weight.or(other.share.cpu_weight),

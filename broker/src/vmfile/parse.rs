@@ -3,7 +3,7 @@
 use super::draft::{Draft, DraftDisk};
 use super::problem::{Located, Problem, Problems};
 use super::section::{Key, Section, Source, key, later};
-use crate::vm::spec::{ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnEnd};
+use crate::vm::spec::{ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnDiskFull, OnEnd};
 use bulkhead_ipc::platform::VCPUS_MAX;
 use bulkhead_ipc::protocol::birth::HugePages;
 use std::path::{Path, PathBuf};
@@ -63,6 +63,7 @@ pub(super) const LIFECYCLE_KEYS: &[Key] = &[
     key("on_reboot"),
     key("on_crash"),
     key("on_host_shutdown"),
+    key("on_disk_full"),
 ];
 
 pub(super) const LIMITS_KEYS: &[Key] = &[
@@ -88,6 +89,8 @@ pub(super) const ON_END: [(&str, OnEnd); 3] = [
     ("restart", OnEnd::Restart),
     ("preserve", OnEnd::Preserve),
 ];
+pub(super) const ON_DISK_FULL: [(&str, OnDiskFull); 2] =
+    [("pause", OnDiskFull::Pause), ("error", OnDiskFull::Error)];
 
 /// Reads `COLUMNSxROWS`.
 ///
@@ -179,6 +182,7 @@ fn read_root(root: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
         draft.on_reboot = lifecycle.choice("on_reboot", &ON_END, problems);
         draft.on_crash = lifecycle.choice("on_crash", &ON_END, problems);
         draft.on_host_shutdown = lifecycle.choice("on_host_shutdown", &ON_END, problems);
+        draft.on_disk_full = lifecycle.choice("on_disk_full", &ON_DISK_FULL, problems);
     }
     if let Some(limits) = root.table("limits", problems) {
         draft.share = read_limits(&limits, problems);

@@ -4,7 +4,7 @@
 //! two together: what is printed reads back as the same machine, and the schema knows exactly the
 //! keys that the parser knows.
 
-use super::parse::{CONSOLES, HUGE_PAGES, ON_END};
+use super::parse::{CONSOLES, HUGE_PAGES, ON_DISK_FULL, ON_END};
 use super::quantity::show_size;
 use crate::vm::spec::{DiskSpec, HostShare, KernelSource, VmSpec};
 use schemars::JsonSchema;
@@ -130,6 +130,10 @@ struct Lifecycle {
     /// does nothing. Default: "destroy".
     #[schemars(extend("enum" = ["destroy", "restart", "preserve"]))]
     on_host_shutdown: Option<&'static str>,
+    /// When the host has no room for what the guest writes to a disk: "pause" pauses the machine until there
+    /// is, "error" has the write fail. Default: "pause".
+    #[schemars(extend("enum" = ["pause", "error"]))]
+    on_disk_full: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -228,6 +232,7 @@ pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
             on_reboot: word(&ON_END, &spec.lifecycle.on_reboot),
             on_crash: word(&ON_END, &spec.lifecycle.on_crash),
             on_host_shutdown: word(&ON_END, &spec.lifecycle.on_host_shutdown),
+            on_disk_full: word(&ON_DISK_FULL, &spec.lifecycle.on_disk_full),
         }),
         limits: limits(&spec.limits.share),
     };

@@ -500,6 +500,7 @@ prop_compose! {
         history_bytes in 4096u64..=(64 << 20),
         size in (1u16.., 1u16..),
         ends in prop::array::uniform4(0usize..3),
+        full in 0usize..2,
         autostart: bool,
         share in any_share(),
     ) -> (VmSpec, bool) {
@@ -518,6 +519,7 @@ prop_compose! {
             lifecycle: Lifecycle {
                 on_poweroff: end(ends[0]), on_reboot: end(ends[1]), on_crash: end(ends[2]),
                 on_host_shutdown: end(ends[3]),
+                on_disk_full: parse::ON_DISK_FULL[full].1,
             },
             autostart,
             limits: Limits { share, ..Limits::default() },

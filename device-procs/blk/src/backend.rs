@@ -44,6 +44,12 @@ pub(crate) enum Step {
 }
 
 impl Step {
+    /// Whether it may be done again when the file system had no room for it. A failed synchronisation has
+    /// lost what it was for, and would only seem to succeed.
+    pub(crate) const fn takes_room(self) -> bool {
+        !matches!(self, Self::Read { .. } | Self::Sync)
+    }
+
     /// The operation of the ring that does it, as policies name it.
     pub(crate) const fn operation(self) -> &'static str {
         match self {
@@ -135,9 +141,9 @@ impl Disk {
         self.ring.done()
     }
 
-    /// Whether a step is done.
-    pub(crate) fn has_done(&self) -> bool {
-        self.ring.has_done()
+    /// Steps that are done and have not been taken.
+    pub(crate) fn count_done(&self) -> usize {
+        self.ring.count_done()
     }
 }
 

@@ -1,12 +1,12 @@
 //! The block device: takes requests, keeps them as jobs while the ring works on them, answers them.
 
 use crate::backend::{self, Disk};
-use crate::job::{Job, Next};
+use crate::job::{How, Job, Next};
 use crate::request::{self, Geometry, ID_BYTES, Operation, Parsed, Status};
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{DeviceOwn, FdRole};
 use bulkhead_runtime::device::FIRST_TOKEN;
-use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Setup, Span, Stillbirth};
+use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Room, Setup, Span, Stillbirth};
 
 const F_SIZE_MAX: u64 = 1 << 1;
 const F_SEG_MAX: u64 = 1 << 2;
@@ -20,8 +20,12 @@ pub(crate) const F_WRITE_ZEROES: u64 = 1 << 14;
 
 const TOKEN_RING: u8 = FIRST_TOKEN;
 /// Data bytes that are handed to the kernel at once. A disk in the page cache does its work inside of
-/// the system call; the gate copies the last batch meanwhile.
+/// the system call; the gate copies the last batch meanwhile, if it has a CPU for that.
 const BATCH_BYTES: u32 = 256 * 1024;
+/// The same where the device takes turns with the gate: fewer and longer ones.
+const BATCH_BYTES_IN_TURNS: u32 = 512 * 1024;
+/// CPUs that a vCPU, its gate and its device run on side by side.
+const CPUS_SIDE_BY_SIDE: usize = 3;
 
 /// The device. Public for programs of tests that have one thing done differently.
 #[derive(Debug)]
@@ -31,17 +35,39 @@ pub struct Blk {
     config: Vec<u8>,
     id: [u8; ID_BYTES],
     offered: u64,
-    write_through: bool,
+    how: How,
     jobs: Vec<Option<Job>>,
     free: Vec<usize>,
+    /// Jobs that wait for room.
+    waiting: Vec<usize>,
+    room: RoomTold,
     batch_bytes: u32,
+    batch_bytes_max: u32,
+    /// Whether the last requests were done when they had been handed to the kernel.
+    at_once: bool,
+}
+
+/// What has been said of the room on the host's disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum RoomTold {
+    /// Nothing, or that there is some.
+    There,
+    /// That there is none.
+    Lacking,
+    /// Nothing since it was asked for.
+    Asked,
 }
 
 impl Device for Blk {
     const KIND: VirtioKind = VirtioKind::Blk;
 
     fn start(setup: &mut Setup<'_>) -> Result<Self, Stillbirth> {
-        let DeviceOwn::Blk { read_only, serial } = &setup.config.own else {
+        let DeviceOwn::Blk {
+            read_only,
+            serial,
+            waits_for_room,
+        } = &setup.config.own
+        else {
             return Err(Stillbirth::setup("no configuration of a disk"));
         };
         let mut id = [0; ID_BYTES];
@@ -73,10 +99,21 @@ impl Device for Blk {
             config,
             id,
             offered,
-            write_through: false,
+            how: How {
+                write_through: false,
+                waits_for_room: *waits_for_room,
+            },
             jobs: vec![None; jobs],
             free: (0..jobs).rev().collect(),
+            waiting: Vec::new(),
+            room: RoomTold::There,
             batch_bytes: 0,
+            batch_bytes_max: if setup.cpus < CPUS_SIDE_BY_SIDE {
+                BATCH_BYTES_IN_TURNS
+            } else {
+                BATCH_BYTES
+            },
+            at_once: false,
         })
     }
 
@@ -118,14 +155,7 @@ impl Device for Blk {
         if let Operation::Read { to: data, .. } | Operation::Write { from: data, .. } = operation {
             self.batch_bytes = self.batch_bytes.saturating_add(data.len());
         }
-        let (job, next) = Job::begin(
-            name,
-            status_at,
-            operation,
-            self.write_through,
-            queues,
-            &self.geometry,
-        );
+        let (job, next) = Job::begin(name, status_at, operation, self.how, queues, &self.geometry);
         let Some(place) = self.free.pop() else {
             // More requests than slots: a gate that puts one twice. It gets one answer for each.
             return answer(name, status_at, Status::IoError, 0, queues);
@@ -139,6 +169,10 @@ impl Device for Blk {
             call: "io_uring_enter",
             errno,
         })?;
+        let in_ring = self.in_flight();
+        if in_ring > 0 {
+            self.at_once = self.disk.count_done() == in_ring;
+        }
         let mut busy = false;
         while let Some(done) = self.disk.done() {
             busy = true;
@@ -153,25 +187,60 @@ impl Device for Blk {
     }
 
     fn is_full(&self) -> bool {
-        self.batch_bytes >= BATCH_BYTES
+        self.batch_bytes >= self.batch_bytes_max
     }
 
-    fn on_driver(
-        &mut self,
-        features: Option<u64>,
-        _queues: &mut Queues,
-    ) -> Result<(), DeviceFault> {
+    fn on_driver(&mut self, features: Option<u64>, queues: &mut Queues) -> Result<(), DeviceFault> {
         // A driver that does not flush expects what is written to be durable.
-        self.write_through = features.is_some_and(|f| f & F_FLUSH == 0);
+        self.how.write_through = features.is_some_and(|f| f & F_FLUSH == 0);
+        if features.is_some() {
+            return Ok(());
+        }
+        // Nobody wants what waited for room any more.
+        for place in std::mem::take(&mut self.waiting) {
+            if let Some(job) = self.jobs.get_mut(place).and_then(Option::take) {
+                self.go_on(place, job, Next::Answer(Status::IoError, 0), queues)?;
+            }
+        }
         Ok(())
     }
 
+    fn try_again(&mut self, queues: &mut Queues) -> Result<(), DeviceFault> {
+        self.room = RoomTold::Asked;
+        for place in std::mem::take(&mut self.waiting) {
+            if let Some(job) = self.jobs.get_mut(place).and_then(Option::take) {
+                let next = job.again();
+                self.go_on(place, job, next, queues)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn room_news(&mut self) -> Option<Room> {
+        let lacks = !self.waiting.is_empty();
+        let told = match self.room {
+            RoomTold::There | RoomTold::Asked if lacks => RoomTold::Lacking,
+            // What is tried again may still fail.
+            RoomTold::Asked if self.in_flight() == 0 => RoomTold::There,
+            _ => return None,
+        };
+        self.room = told;
+        Some(match told {
+            RoomTold::Lacking => Room::Lacking,
+            _ => Room::There,
+        })
+    }
+
     fn has_news(&self) -> bool {
-        self.disk.has_done() || self.disk.has_unsubmitted()
+        self.disk.count_done() > 0 || self.disk.has_unsubmitted()
+    }
+
+    fn is_at_once(&self) -> bool {
+        self.at_once
     }
 
     fn in_flight(&self) -> usize {
-        self.jobs.len() - self.free.len()
+        self.jobs.len() - self.free.len() - self.waiting.len()
     }
 }
 
@@ -186,11 +255,19 @@ impl Blk {
         while let Next::Step(step) = next
             && let Some(result) = self.disk.at_once(step, queues)
         {
+            self.at_once = true;
             next = job.advance(result, queues, &self.geometry);
         }
         match next {
             Next::Step(step) => {
                 self.disk.prepare(step, place as u64);
+                if let Some(slot) = self.jobs.get_mut(place) {
+                    *slot = Some(job);
+                }
+                Ok(())
+            }
+            Next::Wait => {
+                self.waiting.push(place);
                 if let Some(slot) = self.jobs.get_mut(place) {
                     *slot = Some(job);
                 }

@@ -38,6 +38,7 @@ fn bench_on(file: File, read_only: bool, opcodes: &[u8]) -> Result<Bench, Stillb
         own: DeviceOwn::Blk {
             read_only,
             serial: "disk-0001".to_owned(),
+            waits_for_room: true,
         },
     };
     let held = vec![(FdRole::Disk, 0, file.try_clone().unwrap().into())];

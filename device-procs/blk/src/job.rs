@@ -18,8 +18,19 @@ const RETRIES_MAX: u8 = 16;
 pub(crate) enum Next {
     /// The ring does this.
     Step(Step),
+    /// The host's disk has no room; the same step is to be tried again later.
+    Wait,
     /// The request is answered; this many data bytes were written to the window.
     Answer(Status, u32),
+}
+
+/// How a disk treats what is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct How {
+    /// Writes are made durable one by one: the driver does not flush.
+    pub(crate) write_through: bool,
+    /// A write that there is no room for waits; else it fails.
+    pub(crate) waits_for_room: bool,
 }
 
 /// A request that the ring works on.
@@ -35,8 +46,7 @@ pub(crate) struct Job {
     step: Step,
     /// Ranges of the request that have been begun.
     ranges_begun: u32,
-    /// Writes are made durable one by one: the driver does not flush.
-    write_through: bool,
+    how: How,
     retries: u8,
 }
 
@@ -46,7 +56,7 @@ impl Job {
         (queue, head): (usize, u16),
         status_at: Span,
         operation: Operation,
-        write_through: bool,
+        how: How,
         queues: &Queues,
         disk: &Geometry,
     ) -> (Self, Next) {
@@ -57,7 +67,7 @@ impl Job {
             operation,
             step: Step::Sync,
             ranges_begun: 0,
-            write_through,
+            how,
             retries: 0,
         };
         let next = match operation {
@@ -83,6 +93,11 @@ impl Job {
             (step, Err(Errno::EINTR | Errno::EAGAIN)) if self.retries < RETRIES_MAX => {
                 self.retries += 1;
                 self.go(step)
+            }
+            (step, Err(Errno::ENOSPC | Errno::EDQUOT))
+                if self.how.waits_for_room && step.takes_room() =>
+            {
+                Next::Wait
             }
             (Step::Read { at, to }, Ok(n)) if n > 0 => match to.part(n, u32::MAX) {
                 rest if rest.is_empty() => Next::Answer(Status::Ok, self.data_bytes()),
@@ -130,13 +145,18 @@ impl Job {
         }
     }
 
+    /// The step that was last begun, to be done again.
+    pub(crate) const fn again(&self) -> Next {
+        Next::Step(self.step)
+    }
+
     const fn go(&mut self, step: Step) -> Next {
         self.step = step;
         Next::Step(step)
     }
 
     const fn written(&mut self) -> Next {
-        if self.write_through {
+        if self.how.write_through {
             self.go(Step::Sync)
         } else {
             Next::Answer(Status::Ok, 0)
@@ -174,5 +194,52 @@ impl Job {
             }
         }
         self.written()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+    const DISK: Geometry = Geometry {
+        sectors: 1024,
+        read_only: false,
+        discard_sectors_max: 0,
+        zeroes_sectors_max: 0,
+    };
+
+    /// What becomes of an operation whose first step fails with `errno`.
+    fn after(operation: Operation, errno: Errno, how: How) -> Next {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
+        let queues = Queues::over(memory, 4096, Vec::new());
+        let status_at = Span::default();
+        let (mut job, _) = Job::begin((0, 0), status_at, operation, how, &queues, &DISK);
+        job.advance(Err(errno), &queues, &DISK)
+    }
+
+    #[test]
+    fn write_without_room_waits_where_the_disk_does() {
+        let write = Operation::Write {
+            at: 0,
+            from: Span::default(),
+        };
+        let read = Operation::Read {
+            at: 0,
+            to: Span::default(),
+        };
+        let failed = Next::Answer(Status::IoError, 0);
+        let waits = How {
+            waits_for_room: true,
+            ..How::default()
+        };
+        for errno in [Errno::ENOSPC, Errno::EDQUOT] {
+            assert_eq!(after(write, errno, waits), Next::Wait);
+            assert_eq!(after(write, errno, How::default()), failed);
+            assert_eq!(after(read, errno, waits), failed);
+            // What a synchronisation was for is lost; the next one would only seem to succeed.
+            assert_eq!(after(Operation::Flush, errno, waits), failed);
+        }
+        assert_eq!(after(write, Errno::EIO, waits), failed);
     }
 }

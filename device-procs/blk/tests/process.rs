@@ -31,6 +31,7 @@ fn process_on(file: &File) -> (Gate, Process) {
         own: DeviceOwn::Blk {
             read_only: false,
             serial: "s".to_owned(),
+            waits_for_room: true,
         },
     };
     let upbringing = Upbringing::new(ProcKind::Blk, KindConfig::Device(config));

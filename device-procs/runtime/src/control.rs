@@ -15,6 +15,8 @@ pub struct Wishes {
     pub shutdown: bool,
     /// The terminal's size in columns and rows has changed.
     pub resize: Option<(u16, u16)>,
+    /// Do again what there was no room for.
+    pub try_again: bool,
     /// There may be more messages.
     pub more: bool,
 }
@@ -68,6 +70,7 @@ impl Control {
                 Ok(Some((ToDevice::Resize { columns, rows }, _))) => {
                     wishes.resize = Some((columns, rows));
                 }
+                Ok(Some((ToDevice::TryAgain, _))) => wishes.try_again = true,
                 Err(error) => tracing::error!(%error, "the broker sent what is no message"),
             }
         }

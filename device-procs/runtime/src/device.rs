@@ -57,6 +57,8 @@ pub struct Setup<'a> {
     pub uring: &'a UringGrant,
     /// The window's memory.
     pub memory: WindowMemory,
+    /// CPUs that the process may run on.
+    pub cpus: usize,
     waiter: &'a Waiter,
 }
 
@@ -67,6 +69,7 @@ impl<'a> Setup<'a> {
         grants: &'a mut Grants,
         uring: &'a UringGrant,
         memory: WindowMemory,
+        cpus: usize,
         waiter: &'a Waiter,
     ) -> Self {
         Self {
@@ -74,6 +77,7 @@ impl<'a> Setup<'a> {
             grants,
             uring,
             memory,
+            cpus,
             waiter,
         }
     }
@@ -88,6 +92,15 @@ impl<'a> Setup<'a> {
             .watch(fd, token)
             .map_err(|e| Stillbirth::setup(format_args!("watching a descriptor: {e}")))
     }
+}
+
+/// Whether the host has room for what is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Room {
+    /// It has none: requests wait for [`Device::try_again`].
+    Lacking,
+    /// It has: nothing waits any more.
+    There,
 }
 
 /// A virtio device.
@@ -159,13 +172,35 @@ pub trait Device: Sized {
         false
     }
 
+    /// Does again what the host had no room for.
+    ///
+    /// # Errors
+    /// As [`Device::on_request`].
+    fn try_again(&mut self, queues: &mut Queues) -> Result<(), DeviceFault> {
+        let _never_lacks_room = queues;
+        Ok(())
+    }
+
+    /// Whether the host has room for what is written, when that is to be told. Called after each
+    /// [`Device::settle`].
+    fn room_news(&mut self) -> Option<Room> {
+        None
+    }
+
+    /// Whether the last requests were done as soon as they were looked at, so that more of them at a time would
+    /// not make the device faster.
+    fn is_at_once(&self) -> bool {
+        false
+    }
+
     /// Whether [`Device::settle`] would find something new. Called while looking for work before
     /// going to sleep, so it must be cheap.
     fn has_news(&self) -> bool {
         false
     }
 
-    /// Requests whose I/O is in progress and must end before the process does.
+    /// Requests whose I/O is in progress and must end before the process does. What waits for room is left
+    /// to its successor.
     fn in_flight(&self) -> usize {
         0
     }
@@ -250,7 +285,8 @@ fn prepare<D: Device>(newborn: &mut Newborn) -> Result<Prepared<D>, Stillbirth> 
     waiter
         .watch(&doorbells.kick, crate::serve::TOKEN_KICK)
         .map_err(Stillbirth::setup)?;
-    let mut setup = Setup::new(config, grants, &newborn.uring, queues.memory(), &waiter);
+    let (memory, cpus) = (queues.memory(), newborn.cpus);
+    let mut setup = Setup::new(config, grants, &newborn.uring, memory, cpus, &waiter);
     let device = D::start(&mut setup)?;
     Ok(Prepared {
         device,

@@ -26,7 +26,7 @@ pub mod uring;
 pub mod wait;
 
 pub use birth::{Newborn, Stillbirth};
-pub use device::{Device, DeviceFault, Setup, live, run};
+pub use device::{Device, DeviceFault, Room, Setup, live, run};
 pub use grants::Grants;
 pub use queues::{Chain, Queues, Span};
 pub use sys::{cpus, leave};

@@ -10,7 +10,7 @@
 //! about to sleep, and calls are made only when the gate asked.
 
 use crate::control::{Control, Wishes};
-use crate::device::{Device, DeviceFault, FIRST_TOKEN};
+use crate::device::{Device, DeviceFault, FIRST_TOKEN, Room};
 use crate::queues::Queues;
 use crate::spin::Spin;
 use crate::wait::{WATCHED_MAX, Waiter, Woken};
@@ -45,6 +45,8 @@ pub(crate) struct Server<D> {
     epoch: u64,
     spin: Spin,
     draining: bool,
+    /// What was last said of it.
+    at_once: bool,
 }
 
 impl<D: Device> Server<D> {
@@ -73,6 +75,7 @@ impl<D: Device> Server<D> {
             epoch: 0,
             spin,
             draining: false,
+            at_once: false,
         }
     }
 
@@ -139,10 +142,26 @@ impl<D: Device> Server<D> {
             self.give_back_leftovers()?;
         }
         busy |= self.device.settle(&mut self.queues)?;
+        if let Some(room) = self.device.room_news() {
+            self.tell_of_room(room);
+        }
+        let at_once = self.device.is_at_once();
+        if std::mem::replace(&mut self.at_once, at_once) != at_once {
+            self.window.set_at_once(at_once);
+        }
         if self.queues.call_needed()? {
             self.doorbells.call.ring();
         }
         Ok(busy)
+    }
+
+    fn tell_of_room(&self, room: Room) {
+        if let Some(control) = &self.control {
+            control.say(&match room {
+                Room::Lacking => FromDevice::NoRoom,
+                Room::There => FromDevice::HasRoom,
+            });
+        }
     }
 
     /// A request that was put before the guest's reset may be taken after the reset was noticed.
@@ -209,7 +228,7 @@ impl<D: Device> Server<D> {
 
     fn attend(&mut self, woken: Woken) -> Result<(), DeviceFault> {
         if woken.by(TOKEN_CONTROL) {
-            while self.listen() {}
+            while self.listen()? {}
         }
         for token in (FIRST_TOKEN..).take(WATCHED_MAX) {
             if woken.by(token) {
@@ -220,21 +239,25 @@ impl<D: Device> Server<D> {
     }
 
     /// Returns whether there may be more to hear.
-    fn listen(&mut self) -> bool {
+    fn listen(&mut self) -> Result<bool, DeviceFault> {
         let Some(control) = &self.control else {
-            return false;
+            return Ok(false);
         };
         let Wishes {
             shutdown,
             resize,
+            try_again,
             more,
         } = control.listen();
         self.draining |= shutdown;
+        if try_again && !self.draining {
+            self.device.try_again(&mut self.queues)?;
+        }
         if let Some((columns, rows)) = resize
             && self.device.on_resize(columns, rows)
         {
             self.publish();
         }
-        more && !shutdown
+        Ok(more && !shutdown)
     }
 }

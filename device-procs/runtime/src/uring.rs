@@ -207,13 +207,13 @@ impl Uring {
         })
     }
 
-    /// Whether [`Uring::done`] would return something.
+    /// How often [`Uring::done`] would return something.
     #[must_use]
-    pub fn has_done(&self) -> bool {
+    pub fn count_done(&self) -> usize {
         // SAFETY: only the owner of the ring calls this, in one thread, and the view is dropped
         // before any other is made.
         let view = unsafe { self.ring.completion_shared() };
-        !view.is_empty()
+        view.len()
     }
 }
 

@@ -234,6 +234,8 @@ pub enum DeviceOwn {
         read_only: bool,
         /// Identifier for VIRTIO_BLK_T_GET_ID, at most 20 bytes.
         serial: String,
+        /// Whether a write waits that the host's disk has no room for; else it fails.
+        waits_for_room: bool,
     },
     /// Console.
     Console {

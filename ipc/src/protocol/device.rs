@@ -16,6 +16,9 @@ pub enum ToDevice {
         /// Rows.
         rows: u16,
     },
+    /// Do again what the host's disk had no room for (disks only). Answered with
+    /// [`FromDevice::HasRoom`] or [`FromDevice::NoRoom`].
+    TryAgain,
 }
 
 /// Sender: device process.
@@ -28,4 +31,9 @@ pub enum FromDevice {
         /// One line.
         reason: String,
     },
+    /// The host's disk has no room for what the guest writes; those requests wait for
+    /// [`ToDevice::TryAgain`]. Said once until then.
+    NoRoom,
+    /// Everything that waited for room has been done.
+    HasRoom,
 }

@@ -97,13 +97,14 @@ pub(crate) fn serve(boundary: &Ungated, mut grants: Grants, memory_bytes: u32) -
         own: DeviceOwn::Blk {
             read_only: false,
             serial: String::new(),
+            waits_for_room: false,
         },
     };
     let operations = UringGrant {
         opcodes: OPERATIONS.to_vec(),
     };
     let memory = queues.memory();
-    let mut setup = Setup::new(&config, &mut grants, &operations, memory, &waiter);
+    let mut setup = Setup::new(&config, &mut grants, &operations, memory, cpus(), &waiter);
     let mut blk = Blk::start(&mut setup)?;
     boundary.publish(blk.features(), &blk.config());
     let mut spin = Spin::beside(1, cpus());

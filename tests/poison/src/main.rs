@@ -5,7 +5,7 @@
 
 use bulkhead_blk::Blk;
 use bulkhead_ipc::device_kind::VirtioKind;
-use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Setup, Stillbirth};
+use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Room, Setup, Stillbirth};
 
 /// The sector. The test names the same one to its guest.
 const SECTOR: u64 = 1234;
@@ -55,6 +55,18 @@ impl Device for Poisoned {
 
     fn on_driver(&mut self, features: Option<u64>, queues: &mut Queues) -> Result<(), DeviceFault> {
         self.0.on_driver(features, queues)
+    }
+
+    fn try_again(&mut self, queues: &mut Queues) -> Result<(), DeviceFault> {
+        self.0.try_again(queues)
+    }
+
+    fn room_news(&mut self) -> Option<Room> {
+        self.0.room_news()
+    }
+
+    fn is_at_once(&self) -> bool {
+        self.0.is_at_once()
     }
 
     fn has_news(&self) -> bool {

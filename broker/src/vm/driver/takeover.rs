@@ -221,6 +221,7 @@ impl Machine<'_> {
         self.make_groups();
         self.taking_over = Some(self.began);
         self.tell_vcpu(&ToVcpu::Tell);
+        self.wait_on_for_room();
         for (id, reason) in dead {
             let (id, reason) = (*id, reason.clone());
             let killed = true;

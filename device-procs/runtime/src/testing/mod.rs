@@ -63,7 +63,8 @@ impl<D: Device> Rig<D> {
         let waiter = Waiter::new().unwrap();
         waiter.watch(&kick, crate::serve::TOKEN_KICK).unwrap();
         let mut grants = Grants::of(held);
-        let mut setup = Setup::new(config, &mut grants, uring, queues.memory(), &waiter);
+        let memory = queues.memory();
+        let mut setup = Setup::new(config, &mut grants, uring, memory, 1, &waiter);
         let device = D::start(&mut setup)?;
         grants.finish()?;
         let server = Server::new(
