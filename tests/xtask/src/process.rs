@@ -103,13 +103,27 @@ pub(crate) fn cpu_time(pid: u32) -> Duration {
         .sum()
 }
 
-/// MemAvailable in KiB.
+/// MemAvailable in KiB, with the free pages that each CPU keeps for itself: the kernel counts those as used,
+/// and they are tens of MiB.
 pub(crate) fn available_kib() -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;
-    text.lines()
+    let available: u64 = text
+        .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"))
         .and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok())
-        .context("/proc/meminfo has no MemAvailable")
+        .context("/proc/meminfo has no MemAvailable")?;
+    let kept = kept_pages(&fs::read_to_string("/proc/zoneinfo")?);
+    Ok(available + kept * PAGE_KIB)
+}
+
+const PAGE_KIB: u64 = 4;
+
+/// Free pages on the lists of CPUs, from `/proc/zoneinfo`.
+fn kept_pages(zoneinfo: &str) -> u64 {
+    let counts = zoneinfo
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("count:"));
+    counts.filter_map(|n| n.trim().parse::<u64>().ok()).sum()
 }
 
 /// Ends `root` with SIGTERM, and what is left of its tree after `patience` with SIGKILL.
@@ -136,4 +150,17 @@ fn is_alive(pid: u32) -> bool {
         stat.rsplit_once(')')
             .is_some_and(|(_, s)| !s.starts_with(" Z"))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_that_cpus_keep_are_counted_over_all_zones() {
+        let text = "Node 0, zone DMA\n  pagesets\n    cpu: 0\n              count:    1400\n              high:     6\n\
+                    Node 0, zone Normal\n  pagesets\n    cpu: 0\n              count:    85\n";
+        assert_eq!(kept_pages(text), 1485);
+        assert_eq!(kept_pages(""), 0);
+    }
 }

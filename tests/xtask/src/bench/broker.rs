@@ -6,7 +6,8 @@
 //! it. A service manager's pause before it starts the daemon comes on top.
 //!
 //! The pace is read from the guest's memory through `/proc`, past every broker. Windows of equal length take
-//! turns: in one a daemon is killed and started, in the other nothing happens. Of each the longest
+//! turns: in one a daemon is killed and started, in the other nothing happens. That guest has a CPU of its own
+//! where there are two: what a new daemon takes of the guest's CPU is the scheduler's affair. Of each the longest
 //! gap counts, 0 if none was of 250 µs; `broker_pause` is the 99th percentile of those with a kill less that of those without,
 //! since a shared host has gaps of its own. Both are printed too.
 
@@ -17,6 +18,8 @@ use super::prng::Prng;
 use crate::daemon::{Daemon, Place};
 use anyhow::{Context, Result, bail, ensure};
 use bulkhead::api::State;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
@@ -49,7 +52,9 @@ const HEAD_WORDS: usize = 6;
 
 pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
     let mut host = Host::start(bench)?;
-    let mut pace = Pace::of(host.process("pace", "vcpu")?)?;
+    let pace = host.process("pace", "vcpu")?;
+    let _alone = Alone::with(pace)?;
+    let mut pace = Pace::of(pace)?;
     let mut prng = Prng::new(1);
     let (mut readopt_ms, mut with, mut without) = (Vec::new(), Vec::new(), Vec::new());
     let mut load_until = Instant::now();
@@ -165,6 +170,40 @@ impl Host {
                 bail!("the daemon has no {running} machines: {answer}");
             }
             sleep(POLL);
+        }
+    }
+}
+
+/// A process has the last CPU for itself, as far as this benchmark goes. Dropped, this process may use all again.
+struct Alone(CpuSet);
+
+impl Alone {
+    /// This process, and so everything that it starts from now on, leaves the last CPU to all threads of `pid`.
+    fn with(pid: i32) -> Result<Self> {
+        let myself = Pid::from_raw(0);
+        let all = sched_getaffinity(myself)?;
+        let mut cpus = (0..CpuSet::count()).filter(|&cpu| all.is_set(cpu).unwrap_or(false));
+        let last = cpus.next_back().context("no CPU")?;
+        if cpus.next().is_none() {
+            eprintln!("there is one CPU: a new daemon takes its time from the guest");
+            return Ok(Self(all));
+        }
+        let (mut others, mut own) = (all, CpuSet::new());
+        others.unset(last)?;
+        own.set(last)?;
+        sched_setaffinity(myself, &others)?;
+        for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let task = task?.file_name().to_string_lossy().parse()?;
+            sched_setaffinity(Pid::from_raw(task), &own)?;
+        }
+        Ok(Self(all))
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        if let Err(error) = sched_setaffinity(Pid::from_raw(0), &self.0) {
+            eprintln!("the CPUs of this process: {error}");
         }
     }
 }

@@ -6,7 +6,8 @@
 //!   their processes own (anonymous and shared memory; the page cache stays available), for each VM.
 //!   MemAvailable is the whole machine's, and a compiler beside the benchmark moves it by more than
 //!   twenty VMs do, in either direction. A round therefore counts only when the machine was calm: before,
-//!   with and after the crowd MemAvailable stands still, and afterwards it is back where it was. What
+//!   with and after the crowd MemAvailable stands still, and afterwards it is back where it was. The free pages
+//!   that each CPU keeps for itself count as available, which the kernel's own figure lacks. What
 //!   drifts slowly cancels, because the mean of before and after is the baseline. The first crowd is not
 //!   counted: it leaves slabs, caches and per-CPU lists behind that later ones use again.
 //! - `memory.kernel_per_vm_charged`: what the kernel has charged to the crowd's control group as its
