@@ -5,6 +5,7 @@
     reason = "an integration test is a test module, and prints what it has measured"
 )]
 
+use bulkhead::launch::users::UserRange;
 use bulkhead::launch::{Gift, Launched, Launcher};
 use bulkhead_ipc::adoption::{bind_in, knock};
 use bulkhead_ipc::channel::Channel;
@@ -140,7 +141,7 @@ fn kill(launched: &Launched) {
 fn launched_process_is_what_its_policy_says() {
     need_root();
     let compiled = Compiled::fresh(None, false).unwrap();
-    let mut launcher = Launcher::new(&binaries()).unwrap();
+    let mut launcher = Launcher::new(&binaries(), UserRange::DEFAULT).unwrap();
     let begin = Instant::now();
     let launched = rng(&mut launcher, &compiled);
     await_locked(&launched);
@@ -158,7 +159,8 @@ fn launched_process_is_what_its_policy_says() {
     assert_eq!(status(pid, "Seccomp"), "2");
     assert_eq!(status(pid, "Seccomp_filters"), "2");
     assert_eq!(status(pid, "Groups"), "");
-    let user = (0x7000_0000u32 + u32::try_from(pid).unwrap()).to_string();
+    let user = UserRange::DEFAULT.user_of(u32::try_from(pid).unwrap());
+    let user = user.unwrap().to_string();
     assert_eq!(status(pid, "Uid"), [user.as_str(); 4].join("\t"));
     assert_eq!(status(pid, "Gid"), [user.as_str(); 4].join("\t"));
 
@@ -190,7 +192,7 @@ fn launched_process_is_what_its_policy_says() {
 fn no_two_processes_are_the_same_user() {
     need_root();
     let compiled = Compiled::fresh(None, false).unwrap();
-    let mut launcher = Launcher::new(&binaries()).unwrap();
+    let mut launcher = Launcher::new(&binaries(), UserRange::DEFAULT).unwrap();
     let begin = Instant::now();
     let all: Vec<Launched> = (0..5).map(|_| rng(&mut launcher, &compiled)).collect();
     println!("five launched after {:?}", begin.elapsed());
@@ -206,10 +208,35 @@ fn no_two_processes_are_the_same_user() {
 }
 
 #[test]
+fn process_has_the_user_of_the_range_and_is_not_started_beyond_it() {
+    need_root();
+    let compiled = Compiled::fresh(None, false).unwrap();
+    let users: UserRange = "100000-4294967294".parse().unwrap();
+    let mut launcher = Launcher::new(&binaries(), users).unwrap();
+    let launched = rng(&mut launcher, &compiled);
+    await_locked(&launched);
+    let user = (100_000 + launched.pid).to_string();
+    assert_eq!(status(launched.pid, "Uid"), [user.as_str(); 4].join("\t"));
+    assert_eq!(status(launched.pid, "Gid"), [user.as_str(); 4].join("\t"));
+    assert_eq!(launched.users, Some(users));
+    kill(&launched);
+
+    // As when the kernel was told of larger pids after the range was checked.
+    let mut launcher = Launcher::new(&binaries(), "100000-100001".parse().unwrap()).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let (launched, _birth) = unborn_rng(&mut launcher, &compiled, home.path());
+    let pid = nix::unistd::Pid::from_raw(launched.pid);
+    nix::sys::wait::waitpid(pid, None).unwrap();
+    let reason = launched.unborn().unwrap();
+    assert!(reason.starts_with("BecomeUser"), "{reason}");
+    assert!(reason.contains("ERANGE"), "{reason}");
+}
+
+#[test]
 fn newborn_ends_with_a_broker_that_dies_before_its_birth() {
     need_root();
     let compiled = Compiled::fresh(None, false).unwrap();
-    let mut launcher = Launcher::new(&binaries()).unwrap();
+    let mut launcher = Launcher::new(&binaries(), UserRange::DEFAULT).unwrap();
     let home = tempfile::tempdir().unwrap();
     let (launched, _birth) = unborn_rng(&mut launcher, &compiled, home.path());
     let pid = nix::unistd::Pid::from_raw(launched.pid);
@@ -223,7 +250,7 @@ fn newborn_ends_with_a_broker_that_dies_before_its_birth() {
 fn process_lives_on_without_its_broker_and_serves_the_next_one() {
     need_root();
     let compiled = Compiled::fresh(None, false).unwrap();
-    let mut launcher = Launcher::new(&binaries()).unwrap();
+    let mut launcher = Launcher::new(&binaries(), UserRange::DEFAULT).unwrap();
     let home = tempfile::tempdir().unwrap();
     let (launched, birth) = unborn_rng(&mut launcher, &compiled, home.path());
     launched.bear(&birth).unwrap();
@@ -264,7 +291,7 @@ fn program_that_cannot_be_executed_is_explained() {
     let compiled = Compiled::fresh(None, false).unwrap();
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("bulkhead-rng"), b"not a program").unwrap();
-    let mut launcher = Launcher::new(dir.path()).unwrap();
+    let mut launcher = Launcher::new(dir.path(), UserRange::DEFAULT).unwrap();
     let launched = rng(&mut launcher, &compiled);
     let pid = nix::unistd::Pid::from_raw(launched.pid);
     nix::sys::wait::waitpid(pid, None).unwrap();

@@ -8,6 +8,7 @@
 mod tiny_guest;
 
 use bulkhead::launch::cgroup::Reach;
+use bulkhead::launch::users::UserRange;
 use bulkhead::vm::run;
 use bulkhead::vm::session::{Command, Ending, Event, Finished, RunError, RunOptions};
 use bulkhead::vm::spec::{DiskSpec, KernelSource, OnEnd, VmSpec};
@@ -40,6 +41,7 @@ fn options(directory: &Path) -> RunOptions {
         reach: Reach::Within,
         reboot: true,
         id: None,
+        users: UserRange::DEFAULT,
     }
 }
 

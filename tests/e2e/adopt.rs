@@ -6,6 +6,7 @@
     reason = "an integration test is a test module"
 )]
 
+use bulkhead::launch::users::UserRange;
 use bulkhead::vm::session::{Command, EVENTS_CAPACITY, Ending, Finished, RunError};
 use bulkhead::vm::take_over;
 use bulkhead_ipc::ident::ProcKind;
@@ -61,7 +62,7 @@ fn next_broker(machine: &Machine, commands: &[Command]) -> Result<Finished, RunE
     runtime.block_on(async {
         let listen = async { while heard.recv().await.is_some() {} };
         let directory = machine.runtime();
-        let run = take_over(&directory, "web", None, asked, events);
+        let run = take_over(&directory, "web", None, UserRange::DEFAULT, asked, events);
         let (finished, ()) = tokio::join!(run, listen);
         finished
     })

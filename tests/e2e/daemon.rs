@@ -5,6 +5,7 @@
     reason = "an integration test is a test module"
 )]
 
+use bulkhead::launch::users::UserRange;
 use bulkhead_tests::{Daemon, is_alive};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -65,6 +66,71 @@ fn machine_lives_through_every_verb() {
     daemon.good(&["rm", "web"]);
     daemon.fails(&["inspect", "web"], 2, "there is no machine web");
     assert!(!daemon.state().join("vms/web").exists());
+}
+
+/// The user of a living process, by the kernel.
+fn user_of(pid: u32) -> u32 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let ids = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Uid:"))
+        .unwrap();
+    let ids: Vec<u32> = ids
+        .split_whitespace()
+        .map(|id| id.parse().unwrap())
+        .collect();
+    assert_eq!(ids, [ids[0]; 4], "{pid}");
+    ids[0]
+}
+
+#[test]
+fn users_are_those_of_the_daemon_that_starts_a_process() {
+    let (first, second) = ("300000000-304194303", "400000000-404194303");
+    let config = |users: &str| format!("[host]\nusers = \"{users}\"\n");
+    let parsed = |users: &str| users.parse::<UserRange>().unwrap();
+    if !parsed(first).exists() {
+        assert!(
+            !nix::unistd::geteuid().is_root(),
+            "this host lacks user ids"
+        );
+        return;
+    }
+    let mut daemon = Daemon::configured(&config(first));
+    daemon.create_and_start("web", "mode=idle", &[]);
+    daemon.until_output("web", "BH idle ");
+    let before = daemon.pids();
+    assert_eq!(before.len(), 4, "vcpu, legacy, console, rng");
+    for pid in &before {
+        assert_eq!(user_of(*pid), parsed(first).first() + pid);
+    }
+    let _same = daemon.good(&["inspect", "web", "--authority"]);
+
+    daemon.crash();
+    std::fs::write(daemon.scratch().join("etc/bulkhead.toml"), config(second)).unwrap();
+    daemon.serve();
+    daemon.until_state("web", "running");
+    let rng = daemon.process("web", "rng");
+    daemon.good(&["device", "restart", "web/rng"]);
+    let now = daemon.process("web", "rng");
+    assert_ne!(now, rng);
+    assert_eq!(user_of(now), parsed(second).first() + now);
+    for pid in before.into_iter().filter(|pid| *pid != rng) {
+        assert_eq!(user_of(pid), parsed(first).first() + pid, "it is as it was");
+    }
+    let _same = daemon.good(&["inspect", "web", "--authority"]);
+
+    // What a daemon does not accept it says, and the machine runs on.
+    daemon.crash();
+    std::fs::write(
+        daemon.scratch().join("etc/bulkhead.toml"),
+        config("0-5000000"),
+    )
+    .unwrap();
+    let refused = daemon.run(&["serve"]);
+    assert_eq!(refused.code, 2, "{refused:?}");
+    let told = "line 2: host.users = \"0-5000000\": holds 0, expected a range without 0";
+    assert!(refused.errors.contains(told), "{refused:?}");
+    assert!(is_alive(now));
 }
 
 #[test]

@@ -10,6 +10,7 @@ use bulkhead::authority::compare::{Difference, differences};
 use bulkhead::authority::descriptors::{Descriptor, Object, duplicate};
 use bulkhead::authority::graph::Graph;
 use bulkhead::authority::{Authority, Measured, Subject, measure, svg, table};
+use bulkhead::launch::users::UserRange;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_policies::cache::Compiled;
 use bulkhead_tests::{Daemon, Fate, Intruder, Machine};
@@ -53,12 +54,14 @@ fn subjects(machine: &Machine) -> Vec<Subject> {
                     generation,
                 }),
                 pid: pid(process),
+                users: UserRange::DEFAULT.exists().then_some(UserRange::DEFAULT),
             });
         }
     }
     subjects.push(Subject {
         id: None,
         pid: pid(machine.pid()),
+        users: None,
     });
     subjects
 }
@@ -190,6 +193,13 @@ fn every_way_in_which_a_process_can_differ_is_named() {
         assert!(found.starts_with("rng0.1: "), "{found}");
     };
     try_with("identity: is user 0", &|p| p.status.uid = 0);
+    if UserRange::DEFAULT.exists() {
+        try_with("identity: is user ", &|p| p.status.uid += 1);
+        try_with("expected 1879048192 + ", &|p| {
+            // The id of the process after it.
+            (p.status.uid, p.status.gid) = (p.status.uid + 1, p.status.gid + 1);
+        });
+    }
     try_with("has the capabilities 0x4", &|p| p.status.capabilities = 4);
     try_with("may gain privileges", &|p| {
         p.status.may_gain_privileges = true;

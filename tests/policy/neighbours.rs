@@ -7,6 +7,7 @@
 )]
 #![allow(unsafe_code, reason = "prctl has no safe wrapper")]
 
+use bulkhead::launch::users::UserRange;
 use bulkhead_tests::{Fate, Intruder, Machine};
 use nix::sys::signal::Signal;
 use std::fs;
@@ -128,6 +129,79 @@ fn files_of_a_machine_are_its_users_alone() {
         }
     }
     assert!(files >= 2, "only {files} files were found");
+}
+
+/// Directories of a machine to be, with this `bulkhead.toml`.
+fn configured(text: &str) -> tempfile::TempDir {
+    let scratch = tempfile::tempdir().unwrap();
+    fs::create_dir(scratch.path().join("etc")).unwrap();
+    fs::write(scratch.path().join("etc/bulkhead.toml"), text).unwrap();
+    scratch
+}
+
+#[test]
+fn processes_of_a_run_are_users_of_the_configured_range() {
+    let users: UserRange = "300000000-304194303".parse().unwrap();
+    let guest = bulkhead_tests::path("BULKHEAD_TEST_GUEST");
+    let scratch = configured(&format!("[host]\nusers = \"{users}\"\n"));
+    let arguments = [
+        "--kernel",
+        guest.to_str().unwrap(),
+        "--cmdline",
+        "mode=idle",
+    ];
+    let mut machine = Machine::run_in(scratch, &arguments);
+    machine.expect("BH idle ");
+    let mut seen = Vec::new();
+    for kind in ["vcpu", "legacy", "console", "rng"] {
+        let pid = machine.process(kind);
+        let expected = match users.exists() {
+            true => users.first() + pid,
+            false => nix::unistd::geteuid().as_raw(),
+        };
+        for key in ["Uid:", "Gid:"] {
+            let text = proc_file(pid, "status");
+            let ids = text
+                .lines()
+                .find_map(|line| line.strip_prefix(key))
+                .unwrap();
+            let ids: Vec<u32> = ids
+                .split_whitespace()
+                .map(|id| id.parse().unwrap())
+                .collect();
+            assert_eq!(ids, [expected; 4], "{kind} ({pid}), {key}");
+        }
+        assert!(!users.exists() || !seen.contains(&expected), "{kind}");
+        seen.push(expected);
+    }
+    assert_eq!(machine.errors(), "");
+}
+
+#[test]
+fn run_refuses_users_that_are_fewer_than_pids() {
+    let guest = bulkhead_tests::path("BULKHEAD_TEST_GUEST");
+    let scratch = configured("[host]\nusers = \"300000000-300000009\"\n");
+    let file = scratch
+        .path()
+        .join("etc/bulkhead.toml")
+        .display()
+        .to_string();
+    let ended = Machine::run_in(scratch, &["--kernel", guest.to_str().unwrap()]).wait();
+    assert_eq!(ended.code, 2, "{}", ended.errors);
+    let told = "host.users = \"300000000-300000009\": holds 10 ids, expected at least ";
+    assert!(ended.errors.contains(&file), "{}", ended.errors);
+    assert!(ended.errors.contains(told), "{}", ended.errors);
+}
+
+#[test]
+fn users_that_do_not_exist_for_the_broker_are_told() {
+    let scratch = configured("");
+    let guest = bulkhead_tests::path("BULKHEAD_TEST_GUEST");
+    let arguments = ["--kernel", guest.to_str().unwrap(), "--timeout=1s"];
+    // Root of a user namespace that has one user.
+    let unshare = Path::new("/usr/bin/unshare");
+    let machine = Machine::followed(scratch, unshare, &["--user", "--map-root-user"], &arguments);
+    machine.expect_error("user ids 1879048192-1883242495 do not exist in this user namespace");
 }
 
 /// What the file `unified`, or `separate` of the separate hierarchy of `controller`, says of the

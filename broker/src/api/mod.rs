@@ -13,6 +13,7 @@ pub mod time;
 pub use device::{Device, DeviceChanged, DeviceState, Devices};
 pub use error::{ApiError, Code};
 
+use crate::launch::users::UserRange;
 use crate::registry::Desired;
 use serde::{Deserialize, Serialize};
 
@@ -197,6 +198,10 @@ pub struct Process {
     pub pid: i32,
     /// Whether it is locked and serves.
     pub locked: bool,
+    /// The range of which its user is the first id plus its pid, as `FIRST-LAST`; absent of one that has
+    /// no user of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub users: Option<UserRange>,
 }
 
 /// `GET /v1/vms/NAME/stats`.

@@ -11,7 +11,7 @@ use super::landlock::Landlock;
 use super::memory::Memory;
 use super::status::Status;
 use super::{Authority, Measured};
-use crate::launch::has_user_range;
+use crate::launch::users::UserRange;
 use bulkhead_ipc::control_page::CONTROL_PAGE_BYTES;
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::birth::{ADOPTION_FD, CONTROL_FD, FIRST_GRANT_FD, FdRole, PAGE_FD};
@@ -96,6 +96,9 @@ fn process(measured: &Measured, policy: &Policy, filters: &Filters, out: &mut Di
         mappings(memory, measured.program.as_ref(), policy, out);
     }
     identity(&measured.status, out);
+    if let Some(users) = measured.users {
+        own_user(measured, users, out);
+    }
     namespaces(&measured.status, policy, out);
     limits(&measured.status, &policy.limits, out);
     if policy.limits.file_size_of_disk {
@@ -408,6 +411,18 @@ fn identity(status: &Status, out: &mut Differences<'_>) {
     });
 }
 
+/// A process with a user of its own is the one of its range that its pid says, and no other can be.
+fn own_user(measured: &Measured, users: UserRange, out: &mut Differences<'_>) {
+    let expected = u32::try_from(measured.pid)
+        .ok()
+        .and_then(|pid| users.user_of(pid));
+    let (uid, gid) = (measured.status.uid, measured.status.gid);
+    out.unless(expected == Some(uid) && uid == gid, "identity", || {
+        let (first, pid) = (users.first(), measured.pid);
+        format!("is user {uid} and group {gid}, expected {first} + {pid} of the range {users}")
+    });
+}
+
 /// Whether a process could not leave the group: only root can take groups away.
 fn unavoidable(group: u32, status: &Status) -> bool {
     let own = || nix::unistd::getgroups().unwrap_or_default();
@@ -584,7 +599,7 @@ fn sharing(authority: &Authority, found: &mut Vec<Difference>) {
     }
     let mut users: BTreeMap<u32, &str> = BTreeMap::new();
     for process in authority.processes.iter().filter(|p| p.id.is_some()) {
-        if has_user_range()
+        if process.users.is_some()
             && let Some(other) = users.insert(process.status.uid, &process.name)
         {
             add(

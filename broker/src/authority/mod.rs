@@ -25,6 +25,7 @@ pub mod svg;
 pub(crate) mod sys;
 pub mod table;
 
+use crate::launch::users::UserRange;
 use bulkhead_ipc::ident::ProcId;
 use descriptors::Descriptor;
 use filters::Thread;
@@ -43,6 +44,8 @@ pub struct Subject {
     pub id: Option<ProcId>,
     /// Its pid.
     pub pid: i32,
+    /// The range that its user is to be of; `None` when it has no user of its own.
+    pub users: Option<UserRange>,
 }
 
 /// What a process can reach.
@@ -55,6 +58,9 @@ pub struct Measured {
     pub id: Option<ProcId>,
     /// Its pid.
     pub pid: i32,
+    /// The range that its user is to be of, for the comparison.
+    #[serde(skip)]
+    pub users: Option<UserRange>,
     /// Device (as in `/proc/PID/maps`) and inode of its program.
     #[serde(skip)]
     pub program: Option<(String, u64)>,
@@ -127,6 +133,7 @@ fn one(subject: &Subject) -> Result<Measured, MeasureError> {
         name,
         id: subject.id,
         pid,
+        users: subject.users,
         program: program(pid),
         landlock,
         status,
@@ -165,6 +172,7 @@ mod tests {
             id: None,
             // No pid is as large as this.
             pid: i32::MAX,
+            users: None,
         };
         let error = measure(&[subject]).unwrap_err();
         assert_eq!((error.pid, error.what), (i32::MAX, "status"));

@@ -107,6 +107,7 @@ fn subjects(vm: &Details) -> Vec<Subject> {
                 generation: process.generation,
             }),
             pid: process.pid,
+            users: process.users,
         })
     };
     vm.processes.iter().filter_map(subject).collect()

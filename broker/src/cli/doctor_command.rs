@@ -2,8 +2,10 @@
 
 use super::SCHEMA_VERSION;
 use super::failure::{Failure, HOST, print, print_json};
+use super::paths::{PathOptions, Paths};
 use crate::doctor::probe::Probed;
 use crate::doctor::{Check, Status, examine};
+use crate::serve::config::Config;
 use clap::Args;
 use serde::Serialize;
 use std::fmt::Write;
@@ -37,8 +39,10 @@ struct Report {
 }
 
 /// Runs `doctor`.
-pub(super) fn run(args: &DoctorArgs) -> Result<u8, Failure> {
-    let checks = examine(Path::new("/"), &Probed::running_kernel());
+pub(super) fn run(args: &DoctorArgs, options: &PathOptions) -> Result<u8, Failure> {
+    let paths = Paths::new(options)?;
+    let users = Config::load(&paths.config).map(|config| config.host.users);
+    let checks = examine(Path::new("/"), &Probed::running_kernel(), &users);
     let worst = checks.iter().map(|check| check.status).max();
     let status = worst.unwrap_or(Status::Ok);
     if args.json {

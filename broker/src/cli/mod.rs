@@ -194,7 +194,7 @@ pub fn main() -> ExitCode {
         Command::Wait(names) => machine_commands::wait(&names, &cli.paths),
         Command::Device(command) => device_commands::run(&command, &cli.paths),
         Command::ShutdownHost(args) => serve_command::shutdown_host(&args, &cli.paths),
-        Command::Doctor(args) => doctor_command::run(&args),
+        Command::Doctor(args) => doctor_command::run(&args, &cli.paths),
         Command::Policy(command) => policy_command::run(&command, &cli.paths),
         Command::Image(command) => image_command::run(&command),
         Command::Completions(args) => generate::completions(&args),

@@ -4,7 +4,10 @@ use super::failure::{Failure, START, USAGE, print};
 use super::paths::{PathOptions, Paths};
 use super::run_args::{MachineArgs, RunArgs};
 use super::run_session::Session;
+use crate::console::attach::notice;
 use crate::launch::cgroup::Reach;
+use crate::launch::users::UserRange;
+use crate::serve::config::Config;
 use crate::vm::session::RunOptions;
 use crate::vm::spec::VmSpec;
 use crate::vmfile::{
@@ -94,6 +97,7 @@ impl Drop for StateDirectory {
 }
 
 fn prepare(args: &RunArgs, paths: &Paths, spec: &VmSpec) -> Result<RunOptions, Failure> {
+    let users = users(paths)?;
     let binaries = paths.binaries()?;
     let state = paths.state.join("vms").join(&spec.name);
     for directory in [&paths.runtime, &state] {
@@ -113,7 +117,18 @@ fn prepare(args: &RunArgs, paths: &Paths, spec: &VmSpec) -> Result<RunOptions, F
         reach: Reach::Within,
         reboot: !args.machine.no_reboot,
         id: None,
+        users,
     })
+}
+
+/// The users of processes that the host's configuration file says.
+fn users(paths: &Paths) -> Result<UserRange, Failure> {
+    let config = Config::load(&paths.config).map_err(|e| Failure::because(USAGE, "", &e))?;
+    let users = config.host.users;
+    if let Some(lacking) = users.lacking() {
+        notice(&format!("bulkhead: {lacking}"));
+    }
+    Ok(users)
 }
 
 /// Makes a directory that only this user can enter.

@@ -322,6 +322,7 @@ mod tests {
             reach: Reach::Within,
             reboot: true,
             id: None,
+            users: crate::launch::users::UserRange::DEFAULT,
         };
         let session = Session {
             json: false,

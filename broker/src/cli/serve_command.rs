@@ -33,7 +33,7 @@ enum LogLevel {
 #[command(after_long_help = "\
 Files:
   bulkhead.toml (configuration directory)
-        [host] memory, overcommit; [limits] machines, connections, consoles, log
+        [host] memory, overcommit, users; [limits] machines, connections, consoles, log
   registry.redb (state directory)
         which machines there are; one daemon at a time
   bulkhead.sock (runtime directory)

@@ -9,9 +9,12 @@ mod isolation;
 pub mod probe;
 #[cfg(test)]
 mod tests;
+mod users;
 
+use crate::launch::users::UserRange;
 use probe::Probed;
 use serde::Serialize;
+use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -104,11 +107,16 @@ impl Host {
     }
 }
 
-/// Examines a host.
+/// Examines a host on which processes are to have `users`, or why that could not be read.
 #[must_use]
-pub fn examine(root: &Path, probed: &Probed) -> Vec<Check> {
+pub fn examine<E: Display>(
+    root: &Path,
+    probed: &Probed,
+    users: &Result<UserRange, E>,
+) -> Vec<Check> {
     let host = Host::at(root);
     let mut checks = facilities::checks(&host, probed);
+    checks.push(users::check(&host, probed, users));
     checks.extend(isolation::checks(&host, probed));
     checks
 }

@@ -1,5 +1,6 @@
 use super::probe::{Kvm, Probed};
-use super::{Check, Status, examine};
+use super::{Check, Host, Status};
+use crate::launch::users::UserRange;
 use nix::errno::Errno;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -20,6 +21,12 @@ fn good() -> (TempDir, Probed) {
             "MemAvailable:  1048576 kB\nSwapTotal: 0 kB\n",
         ),
         ("proc/self/cgroup", "0::/mine\n"),
+        ("proc/self/uid_map", "0 0 4294967295\n"),
+        ("proc/self/gid_map", "0 0 4294967295\n"),
+        (
+            "etc/subuid",
+            "ann:100000:65536\nbulkhead:1879048192:4194304\n",
+        ),
         ("proc/cpuinfo", "flags : fpu vmx\n"),
         ("sys/module/kvm_intel/parameters/nested", "N\n"),
         ("sys/fs/cgroup/cgroup.controllers", "cpu memory pids\n"),
@@ -53,6 +60,10 @@ fn good() -> (TempDir, Probed) {
         is_root: false,
     };
     (root, probed)
+}
+
+fn examine(root: &Path, probed: &Probed) -> Vec<Check> {
+    super::examine::<String>(root, probed, &Ok(UserRange::DEFAULT))
 }
 
 fn put(root: &Path, path: &str, text: &str) {
@@ -196,6 +207,47 @@ fn each_weakness_warns_with_its_cure() {
         assert!(check.cure.contains(cure), "{check:?}");
         assert!(!check.found.contains('\x1b'));
     }
+}
+
+#[test]
+fn users_of_processes_exist_and_are_nobody_else_s() {
+    let check = |spoil: &dyn Fn(&Path, &mut Probed), users: Result<&str, &str>| {
+        let (root, mut probed) = good();
+        probed.is_root = true;
+        spoil(root.path(), &mut probed);
+        let users = users.map(|text| text.parse::<UserRange>().unwrap());
+        super::users::check(&Host::at(root.path()), &probed, &users)
+    };
+    let default = UserRange::DEFAULT.to_string();
+    let found = check(&|_, _| {}, Ok(&default));
+    assert_eq!(found.status, Status::Ok);
+    assert!(found.found.contains("1879048192 + its pid"), "{found:?}");
+
+    let found = check(&|_, probed| probed.is_root = false, Ok(&default));
+    assert_eq!(found.status, Status::Ok);
+    assert!(found.found.contains("not root"), "{found:?}");
+
+    for map in ["uid_map", "gid_map"] {
+        let short =
+            |root: &Path, _: &mut Probed| put(root, &format!("proc/self/{map}"), "0 1000 65536\n");
+        let found = check(&short, Ok(&default));
+        assert_eq!(found.status, Status::Warn);
+        assert!(found.found.contains("user 65534"), "{found:?}");
+        assert!(found.cure.contains("pid_max"), "{found:?}");
+    }
+
+    // Those that are kept for it are no overlap; those of others are.
+    let found = check(&|_, _| {}, Ok("165535-200000"));
+    assert_eq!(found.status, Status::Warn);
+    assert!(found.found.contains("ann in /etc/subuid"), "{found:?}");
+    assert_eq!(check(&|_, _| {}, Ok("165536-200000")).status, Status::Ok);
+
+    let found = check(&|_, _| {}, Err("bulkhead.toml: is wrong"));
+    assert_eq!(found.status, Status::Fail);
+    assert!(
+        found.found.contains("is wrong") && !found.cure.is_empty(),
+        "{found:?}"
+    );
 }
 
 #[test]

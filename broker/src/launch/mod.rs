@@ -19,6 +19,7 @@ pub mod cores;
 pub mod hollow;
 pub mod plan;
 mod sys;
+pub mod users;
 
 use bulkhead_ipc::adoption::AdoptionSocket;
 use bulkhead_ipc::channel::{Channel, ChannelError};
@@ -35,7 +36,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::pipe2;
-use plan::{LaunchPlan, Means, Step, USER_BASE, USER_COUNT};
+use plan::{LaunchPlan, Means, Step};
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -43,6 +44,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use users::UserRange;
 
 /// What tells sealed shared memory from a file of a tmpfs, which has F_SEAL_SEAL alone.
 const SEALS: i32 = libc::F_SEAL_SEAL | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
@@ -141,6 +143,8 @@ pub struct Launched {
     pub log: OwnedFd,
     /// What it was born with.
     pub grants: Vec<Grant>,
+    /// The range that its user is of; `None` when it has no user of its own.
+    pub users: Option<UserRange>,
     steps: Vec<Step>,
     /// Where it says why it could not be executed; `None` for one that another broker has started.
     report: Option<OwnedFd>,
@@ -169,11 +173,12 @@ type Slot = (ProcKind, u16);
 pub struct Before(Option<OwnedFd>);
 
 impl Launcher {
-    /// A launcher for the programs in `binaries`. Begins to make the shared empty namespaces.
+    /// A launcher for the programs in `binaries`, whose processes have users of the range `users` where
+    /// that exists. Begins to make the shared empty namespaces.
     ///
     /// # Errors
     /// When the kernel refuses what every process needs.
-    pub fn new(binaries: &Path) -> Result<Self, LaunchError> {
+    pub fn new(binaries: &Path, users: UserRange) -> Result<Self, LaunchError> {
         let os = |what| move |cause| LaunchError::Os { what, cause };
         let root = nix::unistd::geteuid().is_root();
         let maker = match root {
@@ -182,7 +187,7 @@ impl Launcher {
         };
         let means = Means {
             root,
-            user_range: has_user_range(),
+            users: users.exists().then_some(users),
         };
         let open = |path: &str, flags: i32| {
             OpenOptions::new()
@@ -327,6 +332,7 @@ impl Launcher {
             page: ControlPage::map(page_fd)?,
             log,
             grants: grants.collect(),
+            users: self.means.users,
             steps: plan.steps,
             report: Some(report),
             dead: false,
@@ -362,6 +368,7 @@ impl Launched {
             page,
             log,
             grants: Vec::new(),
+            users: None,
             steps: Vec::new(),
             report: None,
             dead: false,
@@ -445,28 +452,6 @@ fn image_bytes(gifts: &[Gift<'_>]) -> Result<Option<u64>, LaunchError> {
     let stat = fstat(disk.fd).map_err(os("fstat"))?;
     let is_file = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFREG;
     Ok(is_file.then(|| u64::try_from(stat.st_size).unwrap_or(0)))
-}
-
-/// Whether each process gets a user of its own: the broker is root, and the ids for processes exist in
-/// its user namespace.
-pub(crate) fn has_user_range() -> bool {
-    if !nix::unistd::geteuid().is_root() {
-        return false;
-    }
-    let covers = |path: &str| {
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        text.lines().any(|line| {
-            let mut fields = line.split_ascii_whitespace().map(str::parse::<u64>);
-            let (Some(Ok(first)), Some(Ok(_)), Some(Ok(count))) =
-                (fields.next(), fields.next(), fields.next())
-            else {
-                return false;
-            };
-            let end = u64::from(USER_BASE) + u64::from(USER_COUNT);
-            first <= u64::from(USER_BASE) && first + count >= end
-        })
-    };
-    covers("/proc/self/uid_map") && covers("/proc/self/gid_map")
 }
 
 /// Kills the process of a pidfd.

@@ -5,6 +5,7 @@
 //! root are joined while the broker's rights are there, the user is given up before the user
 //! namespace is made, the descriptors are placed last, and `exec` ends everything.
 
+use super::users::UserRange;
 use bulkhead_policies::Policy;
 use bulkhead_policies::plan::Limits;
 use bulkhead_policies::schema::{Namespace, Speculation};
@@ -31,13 +32,8 @@ pub enum Step {
     JoinNetwork,
     /// Join the shared mount namespace that holds nothing but an empty read-only directory.
     JoinEmptyRoot,
-    /// Give up the broker's user and groups for `base` + the newborn's pid, or for `base` alone.
-    BecomeUser {
-        /// First id.
-        base: u32,
-        /// Whether the pid is added, so that no other living process has the same user.
-        plus_pid: bool,
-    },
+    /// Give up the broker's user and groups.
+    BecomeUser(NewUser),
     /// Make namespaces.
     Unshare {
         /// CLONE_NEW* flags.
@@ -66,21 +62,36 @@ pub enum Step {
 
 /// User and group id of a process inside its user namespace.
 pub const INSIDE_ID: u32 = 1;
-/// First user id for processes of virtual machines. The range is above what distributions,
-/// containers and systemd hand out, and holds one id for each possible pid.
-pub const USER_BASE: u32 = 0x7000_0000;
-/// Ids in the range: the largest `pid_max` of Linux.
-pub const USER_COUNT: u32 = 1 << 22;
 /// The user of processes when the range is not available to the broker (in a container).
 pub const USER_FALLBACK: u32 = 65534;
+
+/// Who a newborn becomes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NewUser {
+    /// The first id of the range plus the newborn's pid, which no other living process is.
+    Own(UserRange),
+    /// This id, which others have as well.
+    Shared(u32),
+}
+
+impl NewUser {
+    /// User and group of the process `pid`; none when the range has no id for it.
+    #[must_use]
+    pub fn id(self, pid: u32) -> Option<u32> {
+        match self {
+            Self::Own(users) => users.user_of(pid),
+            Self::Shared(id) => Some(id),
+        }
+    }
+}
 
 /// What the broker may do on this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Means {
     /// Whether it is root, with the capabilities of root.
     pub root: bool,
-    /// Whether the user ids from [`USER_BASE`] on exist for it.
-    pub user_range: bool,
+    /// The ids of users that processes have, where they exist for it.
+    pub users: Option<UserRange>,
 }
 
 /// What is done, in order, and the namespaces that `clone` makes.
@@ -142,16 +153,14 @@ impl LaunchPlan {
             // Joining needs the rights of root, so it comes before the user is given up; the user
             // namespace comes after, so that it belongs to a user without rights.
             clone_flags = flags(&[Namespace::Pid], &[]);
-            let (base, plus_pid) = match means.user_range {
-                true => (USER_BASE, true),
-                false => (USER_FALLBACK, false),
-            };
+            let shared = NewUser::Shared(USER_FALLBACK);
+            let user = means.users.map_or(shared, NewUser::Own);
             // Root may raise a limit of the host's; the user that it becomes may not.
             steps.extend(limit_steps(limits));
             steps.extend([
                 Step::JoinNetwork,
                 Step::JoinEmptyRoot,
-                Step::BecomeUser { base, plus_pid },
+                Step::BecomeUser(user),
                 Step::Unshare {
                     flags: flags(namespaces, &[Namespace::Pid, Namespace::Mount]),
                 },
@@ -208,11 +217,11 @@ mod tests {
 
     const ROOT: Means = Means {
         root: true,
-        user_range: true,
+        users: Some(UserRange::DEFAULT),
     };
     const USER: Means = Means {
         root: false,
-        user_range: false,
+        users: None,
     };
 
     #[test]
@@ -220,16 +229,28 @@ mod tests {
         for kind in ProcKind::ALL {
             let plan = plan(kind, ROOT);
             let join = place(&plan, |s| *s == Step::JoinEmptyRoot).unwrap();
-            let drop = place(&plan, |s| matches!(s, Step::BecomeUser { .. })).unwrap();
+            let drop = place(&plan, |s| matches!(s, Step::BecomeUser(_))).unwrap();
             let unshare = place(&plan, |s| matches!(s, Step::Unshare { .. })).unwrap();
             assert!(join < drop && drop < unshare);
-            assert_eq!(plan.steps[drop], {
-                Step::BecomeUser {
-                    base: USER_BASE,
-                    plus_pid: true,
-                }
-            });
+            let own = NewUser::Own(UserRange::DEFAULT);
+            assert_eq!(plan.steps[drop], Step::BecomeUser(own));
         }
+    }
+
+    #[test]
+    fn users_are_those_of_the_range_and_one_for_all_without_it() {
+        let users: UserRange = "100000-200000".parse().unwrap();
+        let user = |users| {
+            let plan = plan(ProcKind::Rng, Means { users, ..ROOT });
+            plan.steps.iter().find_map(|step| match step {
+                Step::BecomeUser(user) => Some(*user),
+                _ => None,
+            })
+        };
+        let own = user(Some(users)).unwrap();
+        assert_eq!((own.id(7), own.id(100_001)), (Some(100_007), None));
+        let shared = user(None).unwrap();
+        assert_eq!((shared.id(7), shared.id(8)), (Some(65534), Some(65534)));
     }
 
     #[test]

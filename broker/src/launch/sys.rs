@@ -8,7 +8,7 @@
     reason = "clone3 and the child's raw system calls; the only such module of the broker"
 )]
 
-use super::plan::{INSIDE_ID, Step};
+use super::plan::{INSIDE_ID, NewUser, Step};
 use nix::errno::Errno;
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -202,7 +202,7 @@ fn perform(step: &Step, prepared: &Prepared<'_>, report: &mut RawFd) -> Done {
         }
         Step::JoinNetwork => call!(SYS_setns, prepared.network, libc::CLONE_NEWNET),
         Step::JoinEmptyRoot => call!(SYS_setns, prepared.root, libc::CLONE_NEWNS),
-        Step::BecomeUser { base, plus_pid } => become_user(base, plus_pid, prepared.proc_dir),
+        Step::BecomeUser(user) => become_user(id_of(user, prepared.proc_dir)?),
         Step::Unshare { flags } => call!(SYS_unshare, flags),
         Step::MapUser => map_user(prepared),
         Step::EmptyRoot => empty_root(),
@@ -285,11 +285,12 @@ fn host_pid(proc_dir: RawFd) -> Result<u32, Errno> {
     pid.filter(|&pid| pid > 0).ok_or(Errno::ESRCH)
 }
 
-fn become_user(base: u32, plus_pid: bool, proc_dir: RawFd) -> Done {
-    let id = match plus_pid {
-        true => base + host_pid(proc_dir)?,
-        false => base,
-    };
+/// The new user's id. ERANGE when the kernel gives larger pids than when the range was checked.
+fn id_of(user: NewUser, proc_dir: RawFd) -> Result<u32, Errno> {
+    user.id(host_pid(proc_dir)?).ok_or(Errno::ERANGE)
+}
+
+fn become_user(id: u32) -> Done {
     call!(SYS_setgroups, 0u64, std::ptr::null::<u32>())?;
     call!(SYS_setresgid, id, id, id)?;
     call!(SYS_setresuid, id, id, id)?;
@@ -324,15 +325,14 @@ fn map_line(outside: u32, text: &mut [u8; 32]) -> usize {
 
 fn map_user(prepared: &Prepared<'_>) -> Done {
     let became = prepared.steps.iter().find_map(|step| match *step {
-        Step::BecomeUser { base, plus_pid } => Some((base, plus_pid)),
+        Step::BecomeUser(user) => Some(user),
         _ => None,
     });
     let (user, group) = match became {
-        Some((base, true)) => {
-            let id = base + host_pid(prepared.proc_dir)?;
+        Some(user) => {
+            let id = id_of(user, prepared.proc_dir)?;
             (id, id)
         }
-        Some((base, false)) => (base, base),
         None => prepared.broker_ids,
     };
     let mut text = [0u8; 32];

@@ -291,7 +291,8 @@ impl Actor {
         self.edit(desired).await.map_err(registry_error)?;
         self.close();
         let places = &self.shared.places;
-        let options = places.run_options(&record.name, &record.id);
+        let users = self.shared.config.host.users;
+        let options = places.run_options(&record.name, &record.id, users);
         let machine = Machine::start(spec, options)
             .map_err(|error| ApiError::new(Code::Host, format!("no thread: {error}")))?;
         self.live = Some(Live {

@@ -1,5 +1,8 @@
-//! `bulkhead.toml`: what the daemon may use of its host.
+//! `bulkhead.toml`: what may be used of the host. The daemon reads all of it; `run` and `doctor` read it for
+//! the users of processes.
 
+use crate::escape::excerpt;
+use crate::launch::users::{UserRange, UsersError, pid_max};
 use crate::vmfile::{meminfo_bytes, parse_size, show_size};
 use serde::{Deserialize, Deserializer};
 use std::io;
@@ -9,6 +12,8 @@ use std::path::{Path, PathBuf};
 pub const FILE_NAME: &str = "bulkhead.toml";
 /// Largest file in bytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+/// Most that a message repeats of a wrong range, in bytes.
+const USERS_SHOWN_BYTES_MAX: usize = 64;
 /// What the host keeps for itself at least, unless the file says otherwise.
 const HOST_BYTES_MIN: u64 = 512 << 20;
 
@@ -52,6 +57,9 @@ pub struct HostSection {
     pub memory: Option<u64>,
     /// Whether a machine may be larger than the memory that is available when it starts.
     pub overcommit: bool,
+    /// Users of processes.
+    #[serde(deserialize_with = "users")]
+    pub users: UserRange,
 }
 
 /// `[limits]`.
@@ -90,6 +98,14 @@ fn size<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
         .map_err(serde::de::Error::custom)
 }
 
+fn users<'de, D: Deserializer<'de>>(from: D) -> Result<UserRange, D::Error> {
+    let text = String::deserialize(from)?;
+    text.parse().map_err(|error: UsersError| {
+        let shown = excerpt(&text, USERS_SHOWN_BYTES_MAX);
+        serde::de::Error::custom(format!("host.users = \"{shown}\": {error}"))
+    })
+}
+
 impl Config {
     /// Reads the file; one that is not there is empty.
     ///
@@ -109,13 +125,13 @@ impl Config {
             Ok(text)
         };
         match read() {
-            Ok(text) => Self::parse(&path, &text),
+            Ok(text) => Self::parse(&path, &text, pid_max()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
             Err(cause) => Err(ConfigError::Read { path, cause }),
         }
     }
 
-    fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+    fn parse(path: &Path, text: &str, pid_max: u32) -> Result<Self, ConfigError> {
         let wrong = |reason: String| ConfigError::Wrong {
             path: path.to_owned(),
             reason,
@@ -126,6 +142,10 @@ impl Config {
             let line = before.matches('\n').count() + 1;
             wrong(format!("line {line}: {}", error.message()))
         })?;
+        let users = config.host.users;
+        users
+            .check(pid_max)
+            .map_err(|error| wrong(format!("host.users = \"{users}\": {error}")))?;
         let limits = &config.limits;
         let counts = [
             ("machines", limits.machines, 1..=4096),
@@ -170,7 +190,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<Config, String> {
-        Config::parse(Path::new("b.toml"), text).map_err(|e| e.to_string())
+        Config::parse(Path::new("b.toml"), text, 32768).map_err(|e| e.to_string())
     }
 
     #[test]
@@ -192,6 +212,23 @@ mod tests {
     }
 
     #[test]
+    fn users_have_an_id_for_each_pid_of_the_host() {
+        let config = parse("[host]\nusers = \"100000-132767\"\n").unwrap();
+        assert_eq!(config.host.users, "100000-132767".parse().unwrap());
+        assert_eq!(Config::default().host.users, UserRange::DEFAULT);
+        let text = "[host]\nusers = \"100000-132767\"\n";
+        let error = Config::parse(Path::new("b.toml"), text, 32769).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "b.toml: host.users = \"100000-132767\": holds 32768 ids, expected at least 32769, one for \
+             each pid (kernel.pid_max): a process's id is FIRST + its pid"
+        );
+        // The default is for every kernel.
+        let most = crate::launch::users::PID_MAX_MOST;
+        assert!(Config::parse(Path::new("b.toml"), "", most).is_ok());
+    }
+
+    #[test]
     fn mistakes_are_told_with_their_place() {
         for (text, told) in [
             (
@@ -207,6 +244,24 @@ mod tests {
                 "[limits]\nlog = \"1KiB\"\n",
                 "limits.log = 1KiB: expected 8KiB",
             ),
+            (
+                "[host]\nusers = \"100000\"\n",
+                "line 2: host.users = \"100000\": expected FIRST-LAST, two decimal ids such as \
+                 \"1879048192-1883242495\"",
+            ),
+            (
+                "[host]\nusers = \"200000-100000\"\n",
+                "line 2: host.users = \"200000-100000\": expected a last id that is not below the first",
+            ),
+            (
+                "[host]\nusers = \"1-4194304\"\n",
+                "line 2: host.users = \"1-4194304\": holds 65534, expected a range without 0, 65534",
+            ),
+            (
+                "[host]\nusers = \"100000-132766\"\n",
+                "host.users = \"100000-132766\": holds 32767 ids, expected at least 32768",
+            ),
+            ("[host]\nusers = 5\n", "line 2: invalid type: integer"),
             ("x", "line 1"),
         ] {
             let error = parse(text).unwrap_err();

@@ -119,6 +119,7 @@ impl Known {
                 name,
                 pid,
                 program,
+                ..
             } => self.started(*id, name, *pid, *program),
             Event::Locked { id, program, .. } => {
                 if let Some(device) = self.served_by(*id) {
@@ -377,6 +378,7 @@ mod tests {
             name: "disk0".into(),
             pid: 100 + i32::try_from(generation).unwrap(),
             program: (1, inode).into(),
+            users: None,
         }
     }
 

@@ -178,7 +178,13 @@ const fn word_of_outcome(outcome: Outcome) -> &'static str {
 pub(super) fn apply(view: &mut View, event: Event) {
     view.devices.apply(&event);
     match event {
-        Event::Started { id, name, pid, .. } => {
+        Event::Started {
+            id,
+            name,
+            pid,
+            users,
+            ..
+        } => {
             let kind = id.kind.name();
             view.processes
                 .retain(|p| (p.kind.as_str(), p.index) != (kind, id.index));
@@ -189,6 +195,7 @@ pub(super) fn apply(view: &mut View, event: Event) {
                 name,
                 pid,
                 locked: false,
+                users,
             });
         }
         Event::Locked { id, .. } => {

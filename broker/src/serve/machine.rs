@@ -4,6 +4,7 @@
 //! the kernel: nothing of that may hold up another machine or the API. The daemon's end does not
 //! end these threads in an orderly way, on purpose: the machines outlive it.
 
+use crate::launch::users::UserRange;
 use crate::vm::Over;
 use crate::vm::session::{Command, EVENTS_CAPACITY, Event, RunError, RunOptions};
 use crate::vm::spec::VmSpec;
@@ -36,15 +37,21 @@ impl Machine {
         })
     }
 
-    /// Takes the machine `name` over, which is called `id` in the registry.
+    /// Takes the machine `name` over, which is called `id` in the registry. Processes that are started later
+    /// have users of the range `users`.
     ///
     /// # Errors
     /// When there is no thread to be had.
-    pub(super) fn take_over(runtime: PathBuf, name: String, id: String) -> io::Result<Self> {
+    pub(super) fn take_over(
+        runtime: PathBuf,
+        name: String,
+        id: String,
+        users: UserRange,
+    ) -> io::Result<Self> {
         Self::on_a_thread(move |commands, events| {
             let id = Some(id);
             in_a_loop(crate::vm::adopt_and_keep(
-                &runtime, &name, id, commands, events,
+                &runtime, &name, id, users, commands, events,
             ))
         })
     }

@@ -13,7 +13,7 @@
 //! Invariants: every channel, body and count is bounded; a change is on disk before it is carried
 //! out; the daemon's lock files make two daemons on one directory impossible.
 //!
-//! Called by the command line's `serve`; nothing here is touched by `run`.
+//! Called by the command line's `serve`; nothing here but [`config`] is touched by `run`.
 
 mod actor;
 mod attach;
@@ -38,6 +38,7 @@ mod view;
 
 use crate::api::{ApiError, Code};
 use crate::launch::cgroup::{Place, Reach};
+use crate::launch::users::UserRange;
 use crate::registry::{Registry, RegistryError};
 use crate::vm::session::RunOptions;
 use budget::Budget;
@@ -76,7 +77,7 @@ impl Places {
         self.state.join("vms").join(name)
     }
 
-    fn run_options(&self, name: &str, id: &str) -> RunOptions {
+    fn run_options(&self, name: &str, id: &str, users: UserRange) -> RunOptions {
         RunOptions {
             binaries: self.binaries.clone(),
             policies: self.policies.clone(),
@@ -88,6 +89,7 @@ impl Places {
             reach: Reach::Outside,
             reboot: true,
             id: Some(id.to_owned()),
+            users,
         }
     }
 }
@@ -172,6 +174,9 @@ pub fn serve(places: Places, config: Config) -> Result<(), ServeError> {
     let _state_lock = Lock::take(&places.state.join("serve.lock"))?;
     let listener = http::Socket::bind(&places.runtime)?;
     let registry = Registry::open(&places.state.join(crate::registry::FILE_NAME))?;
+    if let Some(lacking) = config.host.users.lacking() {
+        tracing::warn!("{lacking}");
+    }
     Place::find(Reach::Outside).sweep();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -89,6 +89,7 @@ mod tests {
             name: "vcpu".into(),
             pid: i32::try_from(std::process::id()).unwrap(),
             locked: true,
+            users: None,
         };
         let stats = process_stats(&process).unwrap();
         assert_eq!(stats.restarts, 2);

@@ -292,6 +292,7 @@ mod tests {
             program: (0, 0),
             version: None,
             groups: vec![],
+            users: None,
         }
     }
 

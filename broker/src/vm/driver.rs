@@ -108,9 +108,10 @@ fn begin(spec: &VmSpec, options: &RunOptions) -> Result<(Keeper, Launcher, Compi
     let configuration = |e: &dyn std::fmt::Display| RunError::Configuration(e.to_string());
     spec.check().map_err(|e| configuration(&e))?;
     // First of all, since it makes namespaces while the rest is being prepared.
-    let mut launcher = Launcher::new(&options.binaries).map_err(|e| RunError::Host {
-        lacks: e.to_string(),
-    })?;
+    let mut launcher =
+        Launcher::new(&options.binaries, options.users).map_err(|e| RunError::Host {
+            lacks: e.to_string(),
+        })?;
     let compiled = policies(options)?;
     find_programs(&mut launcher, spec)?;
     let keeper = Keeper::begin(spec, options).map_err(|e| configuration(&e))?;
@@ -385,6 +386,7 @@ impl Machine<'_> {
                 name: member.name.clone(),
                 pid: member.launched.pid,
                 program: member.program.into(),
+                users: member.launched.users,
             });
         }
         Ok(())

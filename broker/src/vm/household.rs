@@ -697,6 +697,7 @@ impl Midwife<'_, '_> {
             program,
             version: None,
             groups: Vec::new(),
+            users: launched.users,
         };
         // From here on it lives without this broker, so the next one must be able to find it.
         let put = self.nursery.keeper.put(record);

@@ -21,6 +21,7 @@ use super::state::Verdict;
 use crate::authority::sys::open_process;
 use crate::escape::escaped;
 use crate::launch::kill_process;
+use crate::launch::users::UserRange;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use nix::fcntl::{OFlag, openat, renameat};
 use nix::sys::stat::Mode;
@@ -111,6 +112,9 @@ pub struct ProcessRecord {
     /// Its control groups.
     #[serde(default)]
     pub groups: Vec<PathBuf>,
+    /// The range that its user is of; `None` when it has no user of its own.
+    #[serde(default)]
+    pub users: Option<UserRange>,
 }
 
 impl ProcessRecord {
@@ -426,6 +430,7 @@ mod tests {
             program: (1, 2),
             version: None,
             groups: vec!["/sys/fs/cgroup/x".into()],
+            users: Some(UserRange::DEFAULT),
         }
     }
 

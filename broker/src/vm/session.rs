@@ -3,6 +3,7 @@
 
 use super::any_path;
 use crate::launch::cgroup::Reach;
+use crate::launch::users::UserRange;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::ProcId;
 use bulkhead_ipc::input_ring::InputWriter;
@@ -52,6 +53,9 @@ pub struct RunOptions {
     /// What the registry calls it; `None` of one that is not in it.
     #[serde(default)]
     pub id: Option<String>,
+    /// Users of its processes: those of the broker that starts them.
+    #[serde(default)]
+    pub users: UserRange,
 }
 
 #[cfg(test)]
@@ -69,6 +73,7 @@ impl RunOptions {
             reach: Reach::Within,
             reboot: true,
             id: None,
+            users: UserRange::DEFAULT,
         }
     }
 }
@@ -122,6 +127,8 @@ pub enum Event {
         pid: i32,
         /// Its program.
         program: ProgramFile,
+        /// The range that its user is of; `None` when it has no user of its own.
+        users: Option<UserRange>,
     },
     /// A process of a machine that goes on is dead.
     Died {

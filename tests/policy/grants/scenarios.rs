@@ -1,6 +1,7 @@
 //! Everything that a machine may do, in as few and as short runs as that takes.
 
 use super::stage::{Clock, Stage};
+use bulkhead::launch::users::UserRange;
 use bulkhead::vm::session::{Command, EVENTS_CAPACITY, Ending, Event};
 use bulkhead::vm::take_over;
 use bulkhead_ipc::ident::ProcKind;
@@ -270,8 +271,10 @@ fn adopt(stage: &Stage, machine: &Machine) -> Option<Ending> {
             }
         };
         let directory = machine.runtime();
-        let (finished, ()) =
-            tokio::join!(take_over(&directory, "web", None, asked, events), listen);
+        let (finished, ()) = tokio::join!(
+            take_over(&directory, "web", None, UserRange::DEFAULT, asked, events),
+            listen
+        );
         match finished {
             Ok(finished) => Some(finished.ending),
             Err(error) => {

@@ -79,7 +79,8 @@ impl Actor {
         let (wanted, mine) = self.wish_for(record);
         let runtime = self.shared.places.runtime.clone();
         let id = self.view.borrow().record.id.clone();
-        let machine = match Machine::take_over(runtime, name.clone(), id) {
+        let users = self.shared.config.host.users;
+        let machine = match Machine::take_over(runtime, name.clone(), id, users) {
             Ok(machine) => machine,
             Err(error) => return self.strand(format!("no thread: {error}")),
         };
@@ -220,6 +221,7 @@ fn processes(record: &Record) -> Vec<Process> {
         name: process.name.clone(),
         pid: process.pid,
         locked: true,
+        users: process.users,
     });
     shown.collect()
 }

@@ -7,6 +7,7 @@
 //! ```
 
 use super::{Begin, Found, Machine, Over, find_programs, free_disks, policies, run_at};
+use crate::launch::users::UserRange;
 use crate::launch::{Launched, Launcher};
 use crate::supervisor::state as supervision;
 use crate::vm::adopt::{self, MeetError};
@@ -27,7 +28,7 @@ const DEATH_POLL: Duration = Duration::from_millis(1);
 
 /// Takes a machine over whose broker is gone, and runs it until it is over. What that broker has left
 /// half done is undone (a start) or finished (an end). From now on its record says `id`, if there
-/// is one.
+/// is one, and processes that are started later have users of the range `users`.
 ///
 /// # Errors
 /// When it cannot be taken over: it is left as it is, unless its start was undone.
@@ -35,10 +36,11 @@ pub async fn adopt(
     runtime: &Path,
     name: &str,
     id: Option<String>,
+    users: UserRange,
     commands: mpsc::Receiver<Command>,
     events: mpsc::Sender<Event>,
 ) -> Result<Finished, RunError> {
-    let over = adopt_and_keep(runtime, name, id, commands, events).await;
+    let over = adopt_and_keep(runtime, name, id, users, commands, events).await;
     over.close()
 }
 
@@ -47,6 +49,7 @@ pub async fn adopt_and_keep(
     runtime: &Path,
     name: &str,
     id: Option<String>,
+    users: UserRange,
     commands: mpsc::Receiver<Command>,
     events: mpsc::Sender<Event>,
 ) -> Over {
@@ -62,6 +65,9 @@ pub async fn adopt_and_keep(
     if id.is_some() && keeper.record().options.id != id {
         keeper.note(|record| record.options.id = id);
     }
+    if keeper.record().options.users != users {
+        keeper.note(|record| record.options.users = users);
+    }
     let result = go_on_with(&mut keeper, commands, events).await;
     // One that could not be taken over stays on record, so that the next broker finds it.
     let left = keeper.record().processes.iter().any(|p| p.is_alive());
@@ -75,9 +81,11 @@ async fn go_on_with(
     events: mpsc::Sender<Event>,
 ) -> Result<Finished, RunError> {
     let options = keeper.record().options.clone();
-    let mut launcher = Launcher::new(&options.binaries).map_err(|e| RunError::Host {
-        lacks: e.to_string(),
-    })?;
+    let mut launcher =
+        Launcher::new(&options.binaries, options.users).map_err(|e| RunError::Host {
+            lacks: e.to_string(),
+        })?;
+    warn_of_overlap(keeper.record());
     let compiled = policies(&options)?;
     let begin = match keeper.record().phase.clone() {
         Phase::Running => Begin::Over(meet(keeper)?),
@@ -102,6 +110,23 @@ async fn go_on_with(
         }
     }
     run_at(keeper, launcher, &compiled, commands, events, begin).await
+}
+
+/// Two ranges that overlap and do not begin alike may give two processes one user.
+fn warn_of_overlap(record: &Record) {
+    let now = record.options.users;
+    let others = record.processes.iter().filter(|p| p.is_alive());
+    let other = others
+        .filter_map(|process| process.users)
+        .find(|users| users.overlaps(now) && users.first() != now.first());
+    if let Some(other) = other {
+        let vm = &record.spec.name;
+        tracing::warn!(
+            vm,
+            "users {now} overlap with {other} of processes that were started before: two of them may be \
+             the same user until the machine is started again"
+        );
+    }
 }
 
 /// How a machine has ended of which nothing lives any more.
