@@ -20,7 +20,7 @@ use std::path::Path;
 /// Largest cache file in bytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Changes with the format of the file.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The policies of all kinds, with their filters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

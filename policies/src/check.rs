@@ -521,7 +521,7 @@ impl Checker<'_> {
                 "is given with file_size, expected one of them",
             ));
         }
-        Ok(Limits {
+        let limits = Limits {
             open_files: l.open_files,
             locked_memory_bytes: l.locked_memory.0,
             stack_bytes: l.stack.0,
@@ -533,7 +533,15 @@ impl Checker<'_> {
             tasks: l.tasks,
             plus_vcpus: l.plus_vcpus,
             oom_score_adj: l.oom_score_adj,
-        })
+            cpu_percent: l.cpu_percent,
+            disk_read_per_s: l.disk_read_per_s.map(|s| s.0),
+            disk_write_per_s: l.disk_write_per_s.map(|s| s.0),
+            disk_read_iops: l.disk_read_iops,
+            disk_write_iops: l.disk_write_iops,
+        };
+        let wrong = |(key, fault)| self.fault(None, format!("limits.{key}"), fault);
+        host_share(parsed.kind, &limits).map_err(wrong)?;
+        Ok(limits)
     }
 
     fn opcodes(&self, opcodes: &[Opcode]) -> Checked<Vec<OpcodeGrant>> {
@@ -621,4 +629,42 @@ impl Checker<'_> {
         }
         Ok(deny)
     }
+}
+
+/// Most of `cpu_percent`: 64 processors.
+const CPU_PERCENT_MAX: u32 = 6400;
+/// Least bytes a second, so that a page goes through at all.
+const DISK_PER_S_MIN: u64 = 4096;
+
+/// Checks what a process may take of processors and disks: the key that is wrong, and why.
+pub(crate) fn host_share(kind: ProcKind, limits: &Limits) -> Result<(), (&'static str, String)> {
+    if let Some(percent) = limits.cpu_percent
+        && !(1..=CPU_PERCENT_MAX).contains(&percent)
+    {
+        let what =
+            format!("is {percent}, expected 1 to {CPU_PERCENT_MAX} (percent of one processor)");
+        return Err(("cpu_percent", what));
+    }
+    let disk = [
+        ("disk_read_per_s", limits.disk_read_per_s, DISK_PER_S_MIN),
+        ("disk_write_per_s", limits.disk_write_per_s, DISK_PER_S_MIN),
+        ("disk_read_iops", limits.disk_read_iops.map(u64::from), 1),
+        ("disk_write_iops", limits.disk_write_iops.map(u64::from), 1),
+    ];
+    for (key, value, least) in disk {
+        let Some(value) = value else { continue };
+        if kind != ProcKind::Blk {
+            return Err((
+                key,
+                format!("is {value} for {kind}, expected none: only blk has a disk"),
+            ));
+        }
+        if value < least {
+            return Err((
+                key,
+                format!("is {value}, expected at least {least} a second"),
+            ));
+        }
+    }
+    Ok(())
 }

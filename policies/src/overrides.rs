@@ -91,6 +91,8 @@ pub fn apply(
     if let (Some(key), false) = (looser_key, allow_looser) {
         return looser(&format!("limits.{key}"));
     }
+    let wrong = |(key, what)| fault(file, &format!("limits.{key}"), what);
+    check::host_share(policy.kind, &limits).map_err(wrong)?;
     policy.limits = limits;
     check::counts(file, &policy)?;
     policy.sources.push(file.to_owned());
@@ -226,16 +228,52 @@ fn limits(old: &Limits, change: &LimitsChange) -> (Limits, Option<&'static str>)
         note(n.0 > old.memory_bytes, "memory");
         new.memory_bytes = n.0;
     }
-    if let Some(n) = change.file_size {
-        note(old.file_size_bytes.is_some_and(|o| n.0 > o), "file_size");
-        new.file_size_bytes = Some(n.0);
+    let sizes = [
+        ("file_size", &mut new.file_size_bytes, change.file_size),
+        (
+            "address_space",
+            &mut new.address_space_bytes,
+            change.address_space,
+        ),
+        (
+            "disk_read_per_s",
+            &mut new.disk_read_per_s,
+            change.disk_read_per_s,
+        ),
+        (
+            "disk_write_per_s",
+            &mut new.disk_write_per_s,
+            change.disk_write_per_s,
+        ),
+    ];
+    for (key, limit, change) in sizes {
+        note(replace(limit, change.map(|size| size.0)), key);
     }
-    if let Some(n) = change.address_space {
-        let is = old.address_space_bytes.is_some_and(|o| n.0 > o);
-        note(is, "address_space");
-        new.address_space_bytes = Some(n.0);
+    let counts = [
+        ("cpu_percent", &mut new.cpu_percent, change.cpu_percent),
+        (
+            "disk_read_iops",
+            &mut new.disk_read_iops,
+            change.disk_read_iops,
+        ),
+        (
+            "disk_write_iops",
+            &mut new.disk_write_iops,
+            change.disk_write_iops,
+        ),
+    ];
+    for (key, limit, change) in counts {
+        note(replace(limit, change), key);
     }
     (new, looser)
+}
+
+/// Replaces a limit that may be absent, which is the loosest: whether the new one is looser.
+fn replace<T: Copy + PartialOrd>(limit: &mut Option<T>, change: Option<T>) -> bool {
+    let Some(new) = change else {
+        return false;
+    };
+    limit.replace(new).is_some_and(|old| new > old)
 }
 
 #[cfg(test)]
@@ -268,6 +306,80 @@ mod tests {
         let room = "kind = \"rng\"\n[limits]\nmemory = \"1GiB\"\n";
         assert_eq!(rng(room, false).unwrap_err().key, "limits.memory");
         assert!(rng(room, true).is_ok());
+    }
+
+    #[test]
+    fn processors_and_disks_may_be_limited_and_a_limit_not_raised() {
+        let text = |kind: &str, limits: &str| format!("kind = \"{kind}\"\n[limits]\n{limits}\n");
+        let blk = load(ProcKind::Blk, None, false).unwrap();
+        assert_eq!(
+            (blk.limits.cpu_percent, blk.limits.disk_write_iops),
+            (None, None)
+        );
+        let with = |policy: &Policy, limits: &str, looser| {
+            apply(policy.clone(), "blk.toml", &text("blk", limits), looser)
+        };
+        let all = "cpu_percent = 50\ndisk_read_per_s = \"8MiB\"\ndisk_write_per_s = \"4MiB\"\n\
+            disk_read_iops = 200\ndisk_write_iops = 100\nfile_size = \"1MiB\"\n";
+        let limited = with(&blk, all, false).unwrap();
+        let l = &limited.limits;
+        assert_eq!(
+            (l.cpu_percent, l.disk_read_per_s),
+            (Some(50), Some(8 << 20))
+        );
+        assert_eq!(
+            (l.disk_write_per_s, l.file_size_bytes),
+            (Some(4 << 20), Some(1 << 20))
+        );
+        assert_eq!(
+            (l.disk_read_iops, l.disk_write_iops),
+            (Some(200), Some(100))
+        );
+        // What is not named stays limited; nothing can take a limit away.
+        assert_eq!(
+            with(&limited, "tasks = 1", false)
+                .unwrap()
+                .limits
+                .cpu_percent,
+            Some(50)
+        );
+        for (key, tighter, looser) in [
+            ("cpu_percent", "49", "51"),
+            ("disk_read_per_s", "\"4MiB\"", "\"9MiB\""),
+            ("disk_write_per_s", "\"4KiB\"", "\"8MiB\""),
+            ("disk_read_iops", "1", "201"),
+            ("disk_write_iops", "100", "101"),
+        ] {
+            assert!(with(&limited, &format!("{key} = {tighter}"), false).is_ok());
+            let raised = format!("{key} = {looser}");
+            let error = with(&limited, &raised, false).unwrap_err();
+            assert_eq!(error.key, format!("limits.{key}"));
+            assert!(error.fault.contains("grants more"), "{error}");
+            assert!(with(&limited, &raised, true).is_ok());
+        }
+    }
+
+    #[test]
+    fn limits_that_cannot_be_are_named() {
+        for (key, value, told) in [
+            ("cpu_percent", "0", "is 0, expected 1 to 6400"),
+            ("cpu_percent", "6401", "is 6401, expected 1 to 6400"),
+            (
+                "disk_read_per_s",
+                "\"4095B\"",
+                "is 4095, expected at least 4096",
+            ),
+            ("disk_write_iops", "0", "is 0, expected at least 1"),
+        ] {
+            let blk = load(ProcKind::Blk, None, false).unwrap();
+            let text = format!("kind = \"blk\"\n[limits]\n{key} = {value}\n");
+            let error = apply(blk, "blk.toml", &text, true).unwrap_err();
+            assert_eq!(error.key, format!("limits.{key}"));
+            assert!(error.fault.contains(told), "{error}");
+        }
+        let error = rng("kind = \"rng\"\n[limits]\ndisk_read_iops = 5\n", true).unwrap_err();
+        assert_eq!(error.key, "limits.disk_read_iops");
+        assert!(error.fault.contains("only blk has a disk"), "{error}");
     }
 
     #[test]

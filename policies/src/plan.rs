@@ -179,6 +179,16 @@ pub struct Limits {
     pub plus_vcpus: bool,
     /// Added to its badness when the host runs out of memory, 1 to 1000.
     pub oom_score_adj: u16,
+    /// Processor time in percent of one processor.
+    pub cpu_percent: Option<u32>,
+    /// Bytes a second read from each host disk.
+    pub disk_read_per_s: Option<u64>,
+    /// The same for writes.
+    pub disk_write_per_s: Option<u64>,
+    /// Reads a second of each host disk.
+    pub disk_read_iops: Option<u32>,
+    /// The same for writes.
+    pub disk_write_iops: Option<u32>,
 }
 
 /// One thing that a locked process may ask of the kernel: a system call, an ioctl request, or an

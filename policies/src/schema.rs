@@ -388,6 +388,23 @@ pub struct LimitsEntry {
     /// How much rather than others the host ends it when memory runs out, 1 to 1000: a machine goes
     /// before a broker, which has 0 or less.
     pub oom_score_adj: u16,
+    /// Processor time of its control group in percent of one processor, 1 to 6400; absent for no limit
+    /// (and no CPU group, which would change when the scheduler lets the process run).
+    #[serde(default)]
+    pub cpu_percent: Option<u32>,
+    /// Bytes a second that a `blk` process reads from each host disk that the machine's images are on, at
+    /// least 4KiB; absent for no limit.
+    #[serde(default)]
+    pub disk_read_per_s: Option<Size>,
+    /// The same for writes.
+    #[serde(default)]
+    pub disk_write_per_s: Option<Size>,
+    /// Reads a second of each of these disks, at least 1; absent for no limit.
+    #[serde(default)]
+    pub disk_read_iops: Option<u32>,
+    /// The same for writes.
+    #[serde(default)]
+    pub disk_write_iops: Option<u32>,
 }
 
 /// A size in bytes, written as a number with a unit: `"64KiB"`.
@@ -516,7 +533,7 @@ pub struct DenyEntry {
     pub arg: Vec<ArgCondition>,
 }
 
-/// Limits that an operator replaces.
+/// Limits that an operator replaces. What is absent stays as it is; no limit can be taken away.
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LimitsChange {
@@ -530,6 +547,16 @@ pub struct LimitsChange {
     pub memory: Option<Size>,
     /// As [`LimitsEntry::tasks`].
     pub tasks: Option<u32>,
+    /// As [`LimitsEntry::cpu_percent`].
+    pub cpu_percent: Option<u32>,
+    /// As [`LimitsEntry::disk_read_per_s`].
+    pub disk_read_per_s: Option<Size>,
+    /// As [`LimitsEntry::disk_write_per_s`].
+    pub disk_write_per_s: Option<Size>,
+    /// As [`LimitsEntry::disk_read_iops`].
+    pub disk_read_iops: Option<u32>,
+    /// As [`LimitsEntry::disk_write_iops`].
+    pub disk_write_iops: Option<u32>,
 }
 
 /// The JSON schema of policy files.

@@ -7,12 +7,15 @@
 )]
 #![allow(unsafe_code, reason = "prctl has no safe wrapper")]
 
+use bulkhead::launch::cgroup::{Place, Reach};
 use bulkhead::launch::users::UserRange;
-use bulkhead_tests::{Fate, Intruder, Machine};
+use bulkhead::vm::spec::HostShare;
+use bulkhead_tests::{Daemon, Fate, Intruder, Machine};
 use nix::sys::signal::Signal;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 const KINDS: [&str; 5] = ["vcpu", "legacy", "console", "rng", "blk"];
 const DISK_BYTES: u64 = (1 << 20) + 512;
@@ -228,6 +231,164 @@ fn group_says(pid: u32, controller: &str, unified: &str, separate: &str) -> Opti
     fs::read_to_string(at.join(file)).ok()
 }
 
+/// Whether this host lets the user of this test limit processors.
+fn can_limit_processors() -> bool {
+    let share = HostShare {
+        cpu_percent: Some(20),
+        ..HostShare::default()
+    };
+    Place::find(Reach::Within).check(&share).is_ok()
+}
+
+/// The directory of a process's own group for processors, once it has one.
+fn processor_group(pid: u32) -> PathBuf {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let groups = proc_file(pid, "cgroup");
+        let own = groups.lines().find_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (controllers, path) = (fields.next()?, fields.next()?);
+            let relative = path.trim_start_matches('/');
+            let root = Path::new("/sys/fs/cgroup");
+            let at = match controllers.split(',').any(|c| c == "cpu") {
+                true => root.join("cpu").join(relative),
+                false if controllers.is_empty() => root.join(relative),
+                false => return None,
+            };
+            let limits = at.join("cpu.cfs_quota_us").exists() || at.join("cpu.max").exists();
+            (limits && path.contains("bulkhead")).then_some(at)
+        });
+        if let Some(own) = own {
+            return own;
+        }
+        assert!(Instant::now() < deadline, "{groups}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Its processor time by the kernel, in microseconds of each period of 100 ms.
+fn quota(group: &Path) -> String {
+    let text = fs::read_to_string(group.join("cpu.cfs_quota_us"))
+        .or_else(|_| fs::read_to_string(group.join("cpu.max")))
+        .unwrap();
+    text.split_whitespace().next().unwrap().to_owned()
+}
+
+fn members(group: &Path) -> String {
+    fs::read_to_string(group.join("cgroup.procs")).unwrap()
+}
+
+/// Directories with policies that limit processes of these kinds.
+fn with_policies(policies: &[(&str, &str)]) -> tempfile::TempDir {
+    let scratch = configured("");
+    let directory = scratch.path().join("etc/policies.d");
+    fs::create_dir(&directory).unwrap();
+    for (kind, limits) in policies {
+        let text = format!("kind = \"{kind}\"\n[limits]\n{limits}\n");
+        fs::write(directory.join(format!("{kind}.toml")), text).unwrap();
+    }
+    scratch
+}
+
+#[test]
+fn process_takes_no_more_of_its_host_than_its_policy_says() {
+    let disk = bulkhead_tests::disk(1 << 20);
+    let guest = bulkhead_tests::path("BULKHEAD_TEST_GUEST");
+    let scratch = with_policies(&[
+        ("rng", "cpu_percent = 20"),
+        ("blk", "cpu_percent = 150\ndisk_write_per_s = \"1MiB\""),
+    ]);
+    let disk = disk.path().to_str().unwrap();
+    let guest = guest.to_str().unwrap();
+    let arguments = ["--kernel", guest, "--cmdline", "mode=idle", "--disk", disk];
+    let mut machine = Machine::run_in(scratch, &arguments);
+    if !can_limit_processors() {
+        machine.expect_error("cannot be in force: there is no cpu controller");
+        assert_eq!(machine.wait().code, 4);
+        return;
+    }
+    machine.expect("BH idle ");
+    let (rng, blk) = (machine.process("rng"), machine.process("blk"));
+    let groups = [rng, blk].map(processor_group);
+    for (group, pid, expected) in [(&groups[0], rng, "20000"), (&groups[1], blk, "150000")] {
+        assert_eq!(quota(group), expected, "{}", group.display());
+        assert_eq!(members(group).trim(), pid.to_string());
+    }
+    let write = group_says(blk, "blkio", "io.max", "blkio.throttle.write_bps_device");
+    assert!(write.unwrap().contains("1048576"));
+    // Nobody else's scheduling changes.
+    for kind in ["vcpu", "legacy", "console"] {
+        let text = proc_file(machine.process(kind), "cgroup");
+        assert!(!text.contains(&format!("rng0.1-{rng}")), "{kind}: {text}");
+        let separate = text.lines().find(|line| line.contains(":cpu:"));
+        assert!(
+            separate.is_none_or(|line| !line.contains("bulkhead")),
+            "{kind}: {text}"
+        );
+    }
+    machine.signal(Signal::SIGTERM);
+    let _ended = machine.wait();
+    for group in &groups {
+        assert!(!group.exists(), "{} is left", group.display());
+    }
+}
+
+#[test]
+fn groups_of_limited_processes_outlive_their_daemon_and_go_with_their_processes() {
+    if !can_limit_processors() {
+        return;
+    }
+    let mut daemon = Daemon::start();
+    let policies = daemon.scratch().join("etc/policies.d");
+    fs::create_dir(&policies).unwrap();
+    let text = "kind = \"rng\"\n[limits]\ncpu_percent = 20\n";
+    fs::write(policies.join("rng.toml"), text).unwrap();
+    // A daemon looks for the directory when it starts.
+    daemon.crash();
+    daemon.serve();
+    daemon.create_and_start("web", "mode=idle", &[]);
+    daemon.until_output("web", "BH idle ");
+    let first = daemon.process("web", "rng");
+    let group = processor_group(first);
+    assert_eq!(quota(&group), "20000");
+
+    daemon.crash();
+    daemon.serve();
+    daemon.until_state("web", "running");
+    assert_eq!(daemon.process("web", "rng"), first);
+    assert_eq!(
+        (processor_group(first), quota(&group)),
+        (group.clone(), "20000".into())
+    );
+    daemon.good(&["device", "restart", "web/rng"]);
+    let second = daemon.process("web", "rng");
+    let of_second = processor_group(second);
+    assert_eq!(quota(&of_second), "20000");
+    assert_eq!(members(&of_second).trim(), second.to_string());
+    assert!(!group.exists(), "{} is left", group.display());
+    daemon.good(&["kill", "web"]);
+    daemon.until_state("web", "stopped");
+    assert!(!of_second.exists(), "{} is left", of_second.display());
+}
+
+#[test]
+fn policy_that_the_host_cannot_enforce_ends_the_run_before_the_guest() {
+    let policies = with_policies(&[("console", "cpu_percent = 20")]);
+    fs::set_permissions(policies.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let etc = policies.path().join("etc").display().to_string();
+    if !nix::unistd::geteuid().is_root() && can_limit_processors() {
+        // There is no user here who cannot.
+        return;
+    }
+    // A user whom nobody has given a group.
+    let arguments = ["--config-dir", &etc, "--cmdline", "mode=idle"];
+    let ended = Machine::run_as(70_003, &arguments).wait();
+    assert_eq!(ended.code, 4, "{}", ended.errors);
+    let told = "[limits] of the policy of console cannot be in force: there is no cpu controller";
+    assert!(ended.errors.contains(told), "{}", ended.errors);
+    assert!(!ended.console.contains("BH idle"));
+}
+
 #[test]
 fn machine_takes_no_more_of_its_host_than_its_file_says() {
     let disk = bulkhead_tests::disk(1 << 20);
@@ -241,22 +402,18 @@ fn machine_takes_no_more_of_its_host_than_its_file_says() {
     );
     fs::write(file.path(), text).unwrap();
     let mut machine = Machine::run([file.path()]);
+    if !can_limit_processors() {
+        machine.expect_error("[limits] of the VM file cannot be in force: there is no ");
+        return;
+    }
     machine.expect("BH idle ");
     let groups = || KINDS.map(|kind| proc_file(machine.process(kind), "cgroup"));
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(20);
     // Groups are made a moment after the guest has started.
     while !groups().iter().all(|text| text.contains("/bulkhead/")) {
         let told = machine.errors();
-        if told.contains("not in force") {
-            assert!(!nix::unistd::geteuid().is_root(), "{told}");
-            return;
-        }
-        assert!(
-            std::time::Instant::now() < deadline,
-            "{:?}\n{told}",
-            groups()
-        );
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(Instant::now() < deadline, "{:?}\n{told}", groups());
+        std::thread::sleep(Duration::from_millis(20));
     }
     for kind in KINDS {
         let pid = machine.process(kind);

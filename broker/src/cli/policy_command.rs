@@ -3,8 +3,9 @@
 use super::SCHEMA_VERSION;
 use super::failure::{Failure, USAGE, print, print_json, printable};
 use super::paths::{PathOptions, Paths};
+use super::policy_diff::limits;
 use bulkhead_ipc::ident::ProcKind;
-use bulkhead_policies::plan::{PermittedRequest, Policy, Summary};
+use bulkhead_policies::plan::{Limits, PermittedRequest, Policy, Summary};
 use bulkhead_policies::{compile, load, role_name};
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -78,6 +79,7 @@ struct PolicyReport {
     made: Vec<MadeReport>,
     namespaces: Vec<String>,
     landlock: Vec<String>,
+    limits: Limits,
     locked: Vec<RequestReport>,
     startup: Vec<RequestReport>,
 }
@@ -195,6 +197,7 @@ fn report(policy: &Policy, filter_instructions: usize) -> PolicyReport {
         made: made.collect(),
         namespaces: policy.namespaces.iter().map(word).collect(),
         landlock: policy.landlock.iter().map(word).collect(),
+        limits: policy.limits,
         locked: requests(summary.requests),
         startup: requests(summary.startup),
     }
@@ -237,6 +240,9 @@ fn show(out: &mut String, report: &PolicyReport) {
     for made in &report.made {
         let _infallible = writeln!(out, "  makes       {}", made_line(made));
     }
+    for limit in limits(&report.limits) {
+        let _infallible = writeln!(out, "  limit       {limit}");
+    }
     for request in &report.locked {
         let threads = request.threads.join(", ");
         let _infallible = writeln!(out, "  request     {} [{threads}]", request.name);
@@ -261,6 +267,12 @@ fn explain(out: &mut String, report: &PolicyReport) {
     out.push_str("\n  It makes these for itself while it starts:\n");
     for made in &report.made {
         let _infallible = writeln!(out, "    {}\n        {}", made_line(made), made.why);
+    }
+    out.push_str(
+        "\n  It has these limits (bytes, counts, percent of one processor, each second):\n",
+    );
+    for limit in limits(&report.limits) {
+        let _infallible = writeln!(out, "    {limit}");
     }
     let lists = [
         (

@@ -169,6 +169,16 @@ fn granted(policy: &Policy) -> BTreeSet<String> {
     for opcode in &policy.opcodes {
         lines.insert(format!("io_uring {}", opcode.name));
     }
+    lines.extend(
+        limits(&policy.limits)
+            .into_iter()
+            .map(|line| format!("limit {line}")),
+    );
+    lines
+}
+
+/// A line for each limit.
+pub(super) fn limits(limits: &Limits) -> Vec<String> {
     let Limits {
         open_files,
         locked_memory_bytes,
@@ -181,22 +191,32 @@ fn granted(policy: &Policy) -> BTreeSet<String> {
         tasks,
         plus_vcpus,
         oom_score_adj,
-    } = policy.limits;
-    let unlimited = |bytes: Option<u64>| bytes.map_or("none".to_owned(), |n| n.to_string());
-    lines.extend([
-        format!("limit open_files {open_files}"),
-        format!("limit locked_memory {locked_memory_bytes}"),
-        format!("limit stack {stack_bytes}"),
+        cpu_percent,
+        disk_read_per_s,
+        disk_write_per_s,
+        disk_read_iops,
+        disk_write_iops,
+    } = *limits;
+    let unlimited = |value: Option<u64>| value.map_or("none".to_owned(), |n| n.to_string());
+    let count = |value: Option<u32>| unlimited(value.map(u64::from));
+    vec![
+        format!("open_files {open_files}"),
+        format!("locked_memory {locked_memory_bytes}"),
+        format!("stack {stack_bytes}"),
         format!(
-            "limit file_size {}, of its disk: {file_size_of_disk}",
+            "file_size {}, of its disk: {file_size_of_disk}",
             unlimited(file_size_bytes)
         ),
-        format!("limit address_space {}", unlimited(address_space_bytes)),
-        format!("limit memory {memory_bytes}, plus guest memory: {plus_guest_memory}"),
-        format!("limit tasks {tasks}, plus vCPUs: {plus_vcpus}"),
-        format!("limit oom_score_adj {oom_score_adj}"),
-    ]);
-    lines
+        format!("address_space {}", unlimited(address_space_bytes)),
+        format!("memory {memory_bytes}, plus guest memory: {plus_guest_memory}"),
+        format!("tasks {tasks}, plus vCPUs: {plus_vcpus}"),
+        format!("oom_score_adj {oom_score_adj}"),
+        format!("cpu_percent {}", count(cpu_percent)),
+        format!("disk_read_per_s {}", unlimited(disk_read_per_s)),
+        format!("disk_write_per_s {}", unlimited(disk_write_per_s)),
+        format!("disk_read_iops {}", count(disk_read_iops)),
+        format!("disk_write_iops {}", count(disk_write_iops)),
+    ]
 }
 
 /// A line for each system call, request code, or value of an argument.

@@ -6,8 +6,9 @@
 //! them, so that what ends the broker's groups as a whole (a service manager, say) does not reach
 //! its machines. Where there is no such place, processes have their rlimits only, and `bulkhead
 //! doctor` says so. A machine whose VM file limits what it takes of processors and disks gets a group
-//! around those of its processes; others get none, because a group of its own also changes when the
-//! scheduler lets a process run. A group is removed when its processes are gone.
+//! around those of its processes, and a process whose policy does gets a group for that; others get
+//! none, because a group of its own also changes when the scheduler lets a process run. A group is removed when
+//! its processes are gone.
 
 mod share;
 
@@ -53,6 +54,8 @@ enum Role {
 struct Tree {
     place: PathBuf,
     role: Role,
+    /// The group around `place` that this program has made, which has to hand controllers on to it.
+    above: Option<PathBuf>,
 }
 
 /// Where groups can be made.
@@ -61,7 +64,7 @@ pub struct Place {
     trees: Vec<Tree>,
     /// Groups of a machine that all its processes are put into.
     around: Vec<PathBuf>,
-    /// Groups of separate hierarchies that a machine's can be made in, by controller.
+    /// Groups of separate hierarchies that a machine's or a process's can be made in, by controller.
     parents: Vec<(String, PathBuf)>,
 }
 
@@ -72,6 +75,8 @@ pub struct GroupLimits {
     pub memory_bytes: u64,
     /// Tasks.
     pub tasks: u64,
+    /// Processors and disks.
+    pub share: HostShare,
 }
 
 /// The groups of one process. Dropped, they are removed.
@@ -127,6 +132,31 @@ impl Place {
         }
     }
 
+    /// Checks that there is a controller for everything that `share` limits. Changes nothing.
+    ///
+    /// # Errors
+    /// The one that there is not.
+    pub fn check(&self, share: &HostShare) -> io::Result<()> {
+        if let Some(tree) = self.trees.iter().find(|tree| tree.is_unified()) {
+            let there = fs::read_to_string(tree.place.join("cgroup.controllers"));
+            let there = there.unwrap_or_default();
+            let has = |name: &str| there.split_ascii_whitespace().any(|c| c == name);
+            let mut needed = share::controllers(share);
+            return needed.find(|c| !has(c)).map_or(Ok(()), |c| Err(lacking(c)));
+        }
+        for (controller, _) in share::separate(share, &[]) {
+            self.parent(controller)?;
+        }
+        Ok(())
+    }
+
+    /// The group of a separate hierarchy that groups for `controller` are made in.
+    fn parent(&self, controller: &str) -> io::Result<&Path> {
+        let found = self.parents.iter().find(|(known, _)| known == controller);
+        let (_, parent) = found.ok_or_else(|| lacking(controller))?;
+        Ok(parent)
+    }
+
     /// A group for the machine `name` that may take `share` of the host's processors, and of the
     /// block devices `disks`; with the place for its processes. None when nothing is limited.
     ///
@@ -148,42 +178,55 @@ impl Place {
         let mut place = self.clone();
         if let Some(tree) = place.trees.iter_mut().find(|tree| tree.is_unified()) {
             let files = share::unified(share, disks);
-            for controller in ["cpu", "io"] {
-                if files.iter().any(|(file, _)| file.starts_with(controller)) {
-                    enable(&tree.place, &format!("+{controller}"))?;
-                }
-            }
+            tree.hand_on(share)?;
             let at = tree.place.join(name);
             group.create(&at, &files)?;
             enable(&at, "+memory +pids")?;
-            tree.place = at;
+            tree.above = Some(std::mem::replace(&mut tree.place, at));
             return Ok(Some((place, group)));
         }
         for (controller, files) in share::separate(share, disks) {
-            let found = self.parents.iter().find(|(known, _)| known == controller);
-            let (_, parent) = found.ok_or_else(|| lacking(controller))?;
-            let at = parent.join(format!("{DIRECTORY}-{name}"));
+            let at = self.parent(controller)?.join(group_directory(name));
             group.create(&at, &files)?;
+            let own = place
+                .parents
+                .iter_mut()
+                .filter(|(known, _)| known == controller);
+            own.for_each(|(_, parent)| parent.clone_from(&at));
             place.around.push(at);
         }
         Ok(Some((place, group)))
     }
 
-    /// Puts a process into a new group `name` with `limits`. One that is dead needs none.
+    /// Puts a process into a new group `name` with `limits`, those of disks being for each of `disks`. One that
+    /// is dead needs none.
     ///
     /// # Errors
-    /// The kernel's error; groups that were made for it are removed.
-    pub fn put(&self, name: &str, process: &Launched, limits: GroupLimits) -> io::Result<Group> {
+    /// The kernel's error, or that there is no controller for what is to be limited; groups that were made
+    /// for it are removed.
+    pub fn put(
+        &self,
+        name: &str,
+        process: &Launched,
+        limits: GroupLimits,
+        disks: &[Device],
+    ) -> io::Result<Group> {
         // A pid is another process's only after its own was reaped, which this broker does itself,
         // and not meanwhile: who is alive now is who is moved.
         if is_dead(process)? {
             let directories = Vec::new();
             return Ok(Group { directories });
         }
-        self.put_pid(name, process.pid, limits)
+        self.put_pid(name, process.pid, limits, disks)
     }
 
-    fn put_pid(&self, name: &str, pid: i32, limits: GroupLimits) -> io::Result<Group> {
+    fn put_pid(
+        &self,
+        name: &str,
+        pid: i32,
+        limits: GroupLimits,
+        disks: &[Device],
+    ) -> io::Result<Group> {
         let mut group = Group {
             directories: Vec::new(),
         };
@@ -200,11 +243,22 @@ impl Place {
                 continue;
             };
             let at = tree.place.join(name);
-            let limits = [(memory, limits.memory_bytes), (tasks, limits.tasks)];
-            let files = limits.map(|(file, value)| Some((file?, value.to_string())));
-            let files: Vec<_> = files.into_iter().flatten().collect();
+            let numbers = [(memory, limits.memory_bytes), (tasks, limits.tasks)];
+            let files = numbers.map(|(file, value)| Some((file?, value.to_string())));
+            let mut files: Vec<_> = files.into_iter().flatten().collect();
+            if tree.is_unified() {
+                tree.hand_on(&limits.share)?;
+                files.extend(share::unified(&limits.share, disks));
+            }
             group.create(&at, &files)?;
             join(&at)?;
+        }
+        if !self.trees.iter().any(Tree::is_unified) {
+            for (controller, files) in share::separate(&limits.share, disks) {
+                let at = self.parent(controller)?.join(group_directory(name));
+                group.create(&at, &files)?;
+                join(&at)?;
+            }
         }
         Ok(group)
     }
@@ -212,10 +266,10 @@ impl Place {
     /// Removes every group whose process is gone.
     pub fn sweep(&self) {
         for tree in self.trees.iter().filter(|t| t.role != Role::Membership) {
-            for entry in fs::read_dir(&tree.place).into_iter().flatten().flatten() {
-                // One with a process is busy, and everything else is no directory.
-                let _removed = fs::remove_dir(entry.path());
-            }
+            remove_empty(&tree.place, |_| true);
+        }
+        for (_, parent) in &self.parents {
+            remove_empty(parent, |name| name.starts_with(&group_directory("")));
         }
     }
 }
@@ -224,6 +278,16 @@ impl Tree {
     fn is_unified(&self) -> bool {
         let memory = Some("memory.max");
         matches!(self.role, Role::Limits { memory: found, .. } if found == memory)
+    }
+
+    /// Has the controllers that `share` needs handed on to the groups in this place.
+    fn hand_on(&self, share: &HostShare) -> io::Result<()> {
+        for controller in share::controllers(share) {
+            for group in self.above.iter().chain([&self.place]) {
+                enable(group, &format!("+{controller}"))?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -255,6 +319,24 @@ impl Group {
             }
         }
         Ok(())
+    }
+}
+
+/// The directory of a group in a separate hierarchy, beside those of others.
+fn group_directory(name: &str) -> String {
+    format!("{DIRECTORY}-{name}")
+}
+
+/// Removes the groups in `place` whose name `fits` and that are empty, with the groups in them. Those with a process
+/// are busy, and everything else is no directory.
+fn remove_empty(place: &Path, fits: impl Fn(&str) -> bool) {
+    let groups = |place: &Path| fs::read_dir(place).into_iter().flatten().flatten();
+    let named = groups(place).filter(|entry| entry.file_name().to_str().is_some_and(&fits));
+    for group in named.map(|entry| entry.path()) {
+        for inner in groups(&group) {
+            let _removed = fs::remove_dir(inner.path());
+        }
+        let _removed = fs::remove_dir(group);
     }
 }
 
@@ -298,7 +380,8 @@ impl Hierarchy {
             (Some(_), _) => make_separate(&self.root.join(&self.own)),
         };
         let role = limits.unwrap_or(Role::Membership);
-        place.map(|place| Tree { place, role })
+        let above = None;
+        place.map(|place| Tree { place, role, above })
     }
 
     /// The group of a separate hierarchy that machines' groups can be made in.
@@ -321,11 +404,16 @@ impl Hierarchy {
         // No process may be in a group whose children have limits, so even those that are to stay
         // within the broker's reach are beside its group.
         if let Some(place) = self.outside(make_unified) {
-            return Some(Tree { place, role: both });
+            return Some(Tree {
+                place,
+                role: both,
+                above: None,
+            });
         }
         let place = outside.then(|| self.outside(make_plain)).flatten()?;
         let role = Role::Membership;
-        Some(Tree { place, role })
+        let above = None;
+        Some(Tree { place, role, above })
     }
 
     /// The directory in the outermost group, but the broker's own, where `make` can make it.
@@ -537,17 +625,169 @@ mod tests {
         let limits = GroupLimits {
             memory_bytes: 5,
             tasks: 2,
+            share: HostShare::default(),
         };
-        let group = place.put_pid("g", 77, limits).unwrap();
+        let group = place.put_pid("g", 77, limits, &[]).unwrap();
         let at = dir.path().join("unified/bulkhead/g");
         let read = |name: &str| fs::read_to_string(at.join(name)).unwrap();
         assert_eq!(read("memory.max"), "5");
         assert_eq!(read("pids.max"), "2");
         assert_eq!(read("cgroup.procs"), "77");
+        assert!(!at.join("cpu.max").exists() && !at.join("io.max").exists());
         assert_eq!(group.directories, std::slice::from_ref(&at));
         let empty = dir.path().join("unified/bulkhead/empty");
         fs::create_dir(&empty).unwrap();
         place.sweep();
         assert!(!empty.exists());
+    }
+
+    /// As a policy that limits everything.
+    const SHARED: GroupLimits = GroupLimits {
+        memory_bytes: 5,
+        tasks: 2,
+        share: HostShare {
+            cpu_weight: None,
+            cpu_percent: Some(20),
+            disk_read_per_s: None,
+            disk_write_per_s: Some(4096),
+            disk_read_iops: None,
+            disk_write_iops: None,
+        },
+    };
+
+    fn read(at: &Path, file: &str) -> String {
+        fs::read_to_string(at.join(file)).unwrap()
+    }
+
+    /// What is limited of a machine beside.
+    fn machine_share() -> HostShare {
+        HostShare {
+            cpu_percent: Some(40),
+            ..HostShare::default()
+        }
+    }
+
+    #[test]
+    fn process_that_its_policy_limits_has_groups_in_separate_hierarchies() {
+        let dir = tempfile::tempdir().unwrap();
+        let all =
+            ["memory", "pids", "cpu", "blkio"].map(|name| tree(dir.path(), name, Some(name), ""));
+        let place = Place::among(&all, Reach::Within);
+        place.check(&SHARED.share).unwrap();
+        let group = place.put_pid("g", 77, SHARED, &[(8, 0)]).unwrap();
+        let (cpu, blkio) = (
+            dir.path().join("cpu/bulkhead-g"),
+            dir.path().join("blkio/bulkhead-g"),
+        );
+        assert_eq!(read(&cpu, "cpu.cfs_period_us"), "100000");
+        assert_eq!(read(&cpu, "cpu.cfs_quota_us"), "20000");
+        assert_eq!(read(&cpu, "cgroup.procs"), "77");
+        assert_eq!(read(&blkio, "blkio.throttle.write_bps_device"), "8:0 4096");
+        assert_eq!(read(&blkio, "cgroup.procs"), "77");
+        let expected = [
+            "memory/bulkhead/g",
+            "pids/bulkhead/g",
+            "cpu/bulkhead-g",
+            "blkio/bulkhead-g",
+        ];
+        assert_eq!(group.directories, expected.map(|at| dir.path().join(at)));
+        // One that is not limited stays in the CPU group that it was born in.
+        let free = GroupLimits {
+            share: HostShare::default(),
+            ..SHARED
+        };
+        let group = place.put_pid("f", 78, free, &[(8, 0)]).unwrap();
+        assert_eq!(group.directories.len(), 2);
+        assert!(!dir.path().join("cpu/bulkhead-f").exists());
+    }
+
+    #[test]
+    fn process_group_is_within_its_machines() {
+        let dir = tempfile::tempdir().unwrap();
+        let all = ["memory", "cpu", "blkio"].map(|name| tree(dir.path(), name, Some(name), ""));
+        let place = Place::among(&all, Reach::Within);
+        let (within, machine) = place.machine("m", &machine_share(), &[]).unwrap().unwrap();
+        let around = dir.path().join("cpu/bulkhead-m");
+        assert_eq!(machine.directories, std::slice::from_ref(&around));
+        let group = within.put_pid("g", 77, SHARED, &[]).unwrap();
+        let own = around.join("bulkhead-g");
+        assert_eq!(read(&own, "cpu.cfs_quota_us"), "20000");
+        // The machine has no group for disks, so the process's is beside.
+        let expected = [
+            dir.path().join("memory/bulkhead/g"),
+            own,
+            dir.path().join("blkio/bulkhead-g"),
+        ];
+        assert_eq!(group.directories, expected);
+    }
+
+    #[test]
+    fn unified_hierarchy_hands_controllers_on_to_processes_that_are_limited() {
+        let dir = tempfile::tempdir().unwrap();
+        let hierarchy = tree(dir.path(), "unified", None, "service/own");
+        let place = Place::among(&[hierarchy], Reach::Outside);
+        let bulkhead = dir.path().join("unified/bulkhead");
+        fs::write(bulkhead.join("cgroup.controllers"), "cpu io memory pids\n").unwrap();
+        place.check(&SHARED.share).unwrap();
+        let group = place.put_pid("g", 77, SHARED, &[(8, 0)]).unwrap();
+        let at = bulkhead.join("g");
+        assert_eq!(read(&at, "cpu.max"), "20000 100000");
+        assert_eq!(read(&at, "io.max"), "8:0 wbps=4096");
+        assert_eq!(read(&at, "memory.max"), "5");
+        assert_eq!(group.directories, [at]);
+        // A file stands for the kernel's, of which each write is a command: the last one is seen.
+        assert_eq!(read(&bulkhead, "cgroup.subtree_control"), "+io");
+
+        let (within, _machine) = place.machine("m", &machine_share(), &[]).unwrap().unwrap();
+        assert_eq!(read(&bulkhead, "cgroup.subtree_control"), "+cpu");
+        assert_eq!(
+            read(&bulkhead.join("m"), "cgroup.subtree_control"),
+            "+memory +pids"
+        );
+        let group = within.put_pid("g", 78, SHARED, &[]).unwrap();
+        assert_eq!(read(&bulkhead, "cgroup.subtree_control"), "+io");
+        assert_eq!(read(&bulkhead.join("m"), "cgroup.subtree_control"), "+io");
+        assert_eq!(group.directories, [bulkhead.join("m/g")]);
+    }
+
+    #[test]
+    fn host_without_a_controller_is_found_before_anything_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let lacking = |place: &Place, share| place.check(share).unwrap_err().to_string();
+        let cpu = HostShare {
+            cpu_percent: Some(20),
+            ..HostShare::default()
+        };
+        let separate = ["memory", "cpu"].map(|name| tree(dir.path(), name, Some(name), ""));
+        let place = Place::among(&separate, Reach::Within);
+        place.check(&cpu).unwrap();
+        assert!(lacking(&place, &SHARED.share).contains("no blkio controller"));
+        let none = Place::among(&separate[..1], Reach::Within);
+        assert!(lacking(&none, &cpu).contains("no cpu controller"));
+        none.check(&HostShare::default()).unwrap();
+        let error = none.put_pid("g", 77, SHARED, &[]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+
+        let unified = Place::among(&[tree(dir.path(), "unified", None, "")], Reach::Within);
+        let controllers = dir.path().join("unified/bulkhead/cgroup.controllers");
+        fs::write(controllers, "cpuset cpu memory pids\n").unwrap();
+        unified.check(&cpu).unwrap();
+        assert!(lacking(&unified, &SHARED.share).contains("no io controller"));
+    }
+
+    #[test]
+    fn groups_that_nobody_has_on_record_are_swept_with_those_in_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::among(&[tree(dir.path(), "cpu", Some("cpu"), "")], Reach::Within);
+        let cpu = dir.path().join("cpu");
+        fs::create_dir_all(cpu.join("bulkhead-m/bulkhead-g")).unwrap();
+        fs::create_dir(cpu.join("bulkheads")).unwrap();
+        fs::create_dir_all(cpu.join("bulkhead-busy/bulkhead-g")).unwrap();
+        fs::write(cpu.join("bulkhead-busy/bulkhead-g/cgroup.procs"), "77").unwrap();
+        place.sweep();
+        assert!(!cpu.join("bulkhead-m").exists());
+        // That of somebody else, and one that holds a process.
+        assert!(cpu.join("bulkheads").exists() && cpu.join("service").exists());
+        assert!(cpu.join("bulkhead-busy/bulkhead-g").exists());
     }
 }

@@ -11,6 +11,7 @@ pub use takeover::{adopt, adopt_and_keep, clear};
 
 use super::consoles::Rings;
 use super::devices;
+use super::group_limits;
 use super::household::{Household, Member, Nursery, Positions};
 use super::keeper::Keeper;
 use super::record::{Phase, since_boot_ms};
@@ -157,6 +158,9 @@ async fn run_at(
     let host = |cause: std::io::Error| RunError::Host {
         lacks: cause.to_string(),
     };
+    if !matches!(begin, Begin::Over(_)) {
+        group_limits::check(spec, &devices, compiled, options.reach)?;
+    }
     let (mut resources, mut found, (rings, consoles)) = match begin {
         Begin::Over(Found { processes, kept }) => {
             let rings = Rings::adopt(spec, &options.state, kept).map_err(host)?;

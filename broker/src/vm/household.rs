@@ -8,11 +8,12 @@
 use super::consoles::{Ring, Rings};
 use super::devices::DevicePlan;
 use super::disk_hold::{Claimed, DiskHold};
+use super::group_limits::{self, group_name};
 use super::keeper::Keeper;
 use super::record::{ProcessRecord, start_time};
 use super::resources::Resources;
 use super::session::{Restart, RunError};
-use super::spec::{DiskSpec, VmSpec};
+use super::spec::{DiskSpec, HostShare, VmSpec};
 use crate::launch::cgroup::{Device, Group, GroupLimits, Place, Reach, device_of};
 use crate::launch::cores;
 use crate::launch::{Gift, LaunchError, Launched, Launcher};
@@ -25,7 +26,6 @@ use bulkhead_ipc::protocol::birth::{Birth, FdRole, KindConfig, LegacyConfig, Vcp
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window;
 use bulkhead_policies::cache::Compiled;
-use bulkhead_policies::plan::Limits;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -299,7 +299,7 @@ impl Household {
                 program: process.map(|p| p.program).unwrap_or_default(),
                 version: process.and_then(|p| p.version.clone()),
                 restart: None,
-                group_limits: group_limits(
+                group_limits: group_limits::of(
                     nursery.spec,
                     nursery.devices,
                     disk_bytes,
@@ -426,7 +426,7 @@ impl Household {
         for member in self.members.iter_mut().filter(|m| m.group.is_none()) {
             let id = member.launched.id;
             let name = group_name(&spec.name, &member.launched);
-            match place.put(&name, &member.launched, member.group_limits) {
+            match place.put(&name, &member.launched, member.group_limits, &self.devices) {
                 Ok(group) => {
                     made.push((id, group.directories().to_vec()));
                     member.group = Some(group);
@@ -454,12 +454,8 @@ impl Household {
         let share = &spec.limits.share;
         let first = self.members.first().map_or(0, |m| m.launched.pid);
         let name = format!("{}-{first}", spec.name);
-        let limits_disks = *share
-            != super::spec::HostShare {
-                cpu_weight: share.cpu_weight,
-                cpu_percent: share.cpu_percent,
-                ..Default::default()
-            };
+        let mut members = self.members.iter().map(|m| &m.group_limits.share);
+        let limits_disks = share.limits_disks() || members.any(HostShare::limits_disks);
         if limits_disks && self.devices.is_empty() {
             tracing::warn!("limits of disks are not in force: no image is on a block device");
         }
@@ -667,7 +663,7 @@ impl Midwife<'_, '_> {
         let launched = Arc::new(launched);
         let bytes = self.household.standing.disk_bytes;
         let (spec, devices) = (self.nursery.spec, self.nursery.devices);
-        let group_limits = group_limits(spec, devices, bytes, id, &policy.limits);
+        let group_limits = group_limits::of(spec, devices, bytes, id, &policy.limits);
         let member = Member {
             launched: Arc::clone(&launched),
             name: name.to_owned(),
@@ -718,46 +714,6 @@ impl Midwife<'_, '_> {
         let sent = launched.bear(&birth);
         sent.map_err(|cause| fails(cause.into()))
     }
-}
-
-/// The policy's limits, and what the machine itself takes: guest memory with the kernel's page tables
-/// for it, windows, and files whose pages may stay in memory (on a tmpfs, all of them).
-fn group_limits(
-    spec: &VmSpec,
-    devices: &[DevicePlan],
-    disk_bytes: u64,
-    id: ProcId,
-    limits: &Limits,
-) -> GroupLimits {
-    let window = |device: &DevicePlan| u64::from(device.window_bytes);
-    let memory_bytes = match id.kind {
-        ProcKind::Vcpu => {
-            let windows = devices.iter().map(window).sum::<u64>();
-            spec.memory_bytes + spec.memory_bytes / 16 + windows
-        }
-        ProcKind::Legacy => spec.console.history_bytes,
-        kind => {
-            let same = |d: &&DevicePlan| (d.kind.proc_kind(), d.index) == (kind, id.index);
-            devices.iter().find(same).map_or(0, |device| {
-                window(device)
-                    + match device.kind {
-                        VirtioKind::Console => spec.console.history_bytes,
-                        VirtioKind::Blk => disk_bytes,
-                        VirtioKind::Rng => 0,
-                    }
-            })
-        }
-    };
-    let vcpus = if limits.plus_vcpus { spec.vcpus } else { 0 };
-    GroupLimits {
-        memory_bytes: limits.memory_bytes.saturating_add(memory_bytes),
-        tasks: u64::from(limits.tasks) + u64::from(vcpus),
-    }
-}
-
-/// The name of a process's control groups: no other process has it at the same time.
-pub(super) fn group_name(vm: &str, process: &Launched) -> String {
-    format!("{vm}-{}-{}", process.id, process.pid)
 }
 
 /// 256 bits that nobody can guess.

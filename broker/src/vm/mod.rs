@@ -7,6 +7,7 @@ mod consoles;
 pub mod devices;
 mod disk_hold;
 mod driver;
+mod group_limits;
 pub mod home;
 mod household;
 pub mod keeper;

@@ -199,6 +199,19 @@ pub struct HostShare {
     pub disk_write_iops: Option<u32>,
 }
 
+impl HostShare {
+    /// Whether it limits anything of disks.
+    #[must_use]
+    pub fn limits_disks(&self) -> bool {
+        let processors = Self {
+            cpu_weight: self.cpu_weight,
+            cpu_percent: self.cpu_percent,
+            ..Self::default()
+        };
+        *self != processors
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {

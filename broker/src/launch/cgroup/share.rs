@@ -1,4 +1,4 @@
-//! A machine's share of processors and disks, as the files of either kind of hierarchy want it.
+//! The share that a machine or a process has of processors and disks, as the files of either kind of hierarchy want it.
 
 use crate::vm::spec::HostShare;
 use nix::sys::stat::{SFlag, fstat, major, minor};
@@ -32,6 +32,13 @@ fn whole((major, minor): Device) -> Option<Device> {
 }
 
 type Files = Vec<(&'static str, String)>;
+
+/// The controllers of a unified hierarchy that are needed.
+pub(super) fn controllers(share: &HostShare) -> impl Iterator<Item = &'static str> {
+    let files = unified(share, &[]);
+    let needs = move |controller: &&str| files.iter().any(|(file, _)| file.starts_with(controller));
+    ["cpu", "io"].into_iter().filter(needs)
+}
 
 /// For a unified hierarchy.
 pub(super) fn unified(share: &HostShare, disks: &[Device]) -> Files {
