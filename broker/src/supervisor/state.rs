@@ -241,7 +241,22 @@ impl Supervisor {
             Event::End => self.end(now, &mut actions),
             Event::Tick => self.tick(now, &mut actions),
         }
+        self.may_be_up(&mut actions);
         actions
+    }
+
+    /// Every process serves, but for those that the machine has lost already.
+    fn may_be_up(&mut self, actions: &mut Vec<Action>) {
+        let is_up = |entry: &Entry| matches!(entry.phase, Phase::Serving | Phase::Lost);
+        let serves = |entry: &Entry| entry.phase == Phase::Serving;
+        if !self.all_locked
+            && !self.ending
+            && self.entries.iter().all(is_up)
+            && self.entries.iter().any(serves)
+        {
+            self.all_locked = true;
+            actions.push(Action::AllLocked);
+        }
     }
 
     fn entry(&mut self, id: ProcId) -> Option<&mut Entry> {
@@ -260,11 +275,6 @@ impl Supervisor {
             return;
         }
         entry.serve(now, actions);
-        let all = self.entries.iter().all(|e| e.phase == Phase::Serving);
-        if all && !self.all_locked && !self.ending {
-            self.all_locked = true;
-            actions.push(Action::AllLocked);
-        }
     }
 
     fn serving(&mut self, id: ProcId, now: Moment, actions: &mut Vec<Action>) {

@@ -93,6 +93,26 @@ fn machine_is_up_when_the_last_process_is_locked() {
 }
 
 #[test]
+fn machine_is_up_also_when_a_device_dies_before_the_last_one_is_locked() {
+    let mut s = with(3, rule(OnDeath::Restart));
+    s.step(Event::Locked(id(0)), SECOND);
+    s.step(Event::Locked(id(1)), SECOND);
+    assert_eq!(s.step(died(id(1)), SECOND).len(), 0, "a moment later");
+    assert_eq!(s.step(Event::Locked(id(2)), SECOND), []);
+    let later = 2 * SECOND;
+    assert_eq!(s.step(Event::Tick, later).len(), 1);
+    let actions = revive(&mut s, next(1, 2), later);
+    assert!(actions.contains(&Action::AllLocked), "{actions:?}");
+
+    let mut s = with(3, rule(OnDeath::Degrade));
+    s.step(Event::Locked(id(0)), SECOND);
+    s.step(Event::Locked(id(1)), SECOND);
+    s.step(died(id(1)), SECOND);
+    let actions = s.step(Event::Locked(id(2)), SECOND);
+    assert_eq!(actions, [Action::AllLocked], "without the lost one");
+}
+
+#[test]
 fn process_that_is_not_ready_in_time_fails_the_start() {
     for device in [OnDeath::Degrade, OnDeath::Restart] {
         let mut s = with(2, rule(device));
