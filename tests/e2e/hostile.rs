@@ -1,6 +1,7 @@
 //! A process that its guest has taken over attacks everything it holds. A device does while the guest
 //! uses all its other devices, the process of the guest itself while a neighbour's guest does. Nothing
-//! else changes: no verified byte, no descriptor, no mapping; nobody crashes, hangs or grows.
+//! else changes: no verified byte, no byte of guest memory that the guest itself does not use, no
+//! descriptor, no mapping; nobody crashes, hangs or grows.
 
 #![allow(
     clippy::tests_outside_test_module,
@@ -11,7 +12,7 @@
     reason = "the measured shares are printed besides being asserted"
 )]
 
-use bulkhead_tests::{Ended, Machine, Programs};
+use bulkhead_tests::{Difference, Ended, Expected, GuestMemory, Look, Machine, Programs};
 use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
 use std::fs;
@@ -35,10 +36,21 @@ const DEVICE_KIB_MAX: u64 = 8192;
 /// Bytes of a disk; the guest uses the first half of it.
 const DISK_BYTES: usize = 4 << 20;
 const CANARY: u8 = 0xc7;
+/// Memory of every guest here ([`Machine::test_guest`]).
+const MEMORY_BYTES: usize = 64 << 20;
+/// The share of it that is filled with a pattern and compared from outside at least. Most of the rest is
+/// what the guest itself writes: its data and stacks, the memory that it verifies, its buffers.
+const FILLED_MIN: f64 = 0.9;
+/// How often it is compared under each attack at least.
+const LOOKS_MIN: usize = 3;
 
-/// A machine whose guest verifies the last of `disks` and keeps requests in flight on everything else.
+/// A machine whose guest fills the memory that it does not use, verifies the last of `disks` and keeps
+/// requests in flight on everything else.
 fn start(name: &str, programs: &Path, disks: &[NamedTempFile], seconds: u32) -> Machine {
-    let cmdline = format!("mode=beside seconds={seconds} disk={}", disks.len() - 1);
+    let cmdline = format!(
+        "mode=beside fill=1 seconds={seconds} disk={}",
+        disks.len() - 1
+    );
     let mut arguments = vec!["--name", name, "--libexec-dir", programs.to_str().unwrap()];
     for disk in disks {
         arguments.extend(["--disk", disk.path().to_str().unwrap()]);
@@ -146,6 +158,34 @@ fn errors_are_sound(what: &str, ended: &Ended) {
     assert!(said <= SAID_MAX, "{what}: {said} lines");
 }
 
+/// What the memory of a guest that works has to be, and that memory.
+fn expected_memory(machine: &mut Machine) -> (Expected, GuestMemory) {
+    machine.expect("BH beside.round ");
+    let memory = GuestMemory::of(machine.process("vcpu"), MEMORY_BYTES);
+    let expected = Expected::of(&memory);
+    let (compared, filled) = (expected.compared(), expected.filled());
+    println!("compared: {:.1} % of memory", compared * 100.0);
+    assert!(filled <= compared && filled >= FILLED_MIN, "{filled}");
+    (expected, memory)
+}
+
+/// Does `work`, during which the guest ends, while its memory is compared.
+fn while_watched(
+    what: &str,
+    (expected, memory): (&Expected, &GuestMemory),
+    work: impl FnOnce() -> Ended,
+) -> Ended {
+    std::thread::scope(|scope| {
+        let watch = scope.spawn(|| expected.watch(memory));
+        let ended = work();
+        let looks = watch.join().unwrap();
+        let looks = looks.unwrap_or_else(|other| panic!("{what}: {other:x?} {ended:?}"));
+        println!("{what}: all memory was the same {looks} times");
+        assert!(looks >= LOOKS_MIN, "{what}: only {looks} looks");
+        ended
+    })
+}
+
 fn attacked_by(kind: &str) {
     let canary = NamedTempFile::new().unwrap();
     fs::write(canary.path(), [CANARY; 4096]).unwrap();
@@ -157,7 +197,9 @@ fn attacked_by(kind: &str) {
     let verified = disks.last().unwrap();
 
     let binaries = bulkhead_tests::path("BULKHEAD_BIN_DIR");
-    let undisturbed = start("undisturbed", &binaries, &disks, 2).wait();
+    let mut undisturbed = start("undisturbed", &binaries, &disks, 4);
+    let (expected, memory) = expected_memory(&mut undisturbed);
+    let undisturbed = while_watched("undisturbed", (&expected, &memory), || undisturbed.wait());
     assert_eq!(undisturbed.code, 0, "{undisturbed:?}");
     let pace = rounds(&undisturbed.console);
 
@@ -173,10 +215,16 @@ fn attacked_by(kind: &str) {
             machine.expect("BH beside.round ");
         }
         let vcpu = machine.process("vcpu");
+        let memory = GuestMemory::of(vcpu, MEMORY_BYTES);
+        if kind == "legacy" {
+            expected.await_filled(&memory);
+        }
         let others = [vcpu, server_of(&machine, verified)];
-        nothing_changes(&what, &others, &[vcpu, machine.pid()]);
+        let ended = while_watched(&what, (&expected, &memory), || {
+            nothing_changes(&what, &others, &[vcpu, machine.pid()]);
+            machine.wait()
+        });
         // A guest that counted an error says so by its exit code, whoever owns its console.
-        let ended = machine.wait();
         assert_eq!(ended.code, 0, "{what}: {ended:?}");
         errors_are_sound(&what, &ended);
         if kind != "legacy" {
@@ -187,6 +235,40 @@ fn attacked_by(kind: &str) {
         canary_lives(verified);
     }
     assert_eq!(fs::read(canary.path()).unwrap(), [CANARY; 4096]);
+}
+
+/// What the other tests rely on: one changed byte of a guest that runs, wherever the guest does not work, is
+/// found from outside, and in filled memory by the guest as well.
+#[test]
+fn changed_byte_of_guest_memory_is_found_and_its_address_named() {
+    /// Both sides of where filled memory begins, the ACPI tables, the published page, what is between the
+    /// guest's code and its tables, and the end of memory.
+    const PLACES: [u64; 6] = [0xfff, 0x1000, 0x1f_ffff, 0xe_0100, 0x20_fff0, LAST];
+    const LAST: u64 = MEMORY_BYTES as u64 - 1;
+    let binaries = bulkhead_tests::path("BULKHEAD_BIN_DIR");
+    let disks = [disk_with_canary()];
+    let mut machine = start("spoilt", &binaries, &disks, 4);
+    let (expected, memory) = expected_memory(&mut machine);
+    assert_eq!(expected.look(&memory), Look::Same);
+    for address in PLACES {
+        memory.spoil(address);
+        let Look::Differs(found) = expected.look(&memory) else {
+            panic!("{address:#x} is not seen to differ");
+        };
+        assert_eq!((found.address, found.is), (address, !found.was));
+        memory.spoil(address);
+        assert_eq!(expected.look(&memory), Look::Same);
+    }
+    memory.spoil(LAST);
+    let found = expected.watch(&memory);
+    assert!(
+        matches!(found, Err(Difference { address: LAST, .. })),
+        "{found:x?}"
+    );
+    let ended = machine.wait();
+    assert_ne!(ended.code, 0, "{ended:?}");
+    let said = format!("BH error mode=beside kind=spare address={LAST:#x}");
+    assert!(ended.console.contains(&said), "{ended:?}");
 }
 
 #[test]
@@ -218,30 +300,35 @@ fn taken_over_vcpu_harms_neither_its_broker_nor_a_neighbour() {
     for (method, seed) in METHODS.into_iter().zip(1..) {
         let what = format!("vcpu {method}");
         let [own, neighbours] = [(); 2].map(|()| [disk_with_canary()]);
-        let mut neighbour = start("neighbour", &binaries, &neighbours, 3);
-        neighbour.expect("BH beside.round ");
-        let name = format!("hostile-{method}-{seed}");
-        let machine = start(&name, programs.path(), &own, 3);
-        let _locked = machine.process("vcpu");
-        let kinds = ["vcpu", "blk", "console", "legacy", "rng"];
-        let pids = kinds.map(|kind| neighbour.process(kind));
-        let growing = [neighbour.process("vcpu"), neighbour.pid(), machine.pid()];
-        nothing_changes(&what, &pids, &growing);
-        for (kind, kib) in device_sizes(&machine) {
-            assert!(kib <= DEVICE_KIB_MAX, "{what}: {kind} uses {kib} KiB");
-        }
-        // Whatever it says of itself, it ends when it is told to, and nothing of it stays.
-        machine.signal(Signal::SIGTERM);
-        let ended = machine.wait();
-        assert!(ended.code >= 0, "{what}: {ended:?}");
-        errors_are_sound(&what, &ended);
-        // What is on its disk is its own affair; that of the host is how large it is.
-        let bytes = fs::metadata(own[0].path()).unwrap().len();
-        assert_eq!(bytes, DISK_BYTES as u64, "{what}");
-        let ended = neighbour.wait();
+        let mut neighbour = start("neighbour", &binaries, &neighbours, 5);
+        let (expected, memory) = expected_memory(&mut neighbour);
+        let ended = while_watched(&what, (&expected, &memory), || {
+            let name = format!("hostile-{method}-{seed}");
+            attacked_by_vcpu(&what, start(&name, programs.path(), &own, 3), &neighbour);
+            // What is on its disk is its own affair; that of the host is how large it is.
+            let bytes = fs::metadata(own[0].path()).unwrap().len();
+            assert_eq!(bytes, DISK_BYTES as u64, "{what}");
+            neighbour.wait()
+        });
         assert_eq!(ended.code, 0, "{what}: {ended:?}");
         canary_lives(&neighbours[0]);
     }
+}
+
+/// Whatever a hostile vCPU process says of itself, its machine ends when it is told to, and nothing of it stays.
+fn attacked_by_vcpu(what: &str, machine: Machine, neighbour: &Machine) {
+    let _locked = machine.process("vcpu");
+    let kinds = ["vcpu", "blk", "console", "legacy", "rng"];
+    let pids = kinds.map(|kind| neighbour.process(kind));
+    let growing = [neighbour.process("vcpu"), neighbour.pid(), machine.pid()];
+    nothing_changes(what, &pids, &growing);
+    for (kind, kib) in device_sizes(&machine) {
+        assert!(kib <= DEVICE_KIB_MAX, "{what}: {kind} uses {kib} KiB");
+    }
+    machine.signal(Signal::SIGTERM);
+    let ended = machine.wait();
+    assert!(ended.code >= 0, "{what}: {ended:?}");
+    errors_are_sound(what, &ended);
 }
 
 /// Kind and private memory of each device process that is alive.

@@ -13,6 +13,7 @@
 
 mod daemon;
 mod groups;
+mod guest_memory;
 mod held_file;
 mod intruder;
 mod machine;
@@ -31,6 +32,7 @@ mod spoil;
 
 pub use daemon::{Daemon, Done};
 pub use groups::Groups;
+pub use guest_memory::{Difference, Expected, GuestMemory, Look};
 pub use held_file::HeldFile;
 pub use intruder::{Fate, Intruder};
 pub use machine::{Ended, Machine, Processes, bulkhead, is_alive};

@@ -27,11 +27,15 @@ pub fn window_of(pid: u32) -> (File, u64) {
         .find(|line| line.contains("bulkhead-window"))
         .expect("a device process has a window");
     let start = line.split('-').next().expect("a range of addresses");
-    let memory = File::options()
+    let start = u64::from_str_radix(start, 16).expect("an address");
+    (memory_of(pid), start)
+}
+
+/// The memory of a process, at its own addresses.
+pub(crate) fn memory_of(pid: u32) -> File {
+    File::options()
         .read(true)
         .write(true)
         .open(format!("/proc/{pid}/mem"))
-        .expect("memory of a process, for root");
-    let start = u64::from_str_radix(start, 16).expect("an address");
-    (memory, start)
+        .expect("memory of a process, for root")
 }

@@ -9,6 +9,7 @@ const KNOWN: &[&str] = &[
     "count",
     "disk",
     "end",
+    "fill",
     "interval",
     "iterations",
     "lines",

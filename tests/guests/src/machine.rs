@@ -16,6 +16,7 @@ const RANGES_MAX: usize = 32;
 const MAPPED_END: u64 = 1 << 32;
 
 unsafe extern "C" {
+    static __image_start: u8;
     static __image_end: u8;
     static __constant_start: u8;
     static __constant_end: u8;
@@ -26,6 +27,27 @@ pub fn constant_checksum() -> u64 {
     let start = &raw const __constant_start as u64;
     let end = &raw const __constant_end as u64;
     pattern::checksum(0, phys::bytes(start, (end - start) as usize))
+}
+
+/// What the guest itself writes of its image: data and stacks. The tables of the processor before it
+/// are set when ring 3 begins, and stay.
+pub fn variable() -> Range {
+    let start = (&raw const __constant_end as u64).next_multiple_of(4096);
+    Range {
+        start,
+        len: &raw const __image_end as u64 - start,
+        kind: 0,
+    }
+}
+
+/// All of the image.
+pub fn image() -> Range {
+    let start = &raw const __image_start as u64;
+    Range {
+        start,
+        len: &raw const __image_end as u64 - start,
+        kind: 0,
+    }
 }
 
 /// The machine that we run on.

@@ -19,13 +19,19 @@ pub fn fill(seed: u64, sector: u64, data: &mut [u8]) {
     }
 }
 
+/// The offset of the first byte that is not what `fill` puts there.
+pub fn first_wrong_byte(seed: u64, sector: u64, data: &[u8]) -> Option<usize> {
+    let right = |index| word(seed, sector, index as u64).to_le_bytes();
+    let mut words = data.chunks_exact(8).enumerate();
+    let (index, bytes) = words.find(|(index, bytes)| *bytes != right(*index))?;
+    let byte = bytes.iter().zip(right(index)).position(|(a, b)| *a != b)?;
+    Some(8 * index + byte)
+}
+
 /// The number of the first sector that does not hold what `fill` puts there.
 pub fn first_difference(seed: u64, sector: u64, data: &[u8]) -> Option<u64> {
-    let different = data
-        .chunks_exact(8)
-        .enumerate()
-        .position(|(index, bytes)| bytes != word(seed, sector, index as u64).to_le_bytes())?;
-    Some(sector + different as u64 / WORDS)
+    let byte = first_wrong_byte(seed, sector, data)?;
+    Some(sector + (byte / SECTOR) as u64)
 }
 
 /// A sum over 64-bit words that depends on their order. Goes on from `start` (0 at first).
@@ -65,6 +71,9 @@ mod tests {
         assert_eq!(first_difference(9, 100, &data), None);
         data[3 * SECTOR - 1] ^= 1;
         assert_eq!(first_difference(9, 100, &data), Some(102));
+        assert_eq!(first_wrong_byte(9, 100, &data), Some(3 * SECTOR - 1));
+        data[SECTOR + 3] ^= 0x80;
+        assert_eq!(first_wrong_byte(9, 100, &data), Some(SECTOR + 3));
     }
 
     #[test]

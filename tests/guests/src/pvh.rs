@@ -79,30 +79,40 @@ pub fn module_entry(bytes: &[u8]) -> Option<Range> {
     })
 }
 
-/// The largest part of `ram` below 4 GiB that starts at `floor` or above and that no module overlaps.
-pub fn largest_free(ram: &[Range], modules: &[Range], floor: u64) -> Option<(u64, u64)> {
+/// Calls `found` with start and end of each run of whole pages of `ram` below 4 GiB, from `floor` on,
+/// that nothing in `taken` overlaps.
+pub fn each_free(ram: &[Range], taken: &[Range], floor: u64, mut found: impl FnMut(u64, u64)) {
     const CEILING: u64 = 1 << 32;
-    let mut best: Option<(u64, u64)> = None;
     for range in ram.iter().filter(|range| range.kind == MEMORY_RAM) {
         let end = range.start.saturating_add(range.len).min(CEILING) & !0xfff;
         let mut start = range.start.max(floor).next_multiple_of(4096);
         while start < end {
-            let next = modules
+            let next = taken
                 .iter()
-                .filter(|module| module.len > 0 && module.start.saturating_add(module.len) > start)
-                .min_by_key(|module| module.start);
-            let stop = next.map_or(end, |module| module.start.clamp(start, end) & !0xfff);
-            if stop > start && best.is_none_or(|(from, to)| stop - start > to - from) {
-                best = Some((start, stop));
+                .filter(|taken| taken.len > 0 && taken.start.saturating_add(taken.len) > start)
+                .min_by_key(|taken| taken.start);
+            let stop = next.map_or(end, |taken| taken.start.clamp(start, end) & !0xfff);
+            if stop > start {
+                found(start, stop);
             }
-            let Some(module) = next else { break };
-            start = module
+            let Some(taken) = next else { break };
+            start = taken
                 .start
-                .saturating_add(module.len)
+                .saturating_add(taken.len)
                 .min(CEILING)
                 .next_multiple_of(4096);
         }
     }
+}
+
+/// The largest part of `ram` below 4 GiB that starts at `floor` or above and that no module overlaps.
+pub fn largest_free(ram: &[Range], modules: &[Range], floor: u64) -> Option<(u64, u64)> {
+    let mut best: Option<(u64, u64)> = None;
+    each_free(ram, modules, floor, |start, stop| {
+        if best.is_none_or(|(from, to)| stop - start > to - from) {
+            best = Some((start, stop));
+        }
+    });
     best
 }
 
@@ -177,6 +187,30 @@ mod tests {
             largest_free(&map, &early, 3 * MIB),
             Some((12 * MIB, 128 * MIB))
         );
+    }
+
+    #[test]
+    fn every_free_page_is_found_and_no_other() {
+        let map = [ram(0, 0x9_fc00), ram(MIB, 63 * MIB)];
+        let taken = |start, len| Range {
+            start,
+            len,
+            kind: 0,
+        };
+        // The image, a heap behind it, and nothing.
+        let taken = [
+            taken(3 * MIB + 1, 1),
+            taken(2 * MIB, MIB),
+            taken(5 * MIB, 0),
+        ];
+        let mut free = Vec::new();
+        each_free(&map, &taken, 0x1000, |start, end| free.push((start, end)));
+        let expected = [
+            (0x1000, 0x9_f000),
+            (MIB, 2 * MIB),
+            (3 * MIB + 0x1000, 64 * MIB),
+        ];
+        assert_eq!(free, expected);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use bulkhead_guest::prng::Prng;
 
 use super::blk_sweep::{self, Op, QD_MAX, Sweep};
 use super::changing::{fill_page, page_is_right, working_memory};
+use super::spare::Spare;
 use crate::machine::Machine;
 use crate::report::{Failure, expect, fail, say};
 use crate::sys::phys::{self, Dma};
@@ -16,6 +17,10 @@ use crate::virtio::mmio::{self, Device, feature, id};
 use crate::virtio::queue::{QUEUE_SIZE_MAX, Queue, Segment};
 
 const MIB: u64 = 1 << 20;
+/// Bytes of memory that are verified, by default.
+const SIZE: u64 = 4 * MIB;
+/// Bytes for queues and buffers of all devices, when no other memory may be used.
+const ROOM: u64 = MIB;
 const SECTORS: u64 = 4096;
 /// Buffers in flight on each queue of the company.
 const BUFFERS: usize = 8;
@@ -241,8 +246,20 @@ fn join(device: Device, lines: &mut [Option<Line>]) -> Result<usize, Failure> {
     Ok(queues)
 }
 
-/// Verifies until the time is over, or the power button is pressed.
+/// Verifies until the time is over, or the power button is pressed. With `fill=1` all memory that is not
+/// used meanwhile is filled before, and verified after.
 pub fn run(machine: &Machine) -> Result<(), Failure> {
+    if machine.number("fill", 0)? == 0 {
+        return rounds(machine);
+    }
+    let room = machine.number("size", SIZE)?.saturating_add(ROOM);
+    let spare = Spare::fill(machine, room, machine.number("seed", 1)?)?;
+    let result = rounds(machine);
+    spare.verify("beside");
+    result
+}
+
+fn rounds(machine: &Machine) -> Result<(), Failure> {
     let seed = machine.number("seed", 1)?;
     let seconds = machine.number("seconds", 10)?;
     let qd = machine.number("qd", 8)? as usize;
@@ -250,7 +267,7 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
         return Err(Failure::Parameter("qd"));
     }
     let timeout_ms = super::timeout_ms(machine)?;
-    let memory = working_memory(machine, 4 * MIB)?;
+    let memory = working_memory(machine, SIZE)?;
     let pages = memory.len / 4096;
     let mut lines = [const { None::<Line> }; COMPANY_MAX];
     let disk = machine.number("disk", 0)?;

@@ -22,6 +22,7 @@ mod pace;
 mod rng;
 mod serial;
 mod smp;
+mod spare;
 
 use bulkhead_guest::record::Escaped;
 

@@ -32,6 +32,12 @@ pub fn set_heap(start: u64, end: u64) {
     HEAP_END.store(end, Ordering::Relaxed);
 }
 
+/// Leaves [`allocate`] the first `bytes` of what it has left. The rest is the caller's.
+pub fn limit_heap(bytes: u64) {
+    assert!(bytes <= heap_left(), "out of memory: {bytes} bytes wanted");
+    HEAP_END.store(heap_mark() + bytes, Ordering::Relaxed);
+}
+
 /// Where the memory for [`allocate`] ends.
 pub fn heap_end() -> u64 {
     HEAP_END.load(Ordering::Relaxed)
@@ -95,6 +101,14 @@ pub fn allocate(len: usize) -> Dma {
     dma
 }
 
+/// Memory that neither the image nor [`allocate`] uses, to be written from now on.
+pub fn claim(start: u64, end: u64) -> Dma {
+    Dma {
+        address: start,
+        len: (end - start) as usize,
+    }
+}
+
 /// A piece of memory that devices may be told about.
 #[derive(Debug, Clone, Copy)]
 pub struct Dma {
@@ -119,7 +133,7 @@ impl Dma {
 
     /// Its bytes, to be read while no device writes them.
     pub fn all(&self) -> &[u8] {
-        // SAFETY: the range came from `allocate`, is mapped and initialised.
+        // SAFETY: the range came from `allocate` or `claim`, is mapped and initialised.
         unsafe { core::slice::from_raw_parts(self.address as *const u8, self.len) }
     }
 
