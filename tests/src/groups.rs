@@ -14,7 +14,7 @@ impl Groups {
     /// When there is no list of mounts.
     #[must_use]
     pub fn new(name: &str) -> Self {
-        let name = format!("bulkhead-test-{name}-{}", std::process::id());
+        let name = format!("test-of-bulkhead-{name}-{}", std::process::id());
         let mounts = fs::read_to_string("/proc/self/mounts").expect("a list of mounts");
         let of_groups = |line: &&str| line.split(' ').nth(2).unwrap_or("").starts_with("cgroup");
         let places = mounts.lines().filter(of_groups);

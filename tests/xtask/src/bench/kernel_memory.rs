@@ -180,7 +180,7 @@ impl Group {
         let home = root.join(path.trim_start_matches('/'));
         // A group of a unified hierarchy that holds processes cannot have limited children.
         let parent = if is_unified { &root } else { &home };
-        let directory = parent.join(format!("bulkhead-bench-{}", std::process::id()));
+        let directory = parent.join(format!("bench-of-bulkhead-{}", std::process::id()));
         fs::create_dir(&directory).ok()?;
         Some(Self {
             directory,
