@@ -20,6 +20,9 @@ const KILLS: usize = 1000;
 const GUEST_S: u64 = 30;
 /// How long a process may take to be back.
 const BACK_WITHIN: Duration = Duration::from_secs(20);
+/// Longest pause between a restart and the next kill. With it a kind is killed some 65 times in ten seconds; at a
+/// hundred its policy gives the device up.
+const PAUSE_MAX: Duration = Duration::from_millis(60);
 /// Kinds that are killed: all devices.
 const KINDS: [&str; 4] = ["blk", "console", "legacy", "rng"];
 
@@ -59,14 +62,15 @@ fn one_guest(bench: &Bench, seed: u64, after_ms: &mut Vec<f64>) -> Result<u32> {
         killed += 1;
         let deadline = Instant::now() + BACK_WITHIN;
         while times(&running.errors()).len() < killed {
+            let errors = running.errors();
             ensure!(
-                Instant::now() < deadline,
-                "{kind} is not served again after {BACK_WITHIN:?}: {}",
-                running.errors()
+                Instant::now() < deadline && !errors.contains("bulkhead: degraded"),
+                "{kind} is not served again: {errors}"
             );
             sleep(Duration::from_millis(1));
         }
-        sleep(Duration::from_micros(prng.below(20_000)));
+        let most = u64::try_from(PAUSE_MAX.as_micros())?;
+        sleep(Duration::from_micros(prng.below(most)));
     }
     after_ms.extend(times(&running.errors()));
     let (_, keys) = running.record("beside.end")?;
