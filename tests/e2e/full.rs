@@ -46,8 +46,7 @@ fn ends_well(daemon: &Daemon, name: &str) {
 #[test]
 fn machine_waits_for_room_and_goes_on_by_itself() {
     let daemon = Daemon::start();
-    let place = tempfile::tempdir().unwrap();
-    let small = SmallDisk::memory_at(place.path().to_owned(), "2m");
+    let small = SmallDisk::memory("2m");
     let disk = sparse_disk(small.path());
     daemon.create_and_start("web", LOAD, &["--disk", &disk]);
     until_full(&daemon, "web");
@@ -95,8 +94,7 @@ fn owners_pause_lasts_longer_and_the_next_daemon_waits_on() {
 #[test]
 fn machine_whose_file_says_so_gets_the_error() {
     let daemon = Daemon::start();
-    let place = tempfile::tempdir().unwrap();
-    let small = SmallDisk::memory_at(place.path().to_owned(), "2m");
+    let small = SmallDisk::memory("2m");
     let disk = sparse_disk(small.path());
     let guest = bulkhead_tests::path("BULKHEAD_TEST_GUEST");
     let file = daemon.scratch().join("web.toml");
@@ -114,8 +112,7 @@ fn machine_whose_file_says_so_gets_the_error() {
 
 #[test]
 fn run_says_what_it_waits_for() {
-    let place = tempfile::tempdir().unwrap();
-    let small = SmallDisk::memory_at(place.path().to_owned(), "2m");
+    let small = SmallDisk::memory("2m");
     let disk = sparse_disk(small.path());
     let machine = Machine::test_guest(LOAD, &["--disk", &disk]);
     machine.expect_error("paused: the host has no room for what the guest writes to disk0");

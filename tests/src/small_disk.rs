@@ -9,7 +9,7 @@ use tempfile::TempDir;
 #[derive(Debug)]
 pub struct SmallDisk {
     place: PathBuf,
-    /// What is left of it.
+    /// Its directories, if they are its own; they go after it is unmounted.
     _own: Option<TempDir>,
 }
 
@@ -26,6 +26,18 @@ impl SmallDisk {
             &["-t", "tmpfs", "-o", &options, "tmpfs", text(&place)],
         );
         Self { place, _own: None }
+    }
+
+    /// In memory, of `size` as mount(8) takes it.
+    ///
+    /// # Panics
+    /// When it cannot be mounted.
+    #[must_use]
+    pub fn memory(size: &str) -> Self {
+        let own = tempfile::tempdir().expect("a directory");
+        let mut disk = Self::memory_at(own.path().to_owned(), size);
+        disk._own = Some(own);
+        disk
     }
 
     /// An ext4 of `bytes` bytes, in a file.

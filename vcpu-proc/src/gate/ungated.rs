@@ -9,7 +9,6 @@ use super::thread::{Command, GateThread};
 use bulkhead_ipc::shared::Doorbell;
 use flume::Receiver;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
@@ -24,7 +23,6 @@ pub struct Ungated {
     pub bell: Doorbell,
     link: Arc<GateLink>,
     commands: Receiver<Command>,
-    waits: Arc<AtomicBool>,
 }
 
 /// What the driver asks of a device as a whole.
@@ -55,7 +53,6 @@ impl GateThread {
             bell: self.command_bell.try_clone().ok()?.into(),
             link: first.gate.into_link(),
             commands: self.commands,
-            waits: self.commands_wait,
         })
     }
 }
@@ -63,7 +60,6 @@ impl GateThread {
 impl Ungated {
     /// What the driver has asked for since the last call. Never blocks.
     pub fn asked(&self) -> Vec<Asked> {
-        self.waits.store(false, Ordering::Release);
         let commands = self.commands.try_iter();
         commands
             .filter_map(|command| match command {
