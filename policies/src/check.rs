@@ -5,8 +5,8 @@ use crate::plan::{
     Condition, FdGrant, Limits, MadeGrant, OpcodeGrant, Permit, Policy, Request, Test, Thread,
 };
 use crate::schema::{
-    ArgCondition, Call, FdType, HeartbeatEntry, LandlockDeny, Namespace, Number, OnDeath, Opcode,
-    Phase, PolicyFile, RestartEntry, SupervisionEntry,
+    ArgCondition, Call, FaultsEntry, FdType, HeartbeatEntry, LandlockDeny, Namespace, Number,
+    OnDeath, Opcode, Phase, PolicyFile, RestartEntry, SupervisionEntry,
 };
 use crate::syscalls;
 use bulkhead_ipc::ident::ProcKind;
@@ -117,6 +117,7 @@ pub fn policy(file: &str, text: &str, kind: ProcKind) -> Checked<Policy> {
         birth_timeout_ms: parsed.supervision.birth_timeout_ms,
         restart: checker.restart(&parsed.supervision)?,
         heartbeat: checker.heartbeat(&parsed.supervision)?,
+        faults: checker.faults(&parsed.supervision)?,
         purpose: checker.said(None, "purpose", &parsed.purpose)?,
         sources: vec![file.to_owned()],
     };
@@ -224,6 +225,19 @@ impl Checker<'_> {
                 Err(self.fault(None, "supervision.heartbeat", fault))
             }
             beat => Ok(beat),
+        }
+    }
+
+    fn faults(&self, entry: &SupervisionEntry) -> Checked<Option<FaultsEntry>> {
+        let fault = |fault: &str| Err(self.fault(None, "supervision.faults", fault));
+        match entry.faults {
+            Some(_) if entry.on_death != OnDeath::Restart => {
+                fault("is given for a process that is not restarted")
+            }
+            Some(rule) if rule.max == 0 || rule.window_ms == 0 => {
+                fault("allows no fault, expected max and window_ms of at least 1")
+            }
+            rule => Ok(rule),
         }
     }
 

@@ -2,8 +2,8 @@
 //! compiles, shows or explains a policy works on this.
 
 use crate::schema::{
-    Access, Build, FdType, HeartbeatEntry, Held, HostKvm, LandlockDeny, MadeType, Namespace,
-    OnDeath, RestartEntry, Speculation,
+    Access, Build, FaultsEntry, FdType, HeartbeatEntry, Held, HostKvm, LandlockDeny, MadeType,
+    Namespace, OnDeath, RestartEntry, Speculation,
 };
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::birth::FdRole;
@@ -42,6 +42,8 @@ pub struct Policy {
     pub restart: Option<RestartEntry>,
     /// How it shows that it is not stuck, if it is asked.
     pub heartbeat: Option<HeartbeatEntry>,
+    /// How often it may be at fault.
+    pub faults: Option<FaultsEntry>,
     /// Files that the policy was read from: the built-in one, then overrides.
     pub sources: Vec<String>,
 }

@@ -452,6 +452,20 @@ pub struct SupervisionEntry {
     /// How it is found out to be stuck; absent for a process that is never asked.
     #[serde(default)]
     pub heartbeat: Option<HeartbeatEntry>,
+    /// How often it may be at fault; absent where each fault costs the guest no more than a restart.
+    #[serde(default)]
+    pub faults: Option<FaultsEntry>,
+}
+
+/// How often a process may be killed for what it did or left undone: being late, silent, or talking
+/// nonsense. Each time the guest has waited for it, for longer than a restart takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FaultsEntry {
+    /// Most faults within `window_ms`; one more and the machine goes on without the device.
+    pub max: u16,
+    /// Time in which faults are counted, in milliseconds.
+    pub window_ms: u32,
 }
 
 /// How a process is restarted.

@@ -7,7 +7,7 @@ use bulkhead::vm::spec::{Lifecycle, OnEnd};
 use bulkhead::vm::state::{Input, Life, Output, Verdict};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::vcpu::{Outcome, ToVcpu};
-use bulkhead_policies::schema::{HeartbeatEntry, OnDeath, RestartEntry};
+use bulkhead_policies::schema::{FaultsEntry, HeartbeatEntry, OnDeath, RestartEntry};
 use bulkhead_tests::prng::Prng;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -17,6 +17,10 @@ const RESTART: RestartEntry = RestartEntry {
     window_ms: 10_000,
     backoff_ms_min: 10,
     backoff_ms_max: 50,
+};
+const FAULTS: FaultsEntry = FaultsEntry {
+    max: 2,
+    window_ms: 600_000,
 };
 const HEARTBEAT: HeartbeatEntry = HeartbeatEntry {
     interval_ms: 1000,
@@ -184,6 +188,7 @@ impl World {
             birth_timeout: Duration::from_secs(10),
             restart: (on_death == OnDeath::Restart).then_some(RESTART),
             heartbeat: (kind != ProcKind::Vcpu).then_some(HEARTBEAT),
+            faults: (kind == ProcKind::Legacy).then_some(FAULTS),
         }
     }
 

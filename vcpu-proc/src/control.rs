@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::legacy_page::RESET_REQUEST;
@@ -15,6 +15,7 @@ use bulkhead_ipc::protocol::vcpu::{FromVcpu, Outcome, ToVcpu};
 use bulkhead_runtime::adoption::Adoption;
 
 use crate::crash::CrashScene;
+use crate::ear::Ear;
 use crate::group::{Directive, Ending, Group};
 use crate::irq::Lines;
 use crate::legacy_client::LegacyClient;
@@ -53,6 +54,8 @@ pub struct Control<'a> {
     pub scene: CrashScene,
     /// What the broker has been told of device processes.
     pub news: News,
+    /// How often the legacy process is listened to.
+    pub ear: Ear,
 }
 
 impl Control<'_> {
@@ -61,13 +64,19 @@ impl Control<'_> {
         let mut life = Lifecycle::default();
         loop {
             let again = life.is_waiting().then_some(KICK_AGAIN);
+            let deaf = self.ear.closed(Instant::now);
+            let again = again.into_iter().chain(deaf).min();
             let wake = self.group.wake().as_fd();
+            let interrupt = match deaf {
+                Some(_) => wake,
+                None => self.legacy.interrupt().as_fd(),
+            };
             let [broker, new_broker, interrupts, wake, faults] = wait::any_ready(
                 [
                     (self.channel.as_fd(), self.outbox.is_waiting()),
                     // There is always one in a process that was born.
                     (self.adoption.as_ref().map_or(wake, AsFd::as_fd), false),
-                    (self.legacy.interrupt().as_fd(), false),
+                    (interrupt, false),
                     (wake, false),
                     (wait::lend(self.virtio.fault_bell()), false),
                 ],
@@ -87,7 +96,7 @@ impl Control<'_> {
                 self.outbox.tell(FromVcpu::LegacyFault { reason });
             }
             let mut events = self.look_at_vcpus();
-            if interrupts {
+            if interrupts && deaf.is_none() {
                 events.extend(self.take_requests());
             }
             if broker {
@@ -124,6 +133,7 @@ impl Control<'_> {
 
     fn take_requests(&mut self) -> Option<Event> {
         self.legacy.interrupt().take();
+        self.ear.heard(self.legacy.accesses(), Instant::now);
         if let Some(generation) = self.legacy.take_service() {
             self.outbox.tell(FromVcpu::LegacyServing { generation });
         }

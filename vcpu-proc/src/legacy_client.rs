@@ -243,6 +243,13 @@ impl LegacyClient {
         }
     }
 
+    /// Control thread: accesses of the guest that the process has been told of so far, wrapping.
+    #[must_use]
+    pub fn accesses(&self) -> u32 {
+        let book = self.book();
+        book.produced.wrapping_add(book.calls)
+    }
+
     /// vCPU thread: writes one byte to a port of the legacy process.
     pub fn write(&self, port: u16, value: u8) {
         let page = &self.wiring.page;

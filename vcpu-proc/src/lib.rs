@@ -10,6 +10,7 @@ pub mod boot;
 pub mod control;
 pub mod cpuid;
 pub mod crash;
+pub mod ear;
 pub mod gate;
 pub mod group;
 pub mod irq;

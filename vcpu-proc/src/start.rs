@@ -17,6 +17,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::control::Control;
 use crate::crash::CrashScene;
+use crate::ear::Ear;
 use crate::gate::GateThread;
 use crate::group::{Directive, Group};
 use crate::irq::Lines;
@@ -167,6 +168,7 @@ pub fn run<W: Walls>(
         lines,
         scene,
         news: News::default(),
+        ear: Ear::default(),
     };
     control.serve();
     Ok(Remains {

@@ -18,6 +18,10 @@ const BUFFER_BYTES: usize = 64 << 10;
 const INPUT_RETRY: Duration = Duration::from_millis(5);
 /// How often at most lost output is reported.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
+/// Rings in a row that announce no output, after which a bell is not listened to for [`DEAF`]: an honest
+/// one may ring for output that has been shown already.
+const RINGS_FOR_NOTHING: u32 = 8;
+const DEAF: Duration = Duration::from_millis(1);
 /// How long a reader that takes nothing is waited for at the end.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -120,6 +124,7 @@ pub fn attach(
         typed: Vec::new(),
         unsent: false,
         shown: Pending::default(),
+        rings_for_nothing: 0,
         summary: Summary::default(),
         reported: (0, None),
         tell: Box::new(tell),
@@ -207,6 +212,8 @@ struct Worker {
     /// Whether the link has bytes that could not be sent yet.
     unsent: bool,
     shown: Pending,
+    /// Rings in a row that announced nothing.
+    rings_for_nothing: u32,
     summary: Summary,
     reported: (u64, Option<Instant>),
     tell: Box<dyn FnMut(UserEvent) + Send>,
@@ -261,6 +268,9 @@ impl Worker {
 
     /// Sleeps until there is something to do.
     fn wait(&mut self, draining: bool) {
+        if self.rings_for_nothing > RINGS_FOR_NOTHING {
+            std::thread::sleep(DEAF);
+        }
         let shows = !self.shown.rest().is_empty();
         let mut fds = vec![
             PollFd::new(bell_fd(&self.stop), PollFlags::POLLIN),
@@ -363,8 +373,10 @@ impl Worker {
             };
             self.shown.bytes.truncate(bytes);
             if bytes == 0 {
+                self.rings_for_nothing = self.rings_for_nothing.saturating_add(1);
                 return false;
             }
+            self.rings_for_nothing = 0;
         }
         let Some(output) = &self.output else {
             return false;
@@ -386,6 +398,7 @@ impl Worker {
     /// Keeps up with output that nobody can see.
     fn discard(&mut self) -> bool {
         self.link.take_bell();
+        self.rings_for_nothing = self.rings_for_nothing.saturating_add(1);
         false
     }
 

@@ -17,6 +17,8 @@ use tokio::task::JoinHandle;
 const KEYS_CAPACITY: usize = 4;
 /// How often a guest whose keyboard is full is asked again: it does not ring when it reads.
 const RETRY: Duration = Duration::from_millis(5);
+/// How often a console's process is heard at most.
+const LISTEN_EVERY: Duration = Duration::from_millis(1);
 
 /// Both consoles.
 #[derive(Debug)]
@@ -89,6 +91,8 @@ impl Hub {
                 ready.clear_ready();
                 output_bell.take();
                 tell.send_replace(());
+                // Whoever rings without a pause is heard as often as anybody can read.
+                tokio::time::sleep(LISTEN_EVERY).await;
             }
         });
         let write = tokio::spawn(async move {

@@ -59,6 +59,8 @@ pub(super) struct Entry {
     pub(super) spare: bool,
     /// Restarts within the window of the policy.
     pub(super) restarts: VecDeque<Moment>,
+    /// Faults within the window of the policy.
+    pub(super) faults: VecDeque<Moment>,
     pub(super) pause: Duration,
     pub(super) serving_since: Option<Moment>,
     pub(super) beat: Beat,
@@ -78,6 +80,7 @@ impl Entry {
             planned: false,
             spare: false,
             restarts: VecDeque::new(),
+            faults: VecDeque::new(),
             pause: Duration::ZERO,
             serving_since: None,
             beat: Beat {
@@ -156,12 +159,12 @@ impl Entry {
             let Some(rule) = self.rule.restart else {
                 return self.lose(reason, actions);
             };
-            let window = Duration::from_millis(rule.window_ms.into());
-            while self.restarts.front().is_some_and(|&at| at + window <= now) {
-                self.restarts.pop_front();
+            if let Some(often) = self.is_at_fault_too_often(now) {
+                return self.lose(format!("{reason}; {often}"), actions);
             }
-            if self.restarts.len() >= usize::from(rule.restarts_max) {
-                let often = self.restarts.len();
+            let window = Duration::from_millis(rule.window_ms.into());
+            let often = within(window, &mut self.restarts, now);
+            if often >= usize::from(rule.restarts_max) {
                 let reason = format!("{reason}; it was restarted {often} times within {window:?}");
                 return self.lose(reason, actions);
             }
@@ -174,6 +177,16 @@ impl Entry {
             blame,
         };
         self.revive_in_time(now, actions);
+    }
+
+    /// Says so if it has been killed for what it did more often than the policy allows.
+    fn is_at_fault_too_often(&mut self, now: Moment) -> Option<String> {
+        // Without a rule nobody counts, and nothing grows.
+        let window = self.rule.faults.map_or(0, |rule| rule.window_ms);
+        let window = Duration::from_millis(window.into());
+        let often = within(window, &mut self.faults, now);
+        let most = usize::from(self.rule.faults?.max);
+        (often > most).then(|| format!("it was at fault {often} times within {window:?}"))
     }
 
     /// None for one that has served for a while.
@@ -213,6 +226,14 @@ impl Entry {
             reason,
         });
     }
+}
+
+/// How many of `moments` are within `window` before now; the others are forgotten.
+fn within(window: Duration, moments: &mut VecDeque<Moment>, now: Moment) -> usize {
+    while moments.front().is_some_and(|&at| at + window <= now) {
+        moments.pop_front();
+    }
+    moments.len()
 }
 
 /// The next moment at which processes of this rule are asked for a sign of life: all at once, so that

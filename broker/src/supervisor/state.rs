@@ -19,7 +19,7 @@
 use super::entry::{Entry, Phase};
 use bulkhead_ipc::ident::ProcId;
 use bulkhead_policies::plan::Policy;
-use bulkhead_policies::schema::{HeartbeatEntry, OnDeath, RestartEntry};
+use bulkhead_policies::schema::{FaultsEntry, HeartbeatEntry, OnDeath, RestartEntry};
 use std::time::Duration;
 
 /// A moment: time since the machine was started.
@@ -36,6 +36,8 @@ pub struct Rule {
     pub restart: Option<RestartEntry>,
     /// How it shows that it is not stuck.
     pub heartbeat: Option<HeartbeatEntry>,
+    /// How often it may be killed for what it did or left undone.
+    pub faults: Option<FaultsEntry>,
 }
 
 impl Rule {
@@ -47,6 +49,7 @@ impl Rule {
             birth_timeout: longest.min(Duration::from_millis(policy.birth_timeout_ms.into())),
             restart: policy.restart,
             heartbeat: policy.heartbeat,
+            faults: policy.faults,
         }
     }
 }
@@ -301,6 +304,7 @@ impl Supervisor {
             return;
         }
         entry.broke = Some(reason.clone());
+        entry.faults.push_back(now);
         let before = entry.phase;
         let until = now + timeout;
         let killed = true;
@@ -398,6 +402,7 @@ impl Supervisor {
             }
             Phase::Lost => {
                 entry.restarts.clear();
+                entry.faults.clear();
                 entry.vacate("a restart was asked for".to_owned(), false, now, actions);
             }
             _ => {}

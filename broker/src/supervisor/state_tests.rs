@@ -39,6 +39,7 @@ fn rule(on_death: OnDeath) -> Rule {
         birth_timeout: 10 * SECOND,
         restart: (on_death == OnDeath::Restart).then_some(RESTART),
         heartbeat: None,
+        faults: None,
     }
 }
 
@@ -335,6 +336,75 @@ fn process_that_cannot_be_killed_is_given_up_and_has_no_second_beside_it() {
     assert_eq!(s.step(died(id(1)), 4 * SECOND), []);
     let actions = s.step(Event::Replace(id(1)), 5 * SECOND);
     assert!(matches!(&actions[..], [Action::Revive { .. }]));
+}
+
+/// One whose predecessor died, until it is killed for being late.
+fn late(s: &mut Supervisor, generation: u32, now: Moment) -> Vec<Action> {
+    s.step(Event::Launched(next(1, generation)), now);
+    let now = now + 10 * SECOND;
+    assert_eq!(
+        s.step(Event::Tick, now),
+        [Action::Kill(next(1, generation))]
+    );
+    s.step(died(next(1, generation)), now)
+}
+
+#[test]
+fn process_that_is_late_again_and_again_is_given_up_though_restarts_are_few() {
+    let faults = FaultsEntry {
+        max: 2,
+        window_ms: 600_000,
+    };
+    let rule = Rule {
+        faults: Some(faults),
+        ..rule(OnDeath::Restart)
+    };
+    let mut s = running(2, rule);
+    s.step(died(id(1)), SECOND);
+    for (n, generation) in (1u32..).zip(2..4) {
+        let at = n * 20 * SECOND;
+        let _pause = late(&mut s, generation, at);
+        let actions = s.step(Event::Tick, at + 11 * SECOND);
+        assert!(
+            matches!(&actions[..], [Action::Revive { .. }]),
+            "{actions:?}"
+        );
+    }
+    let actions = late(&mut s, 4, 60 * SECOND);
+    assert!(
+        matches!(&actions[..], [Action::Degraded { reason, .. }] if reason.contains("at fault 3 times")),
+        "{actions:?}"
+    );
+    // Its owner may have it back, with a clean record.
+    s.step(Event::Replace(next(1, 4)), 80 * SECOND);
+    let actions = late(&mut s, 5, 80 * SECOND);
+    assert!(
+        matches!(&actions[..], [Action::Revive { .. }]),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn deaths_that_are_no_faults_are_not_counted_as_such() {
+    let faults = FaultsEntry {
+        max: 1,
+        window_ms: 600_000,
+    };
+    let rule = Rule {
+        faults: Some(faults),
+        ..rule(OnDeath::Restart)
+    };
+    let mut s = running(2, rule);
+    for generation in 1..20u32 {
+        let now = generation * 20 * SECOND;
+        let actions = s.step(died(next(1, generation)), now);
+        assert!(
+            matches!(&actions[..], [Action::Revive { .. }]),
+            "{actions:?}"
+        );
+        s.step(Event::Launched(next(1, generation + 1)), now);
+        s.step(Event::Serving(next(1, generation + 1)), now);
+    }
 }
 
 #[test]

@@ -38,7 +38,12 @@ const EXIT_FAULT: i32 = 71;
 
 /// Runs the process from its birth to its end.
 pub(crate) fn run() -> ExitCode {
-    match Newborn::receive(ProcKind::Legacy).and_then(bear) {
+    born(Newborn::receive(ProcKind::Legacy))
+}
+
+/// Runs a process that has received its birth message, or has not.
+pub(crate) fn born(newborn: Result<Newborn, Stillbirth>) -> ExitCode {
+    match newborn.and_then(bear) {
         Ok(mut process) => leave(process.serve()),
         Err(cause) => {
             log::line(&cause.to_string());

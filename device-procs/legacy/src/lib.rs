@@ -17,3 +17,9 @@ mod uart;
 pub fn run() -> std::process::ExitCode {
     device::run()
 }
+
+/// Runs a process that has received its birth message.
+#[must_use]
+pub fn live(newborn: bulkhead_runtime::Newborn) -> std::process::ExitCode {
+    device::born(Ok(newborn))
+}

@@ -1,5 +1,6 @@
 //! The methods. None ever returns: a process that gives up attacks nothing.
 
+use crate::calls;
 use crate::edges::{below, edge16, edge32};
 use crate::prey::Prey;
 use crate::prng::Prng;
@@ -8,9 +9,10 @@ use bulkhead_ipc::protocol::birth::Born;
 use bulkhead_ipc::protocol::device::FromDevice;
 use bulkhead_ipc::shared::{Doorbell, SharedMemory};
 use bulkhead_ipc::window::{DeviceState, QueueLayout, Window};
+use bulkhead_policies::denied::Attempt;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How the process attacks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,12 +31,18 @@ pub(crate) enum Method {
     Flood,
     /// The control socket: well-formed lies.
     Lie,
+    /// System calls that its policy denies. Each ends it.
+    Calls,
+    /// Computes, and touches nothing: what a CPU costs that it takes.
+    Burn,
     /// Nothing at all: never publishes, never reads, never answers.
     Silent,
 }
 
 /// Between two rounds of most methods.
 const PAUSE: Duration = Duration::from_millis(1);
+/// From a process's start to the call that ends it.
+pub(crate) const BETWEEN_CALLS: Duration = Duration::from_millis(110);
 /// Lies of one round.
 const LIES: usize = 50;
 /// Words that the legacy page must not get: a bit there asks for a reset of the machine, which the
@@ -51,13 +59,21 @@ impl Method {
             "fill" => Self::Fill,
             "flood" => Self::Flood,
             "lie" => Self::Lie,
+            "calls" => Self::Calls,
+            "burn" => Self::Burn,
             "silent" => Self::Silent,
             _ => return None,
         })
     }
 }
 
-pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prng) -> ! {
+pub(crate) fn run(
+    method: Method,
+    call: Option<&Attempt>,
+    prey: &Prey,
+    channel: &Channel,
+    prng: &mut Prng,
+) -> ! {
     if !matches!(method, Method::Scribble | Method::Silent)
         && let Some(window) = &prey.window
     {
@@ -68,6 +84,14 @@ pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prn
             let _woken = prey.waiter.sleep(Some(PAUSE));
         }
     }
+    if let Some(call) = call {
+        // Within the restarts that its policy allows.
+        let born = Instant::now();
+        while let Some(left) = BETWEEN_CALLS.checked_sub(born.elapsed()) {
+            let _woken = prey.waiter.sleep(Some(left));
+        }
+        calls::attempt(call)
+    }
     loop {
         match method {
             Method::Scribble => scribble(prey, prng),
@@ -77,18 +101,26 @@ pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prn
             Method::Fill => fill(&prey.bells),
             Method::Flood => flood(prey, channel, prng),
             Method::Lie => (0..LIES).for_each(|_| lie(channel, prng)),
-            Method::Silent => {}
+            Method::Burn => burn(),
+            Method::Silent | Method::Calls => {}
         }
-        if method != Method::Ring {
+        if !matches!(method, Method::Ring | Method::Burn) {
             // A pause, so that gate and broker are given time to make a mistake.
             let pause = match method {
-                Method::Silent => Duration::from_secs(3600),
+                Method::Silent | Method::Calls => Duration::from_secs(3600),
                 _ => PAUSE,
             };
             // A descriptor that rings by itself cuts it short, which is as good.
             let _woken = prey.waiter.sleep(Some(pause));
         }
     }
+}
+
+/// A millisecond or so of a CPU.
+pub(crate) fn burn() {
+    (0..1_000_000).for_each(|n| {
+        std::hint::black_box(n);
+    });
 }
 
 fn scribble(prey: &Prey, prng: &mut Prng) {

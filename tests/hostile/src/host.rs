@@ -4,7 +4,8 @@
 //! It is locked as the control thread of `bulkhead-vcpu` is, which may do what any of its threads may to
 //! devices and broker.
 
-use crate::attack::{Method, fill, noise};
+use crate::attack::{Method, burn, fill, noise};
+use crate::calls;
 use crate::edges::{below, edge16, edge32};
 use crate::prey::BELLS;
 use crate::prng::Prng;
@@ -14,6 +15,7 @@ use bulkhead_ipc::protocol::birth::{FdRole, KindConfig, VcpuConfig};
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, Outcome, ToVcpu};
 use bulkhead_ipc::shared::{Doorbell, SharedMemory};
 use bulkhead_ipc::window::{DriverView, QueueLayout, Window, WindowLayout};
+use bulkhead_policies::denied::Attempt;
 use bulkhead_runtime::{Newborn, Stillbirth};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -107,7 +109,13 @@ fn victims(newborn: &mut Newborn, config: &VcpuConfig) -> Result<Vec<Victim>, St
     Ok(victims)
 }
 
-pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prng) -> ! {
+pub(crate) fn run(
+    method: Method,
+    call: Option<&Attempt>,
+    prey: &Prey,
+    channel: &Channel,
+    prng: &mut Prng,
+) -> ! {
     let mut epoch = 1;
     for victim in &prey.victims {
         // A guest has to run before it can take anything over, with all its devices.
@@ -117,6 +125,9 @@ pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prn
         start(victim, u64::MAX, epoch);
     }
     prey.ring_all();
+    if let Some(call) = call {
+        calls::attempt(call)
+    }
     loop {
         match method {
             Method::Scribble => scribble(prey, prng),
@@ -128,11 +139,12 @@ pub(crate) fn run(method: Method, prey: &Prey, channel: &Channel, prng: &mut Prn
             Method::Fill => fill(&prey.bells),
             Method::Flood => flood(prey, channel, prng),
             Method::Lie => (0..LIES).for_each(|_| lie(prey, channel, prng)),
-            Method::Silent => {}
+            Method::Burn => burn(),
+            Method::Silent | Method::Calls => {}
         }
         match method {
-            Method::Ring => {}
-            Method::Silent => std::thread::park(),
+            Method::Ring | Method::Burn => {}
+            Method::Silent | Method::Calls => std::thread::park(),
             // A pause, so that devices and broker are given time to make a mistake.
             _ => std::thread::park_timeout(PAUSE),
         }

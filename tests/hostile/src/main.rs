@@ -1,14 +1,17 @@
 //! Plays a process that its guest has taken over. Never installed: the end-to-end tests put it
-//! in the place of one kind's binary (`tests/e2e/hostile.rs`).
+//! in the place of one kind's binary (`tests/e2e/hostile/`).
 //!
 //! It is born, confined and locked like the process it stands for, with the same policy, because what
 //! is tested is what is left to a process *after* that. Then it attacks everything it holds, by the
 //! method that the VM's name says: `hostile-METHOD-SEED`.
 //!
-//! Of several disks only the first one's process is hostile; the others are what they should be.
-#![forbid(unsafe_code)]
+//! Of several disks only the first one's process is hostile; the others are what they should be. The legacy
+//! process is honest until it is killed for the first time when it is to try system calls
+//! (`hostile-calls-FIRST-COUNT`), and when it has tried them all, since a guest needs its console.
+#![deny(unsafe_code)]
 
 mod attack;
+mod calls;
 mod edges;
 mod host;
 mod prey;
@@ -23,6 +26,7 @@ mod prng;
 
 use attack::Method;
 use bulkhead_ipc::ident::ProcKind;
+use bulkhead_policies::denied::Attempt;
 use bulkhead_runtime::birth::EXIT_STILLBORN;
 use bulkhead_runtime::{Newborn, Stillbirth, leave, log};
 use prey::Prey;
@@ -30,6 +34,8 @@ use prng::Prng;
 
 fn main() {
     let kind = kind(std::env::args().next().as_deref().unwrap_or_default());
+    // While it may still do everything.
+    let denied = calls::denied(kind);
     let newborn = match Newborn::receive(kind) {
         Ok(newborn) if newborn.id.kind == ProcKind::Blk && newborn.id.index > 0 => {
             let _never = bulkhead_runtime::live::<bulkhead_blk::Blk>(newborn);
@@ -37,7 +43,7 @@ fn main() {
         }
         received => received,
     };
-    let Err(cause) = newborn.and_then(live);
+    let Err(cause) = newborn.and_then(|newborn| live(newborn, &denied));
     log::line(&cause.to_string());
     leave(EXIT_STILLBORN)
 }
@@ -54,19 +60,44 @@ fn kind(name: &str) -> ProcKind {
     kinds.into_iter().find(named).unwrap_or(ProcKind::Legacy)
 }
 
-fn live(mut newborn: Newborn) -> Result<std::convert::Infallible, Stillbirth> {
-    let mut words = newborn.vm.split('-').skip(1);
+fn live(mut newborn: Newborn, denied: &[Attempt]) -> Result<std::convert::Infallible, Stillbirth> {
+    let name = newborn.vm.clone();
+    let mut words = name.split('-').skip(1);
     let method = words.next().and_then(Method::named);
     let method =
         method.ok_or_else(|| Stillbirth::setup("the VM is not named hostile-METHOD-SEED"))?;
-    let seed = words.next().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let mut number = || words.next().and_then(|seed| seed.parse().ok());
+    let seed = number().unwrap_or(1);
     let mut prng = Prng::new(seed ^ u64::from(newborn.id.generation) << 32);
+    let call = match method {
+        Method::Calls => call(&newborn, denied, seed, number().unwrap_or(u64::MAX)),
+        _ => None,
+    };
     if newborn.id.kind == ProcKind::Vcpu {
         let prey = host::Prey::take(&mut newborn)?;
         let (control, _id) = newborn.lock()?;
-        host::run(method, &prey, control.channel(), &mut prng)
+        host::run(method, call, &prey, control.channel(), &mut prng)
+    }
+    if method == Method::Calls && call.is_none() && newborn.id.kind == ProcKind::Legacy {
+        let _never = bulkhead_legacy::live(newborn);
+        leave(EXIT_STILLBORN)
     }
     let prey = Prey::take(&mut newborn)?;
     let (control, _id) = newborn.lock()?;
-    attack::run(method, &prey, control.channel(), &mut prng)
+    attack::run(method, call, &prey, control.channel(), &mut prng)
+}
+
+/// What this life is for: the `count` calls from `first` on, counted from 1, one after the other.
+fn call<'a>(
+    newborn: &Newborn,
+    denied: &'a [Attempt],
+    first: u64,
+    count: u64,
+) -> Option<&'a Attempt> {
+    let honest = u64::from(newborn.id.kind == ProcKind::Legacy);
+    let life = u64::from(newborn.id.generation).checked_sub(1 + honest)?;
+    let at = first.checked_sub(1)?.checked_add(life)?;
+    (life < count)
+        .then(|| denied.get(usize::try_from(at).ok()?))
+        .flatten()
 }

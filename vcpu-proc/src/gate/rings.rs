@@ -18,18 +18,18 @@ const REFILL_EVERY: Duration = Duration::from_millis(1);
 
 /// What one device process may still ring for nothing.
 #[derive(Debug)]
-pub(super) struct RingAccount {
+pub(crate) struct RingAccount {
     left: u32,
     refilled: Option<Instant>,
 }
 
 /// The device rings without a cause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Overdrawn;
+pub(crate) struct Overdrawn;
 
 impl RingAccount {
     /// That of a process which has done nothing yet.
-    pub(super) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self {
             left: FREE_RINGS,
             refilled: None,
@@ -37,7 +37,7 @@ impl RingAccount {
     }
 
     /// The device has, or was given, `causes` to ring.
-    pub(super) fn earn(&mut self, causes: u32) {
+    pub(crate) fn earn(&mut self, causes: u32) {
         self.left = self.left.saturating_add(causes).min(FREE_RINGS);
     }
 
@@ -45,7 +45,7 @@ impl RingAccount {
     ///
     /// # Errors
     /// [`Overdrawn`] when it had no cause to, and has been given every benefit of the doubt.
-    pub(super) fn draw(&mut self, now: impl FnOnce() -> Instant) -> Result<(), Overdrawn> {
+    pub(crate) fn draw(&mut self, now: impl FnOnce() -> Instant) -> Result<(), Overdrawn> {
         if self.left == 0 {
             let now = now();
             let since = self
