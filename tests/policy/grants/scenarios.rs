@@ -19,6 +19,8 @@ pub(crate) struct Scenario {
     pub(crate) clock: Clock,
     /// A call that is denied in it, so that the process reports and ends.
     pub(crate) denies: Option<(ProcKind, &'static str, &'static str)>,
+    /// A process that may have so few descriptors that its start fails, after it has mapped what it shares.
+    pub(crate) starves: Option<(ProcKind, u32)>,
     pub(crate) play: fn(&Stage),
 }
 
@@ -42,6 +44,9 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         "another broker where clocks take a system call",
         next_broker,
     ),
+    starved("blk cannot start", ProcKind::Blk, 14),
+    starved("console cannot start", ProcKind::Console, 17),
+    starved("rng cannot start", ProcKind::Rng, 14),
     denied("blk reports a denial", ProcKind::Blk, "main", "epoll_wait"),
     denied(
         "console reports a denial",
@@ -87,6 +92,7 @@ const fn plain(name: &'static str, play: fn(&Stage)) -> Scenario {
         name,
         clock: Clock::AsItIs,
         denies: None,
+        starves: None,
         play,
     }
 }
@@ -107,6 +113,13 @@ const fn denied(
     Scenario {
         denies: Some((kind, thread, call)),
         ..plain(name, reports_a_denial)
+    }
+}
+
+const fn starved(name: &'static str, kind: ProcKind, descriptors: u32) -> Scenario {
+    Scenario {
+        starves: Some((kind, descriptors)),
+        ..plain(name, cannot_start)
     }
 }
 
@@ -293,4 +306,14 @@ fn reports_a_denial(stage: &Stage) {
     machine.expect_error("was stopped by the kernel");
     machine.signal(Signal::SIGTERM);
     drop(machine.wait());
+}
+
+/// A process that cannot start says why, for which it first gives up what it had.
+fn cannot_start(stage: &Stage) {
+    let disk = on_a_ring();
+    let ended = stage
+        .guest("mode=idle seconds=60", &["--disk", path(&disk)])
+        .wait();
+    assert_eq!(ended.code, 6, "{ended:?}");
+    assert!(ended.errors.contains("Too many open files"), "{ended:?}");
 }
