@@ -2,8 +2,8 @@
 //! while its guest works and all memory is watched. Each ends it and is told.
 
 use super::{
-    canary_lives, disk_with_canary, errors_are_sound, expected_memory, nothing_changes, server_of,
-    start, while_watched,
+    beside_others, canary_lives, disk_with_canary, errors_are_sound, expected_memory,
+    nothing_changes, server_of, start, while_watched,
 };
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_policies::denied::{Attempt, BEYOND_FILTERS};
@@ -66,6 +66,7 @@ fn until_all_are_told(machine: &Machine, kind: ProcKind, attempts: &[Attempt]) {
 }
 
 fn calls_of_device(kind: ProcKind) {
+    let _others = beside_others();
     let mut disks = vec![disk_with_canary()];
     if kind == ProcKind::Blk {
         disks.insert(0, disk_with_canary());
@@ -126,6 +127,7 @@ fn denied_calls_of_a_taken_over_vcpu_end_its_machine_and_harm_no_neighbour() {
     let all = denied(kind);
     let chosen: Vec<usize> = chosen(all.len(), SAMPLE_VCPU).collect();
     for some in chosen.chunks(BESIDE) {
+        let _others = beside_others();
         let what = format!("vcpu, denied calls {some:?} of {}", all.len());
         let disks = [disk_with_canary()];
         // Each machine ends within half of one.

@@ -17,6 +17,7 @@ use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 use tempfile::NamedTempFile;
 
@@ -47,6 +48,13 @@ const MEMORY_BYTES: usize = 64 << 20;
 const FILLED_MIN: f64 = 0.9;
 /// How often it is compared under each attack at least.
 const LOOKS_MIN: usize = 3;
+
+/// Whoever runs machines here reads it; whoever wants to be alone writes it.
+static MACHINES: RwLock<()> = RwLock::new(());
+
+fn beside_others() -> RwLockReadGuard<'static, ()> {
+    MACHINES.read().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A machine whose guest fills the memory that it does not use, verifies the last of `disks` and keeps
 /// requests in flight on everything else.
@@ -190,18 +198,43 @@ fn while_watched(
     })
 }
 
-/// The pace of a guest beside a process that takes a CPU and does nothing else with it.
-fn burnt(programs: &Programs, disks: &[NamedTempFile], undisturbed: f64) -> f64 {
-    let mut machine = start("hostile-burn-1", programs.path(), disks, 4);
+/// The pace of a guest beside a hostile process that uses `method`.
+fn pace_beside(method: &str, programs: &Programs, disks: &[NamedTempFile]) -> f64 {
+    let name = format!("hostile-{method}-1");
+    let mut machine = start(&name, programs.path(), disks, 2);
     machine.expect("BH beside.round ");
     let ended = machine.wait();
-    assert_eq!(ended.code, 0, "{ended:?}");
-    let pace = rounds(&ended.console);
-    println!(
-        "a CPU that is taken leaves {:.0} % of the pace",
-        pace / undisturbed * 100.0
-    );
-    pace
+    assert_eq!(ended.code, 0, "{method}: {ended:?}");
+    rounds(&ended.console)
+}
+
+/// The guest keeps its pace, but for what a CPU costs that anybody burns. Whatever else the host does may
+/// come while one is measured and not the other, so what fails is tried again, both after each other.
+fn keeps_its_pace(
+    method: &str,
+    pace: f64,
+    burnt: f64,
+    programs: &Programs,
+    disks: &[NamedTempFile],
+) {
+    const TRIES: usize = 5;
+    let (mut pace, mut burnt) = (pace, burnt);
+    let mut alone = None;
+    for _ in 0..TRIES {
+        let kept = pace / burnt;
+        println!(
+            "{method}: {:.0} % of the pace beside one that only computes",
+            kept * 100.0
+        );
+        if kept >= PACE_MIN {
+            return;
+        }
+        // Without the other tests of this program.
+        alone.get_or_insert_with(|| MACHINES.write().unwrap_or_else(PoisonError::into_inner));
+        burnt = pace_beside("burn", programs, disks);
+        pace = pace_beside(method, programs, disks);
+    }
+    panic!("{method} costs a guest more than a CPU");
 }
 
 fn attacked_by(kind: &str) {
@@ -220,8 +253,17 @@ fn attacked_by(kind: &str) {
     let undisturbed = while_watched("undisturbed", (&expected, &memory), || undisturbed.wait());
     assert_eq!(undisturbed.code, 0, "{undisturbed:?}");
     let programs = Programs::with(kind, "bulkhead-hostile");
-    let pace = (kind != "legacy").then(|| burnt(&programs, &disks, rounds(&undisturbed.console)));
+    // A guest whose console is attacked tells nothing.
+    let burnt = (kind != "legacy").then(|| pace_beside("burn", &programs, &disks));
+    if let Some(burnt) = burnt {
+        let left = burnt / rounds(&undisturbed.console);
+        println!(
+            "a CPU that is taken leaves {:.0} % of the pace",
+            left * 100.0
+        );
+    }
     for (method, seed) in METHODS.into_iter().zip(1..) {
+        let beside = beside_others();
         let what = format!("{kind} {method}");
         let name = format!("hostile-{method}-{seed}");
         let mut machine = start(&name, programs.path(), &disks, 2);
@@ -244,10 +286,9 @@ fn attacked_by(kind: &str) {
         // A guest that counted an error says so by its exit code, whoever owns its console.
         assert_eq!(ended.code, 0, "{what}: {ended:?}");
         errors_are_sound(&what, &ended);
-        if let Some(pace) = pace {
-            let kept = rounds(&ended.console) / pace;
-            println!("{what}: the guest kept {:.0} % of its pace", kept * 100.0);
-            assert!(kept >= PACE_MIN, "{what}: {kept}");
+        drop(beside);
+        if let Some(burnt) = burnt {
+            keeps_its_pace(method, rounds(&ended.console), burnt, &programs, &disks);
         }
         canary_lives(verified);
     }
@@ -307,6 +348,7 @@ fn taken_over_legacy_harms_nobody_else() {
 /// silent they are, each for less than it takes to give up on one that dies.
 #[test]
 fn guest_that_prints_much_gets_over_a_taken_over_legacy() {
+    let _others = beside_others();
     let disks = [disk_with_canary()];
     let programs = Programs::with("legacy", "bulkhead-hostile");
     let arguments = [
@@ -340,6 +382,7 @@ fn taken_over_vcpu_harms_neither_its_broker_nor_a_neighbour() {
     let binaries = bulkhead_tests::path("BULKHEAD_BIN_DIR");
     let programs = Programs::with("vcpu", "bulkhead-hostile");
     for (method, seed) in METHODS.into_iter().zip(1..) {
+        let _others = beside_others();
         let what = format!("vcpu {method}");
         let [own, neighbours] = [(); 2].map(|()| [disk_with_canary()]);
         let mut neighbour = start("neighbour", &binaries, &neighbours, 5);

@@ -2,7 +2,7 @@
 //! nothing in all of guest memory changes but the buffers of requests that it still holds, of
 //! which there are fewer and fewer.
 
-use super::{MEMORY_BYTES, disk_with_canary};
+use super::{MEMORY_BYTES, beside_others, disk_with_canary};
 use bulkhead_tests::{Daemon, GuestMemory, Programs};
 use nix::sys::signal::Signal;
 use std::time::{Duration, Instant};
@@ -36,6 +36,7 @@ fn paused_beside(kind: &str) {
     daemon.serve_with(&["--libexec-dir", programs.argument()]);
     daemon.serve();
     for method in METHODS {
+        let _others = beside_others();
         let name = format!("hostile-{method}-1");
         let disks = [disk_with_canary(), disk_with_canary()];
         let paths = disks.each_ref().map(|disk| disk.path().to_str().unwrap());
