@@ -27,6 +27,8 @@ use crate::wait;
 
 /// Longest time that one access waits for a legacy process that serves.
 pub const PATIENCE: Duration = Duration::from_secs(1);
+/// How long an access waits for the first process, which may still be on its way when the guest begins.
+pub const FIRST_PATIENCE: Duration = Duration::from_secs(10);
 /// How long to look before sleeping: a peer that is awake answers within microseconds.
 const SPIN: Duration = Duration::from_micros(20);
 /// Longest sleep: draining the ring is not announced by a doorbell.
@@ -58,6 +60,8 @@ enum Phase {
 struct Book {
     phase: Phase,
     generation: u32,
+    /// Nobody has been there yet.
+    awaits_first: bool,
     produced: u32,
     /// As far as the process was believed.
     consumed: u32,
@@ -136,6 +140,7 @@ impl LegacyClient {
             book: Mutex::new(Book {
                 phase: Phase::Serving,
                 generation,
+                awaits_first: true,
                 produced: 0,
                 consumed: 0,
                 calls: 0,
@@ -196,6 +201,7 @@ impl LegacyClient {
         page.renew(generation, &unfinished, progress, &state);
         book.consumed = progress.taken;
         book.generation = generation;
+        book.awaits_first = false;
         book.prepared = Prepared {
             generation,
             output_position: book.output_position(),
@@ -341,6 +347,12 @@ impl LegacyClient {
                 match look(&mut book) {
                     Ok(Some(found)) => return Ok(found),
                     Ok(None) if !book.serves() => since = Instant::now(),
+                    Ok(None)
+                        if book.awaits_first(&self.wiring.page)
+                            && start.elapsed() < FIRST_PATIENCE =>
+                    {
+                        since = Instant::now();
+                    }
                     Ok(None) if since.elapsed() < PATIENCE => {}
                     Ok(None) => {
                         let silent = "did not answer a register access within a second";
@@ -388,6 +400,12 @@ impl LegacyClient {
 impl Book {
     fn serves(&self) -> bool {
         self.phase == Phase::Serving
+    }
+
+    /// Whether no process has said yet that it serves.
+    fn awaits_first(&mut self, page: &LegacyPage) -> bool {
+        self.awaits_first &= page.serving() != self.generation;
+        self.awaits_first
     }
 
     /// Posted writes that are not carried out. Only a process that serves is asked.

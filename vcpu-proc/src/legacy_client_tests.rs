@@ -123,8 +123,22 @@ fn registers_are_not_read_from_a_page_that_nobody_has_filled() {
 }
 
 #[test]
+fn first_process_may_come_later_than_a_guest_and_has_its_time_from_then_on() {
+    let desk = desk();
+    let reader = desk.reader(RECEIVE);
+    std::thread::sleep(PATIENCE + Duration::from_millis(200));
+    assert!(is_waiting(&reader));
+    desk.page.set_serving(1);
+    assert!(is_waiting(&reader));
+    assert_eq!(desk.client.take_fault(), None);
+    desk.page.answer(1, 0x17);
+    assert_eq!(reader.join().unwrap(), 0x17);
+}
+
+#[test]
 fn silent_process_is_complained_of_once_and_its_successor_answers() {
     let desk = desk();
+    desk.page.set_serving(1);
     let reader = desk.reader(RECEIVE);
     std::thread::sleep(PATIENCE + Duration::from_millis(200));
     assert!(
