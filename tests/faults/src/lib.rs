@@ -1,0 +1,10 @@
+//! Faults at named points of a running Bulkhead, on purpose and by seed.
+//!
+//! The harness drives the real programs through the real command line and injects faults from
+//! outside: into the control messages and the system calls that it sees by seccomp user
+//! notification, into processes by signals and cgroups, into the disk that it serves itself, into
+//! the links between hosts that it relays itself. Nothing of the code under test is changed, and
+//! nothing of the product depends on this crate.
+
+pub mod disk;
+pub mod workload;

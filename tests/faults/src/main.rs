@@ -1,0 +1,3 @@
+//! The `bulkhead-fault` program: `bulkhead fault` runs it.
+
+fn main() {}
