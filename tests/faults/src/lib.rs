@@ -7,4 +7,12 @@
 //! nothing of the product depends on this crate.
 
 pub mod disk;
+#[path = "../../guests/src/pattern.rs"]
+pub mod pattern;
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the test guest's own, for whose CPU the width is known"
+)]
+#[path = "../../guests/src/prng.rs"]
+pub mod prng;
 pub mod workload;
