@@ -7,12 +7,27 @@
 //! nothing of the product depends on this crate.
 
 pub mod disk;
+pub mod hosts;
+pub mod inject;
+pub mod messages;
+pub mod notify;
 #[path = "../../guests/src/pattern.rs"]
 pub mod pattern;
+pub mod points;
 #[allow(
     clippy::cast_possible_truncation,
     reason = "the test guest's own, for whose CPU the width is known"
 )]
 #[path = "../../guests/src/prng.rs"]
 pub mod prng;
+pub mod random;
+pub mod run;
+pub mod scenario;
+pub mod shrink;
+pub mod timeline;
+pub mod verdict;
+pub mod who;
 pub mod workload;
+
+/// Version of the JSON objects that are printed.
+pub const SCHEMA_VERSION: u32 = 1;

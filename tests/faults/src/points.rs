@@ -1,5 +1,6 @@
 //! The named points: where faults can be injected.
 
+use crate::disk::DiskOp;
 use crate::messages::Boundary;
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_policies::syscalls;
@@ -34,17 +35,6 @@ pub enum When {
     Before,
     /// It has happened, and whoever did it does not know yet.
     After,
-}
-
-/// Operations of a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DiskOp {
-    /// A read.
-    Read,
-    /// A write.
-    Write,
-    /// A flush.
-    Flush,
 }
 
 /// A point.

@@ -46,6 +46,7 @@ pub struct Planned {
     #[serde(flatten)]
     pub fault: Fault,
     /// Seed of what the fault itself draws: bits, bytes.
+    #[serde(skip)]
     pub seed: u64,
 }
 
@@ -65,10 +66,15 @@ pub fn plan(scenario: &Scenario, seed: u64) -> Vec<Planned> {
         }
     }
     let number = |n: usize| u32::try_from(n + 1).unwrap_or(u32::MAX);
-    let planned = faults.into_iter().enumerate().map(|(n, fault)| Planned {
-        id: number(n),
-        fault,
-        seed: dice.roll(),
+    let planned = faults.into_iter().enumerate().map(|(n, mut fault)| {
+        // As many bits as a number of TOML has.
+        let drawn = dice.roll() >> 1;
+        let seed = *fault.seed.get_or_insert(drawn);
+        Planned {
+            id: number(n),
+            fault,
+            seed,
+        }
     });
     planned.collect()
 }
@@ -112,6 +118,7 @@ pub fn bare(point: &str, action: Action) -> Fault {
         bytes: None,
         who: None,
         sectors: None,
+        seed: None,
         percent: None,
     }
 }

@@ -9,7 +9,7 @@ use bulkhead_ipc::ident::ProcId;
 use bulkhead_ipc::protocol::birth::Birth;
 use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A process of a machine.
@@ -120,6 +120,14 @@ impl Directory {
             known.control = Some(control);
             known.is_locked |= is_locked;
         }
+    }
+
+    /// The control groups of every process that a host ever had.
+    #[must_use]
+    pub fn groups(&self, host: usize) -> Vec<PathBuf> {
+        let inner = self.inner();
+        let of_host = inner.by_token.values().filter(|known| known.host == host);
+        of_host.flat_map(|known| known.record.groups.clone()).collect()
     }
 
     /// The processes that are alive, of one machine or host or of all, oldest first.

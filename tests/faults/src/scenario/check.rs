@@ -1,6 +1,6 @@
 //! What a scenario may say. Every error names file, line and key.
 
-use super::schema::{Action, Disk, DiskPlace, Fault, Scenario, Vm};
+use super::schema::{Action, Disk, DiskPlace, Expect, Fault, Scenario, Vm};
 use crate::points::{Point, can_be_short};
 use bulkhead_ipc::ident::ProcKind;
 use nix::errno::Errno;
@@ -178,8 +178,25 @@ impl Scenario {
         if let Some(process) = &fault.process {
             check_process(process)?;
         }
+        if point == Point::Host {
+            self.check_host(fault)?;
+        }
         self.check_disk(&point, fault)?;
         check_parameters(fault)
+    }
+
+    /// Nothing of a machine outlives its host.
+    fn check_host(&self, fault: &Fault) -> Result<(), Wrong> {
+        let first = self.host.first().map(|host| &host.name);
+        let host = fault.host.as_ref().or(first);
+        let mut on_it = self.vm.iter().filter(|vm| vm.host.as_ref().or(first) == host);
+        match on_it.find(|vm| vm.expect != Expect::Lost) {
+            None => Ok(()),
+            Some(vm) => {
+                let what = format!("`{}` of this host must have expect = \"lost\"", vm.name);
+                Err(("vm", what))
+            }
+        }
     }
 
     fn check_disk(&self, point: &Point, fault: &Fault) -> Result<(), Wrong> {
@@ -237,7 +254,8 @@ fn check_parameters(fault: &Fault) -> Result<(), Wrong> {
 
 /// What can be done at a point.
 fn is_possible(point: &Point, action: Action) -> bool {
-    use crate::points::{DiskOp, When};
+    use crate::disk::DiskOp;
+    use crate::points::When;
     match point {
         Point::Message(_, when) => match action {
             Action::Kill | Action::Stop => true,
