@@ -9,6 +9,7 @@
 pub mod disk;
 pub mod hosts;
 pub mod inject;
+pub mod matrix;
 pub mod messages;
 pub mod notify;
 #[path = "../../guests/src/pattern.rs"]

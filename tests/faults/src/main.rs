@@ -1,12 +1,8 @@
 //! The `bulkhead-fault` program: `bulkhead fault` runs it.
-#![allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "a program of the command line"
-)]
+#![allow(clippy::print_stderr, reason = "a program of the command line")]
 
 use bulkhead_faults::SCHEMA_VERSION;
-use bulkhead_faults::points;
+use bulkhead_faults::{matrix, points};
 use bulkhead_faults::random::{Planned, plan};
 use bulkhead_faults::run::{Setting, run};
 use bulkhead_faults::scenario::Scenario;
@@ -15,6 +11,7 @@ use bulkhead_faults::verdict::{Outcome, Verdict};
 use bulkhead_faults::workload::Guests;
 use clap::{Args, Parser, Subcommand};
 use serde_json::json;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -59,6 +56,24 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Run every fault × every kind of process × what a machine goes through
+    Matrix(MatrixArgs),
+}
+
+/// What of the matrix is run.
+#[derive(Debug, Args)]
+struct MatrixArgs {
+    /// Only scenarios whose names contain one of these
+    only: Vec<String>,
+    /// Only each N-th of them
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    every: usize,
+    /// Print the scenarios and run none
+    #[arg(long)]
+    list: bool,
+    /// Directory for the scenarios and time lines of those that do not hold
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -97,20 +112,23 @@ fn main() -> ExitCode {
     let code = match cli.command {
         Command::Points { json } => list(json),
         Command::Run(args) => run_all(&args),
+        Command::Matrix(args) => run_matrix(&args),
     };
     ExitCode::from(code)
+}
+
+/// A line on standard output. A reader that has gone away is no failure.
+fn say(line: &str) {
+    let _unheard = writeln!(std::io::stdout().lock(), "{line}");
 }
 
 fn list(as_json: bool) -> u8 {
     for listed in points::all() {
         if as_json {
-            println!(
-                "{}",
-                json!({ "schema_version": SCHEMA_VERSION, "point": listed.point,
-                    "process": listed.process, "step": listed.step })
-            );
+            say(&json!({ "schema_version": SCHEMA_VERSION, "point": listed.point,
+                    "process": listed.process, "step": listed.step }).to_string());
         } else {
-            println!("{:<40} {:<12} {}", listed.point, listed.process, listed.step);
+            say(&format!("{:<40} {:<12} {}", listed.point, listed.process, listed.step));
         }
     }
     0
@@ -169,21 +187,74 @@ fn run_all(args: &RunArgs) -> u8 {
     }
 }
 
+/// Runs the matrix, one line for each scenario. The code is that of the worst.
+fn run_matrix(args: &MatrixArgs) -> u8 {
+    let setting = match setting() {
+        Ok(setting) => setting,
+        Err(error) => {
+            eprintln!("bulkhead-fault: error: {error}");
+            return HOST;
+        }
+    };
+    let wanted = |scenario: &Scenario| {
+        args.only.is_empty() || args.only.iter().any(|part| scenario.name.contains(part))
+    };
+    let scenarios = matrix::all().into_iter().filter(wanted);
+    let mut code = 0;
+    for scenario in scenarios.step_by(args.every.max(1)) {
+        if args.list {
+            say(&scenario.name);
+            continue;
+        }
+        let plan = plan(&scenario, scenario.seed);
+        let outcome = match run(&scenario, scenario.seed, &plan, &setting) {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                say(&format!("{:<64} cannot be run: {error}", scenario.name));
+                code = HOST;
+                continue;
+            }
+        };
+        let verdict = outcome.verdict();
+        say(&format!("{:<64} {}", scenario.name, verdict.in_words()));
+        for why in outcome.errors.iter().chain(outcome.missing.iter().map(|(_, why)| why)) {
+            say(&format!("    {why}"));
+        }
+        if let (Some(output), true) = (&args.output, verdict != Verdict::Held) {
+            keep(output, &scenario, &outcome);
+        }
+        code = match (code, verdict) {
+            (10, _) | (_, Verdict::Held) => code,
+            (_, verdict) => verdict.code(),
+        };
+    }
+    code
+}
+
+/// Writes a scenario and its time line.
+fn keep(output: &std::path::Path, scenario: &Scenario, outcome: &Outcome) {
+    let place = |ending: &str| output.join(format!("{}.{ending}", scenario.name));
+    let text = toml::to_string(scenario).map_err(std::io::Error::other);
+    let written = text
+        .and_then(|text| std::fs::write(place("toml"), text))
+        .and_then(|()| std::fs::write(place("log"), outcome.in_words()));
+    if let Err(error) = written {
+        eprintln!("bulkhead-fault: error: {}: {error}", output.display());
+    }
+}
+
 fn show_plan(scenario: &Scenario, seed: u64, plan: &[Planned], as_json: bool) {
     for planned in plan {
         if as_json {
-            println!(
-                "{}",
-                json!({ "schema_version": SCHEMA_VERSION, "kind": "planned",
-                    "scenario": scenario.name, "seed": seed, "fault": planned })
-            );
+            say(&json!({ "schema_version": SCHEMA_VERSION, "kind": "planned",
+                    "scenario": scenario.name, "seed": seed, "fault": planned }).to_string());
         } else {
             let fault = &planned.fault;
             let when = match (fault.at_ms, fault.nth) {
                 (Some(ms), _) => format!("at {ms} ms"),
                 (None, nth) => format!("at occurrence {}", nth.unwrap_or(1)),
             };
-            println!("#{} {:?} at {} {when}", planned.id, fault.action, fault.point);
+            say(&format!("#{} {:?} at {} {when}", planned.id, fault.action, fault.point));
         }
     }
 }
@@ -206,12 +277,12 @@ fn run_once(scenario: &Scenario, seed: u64, setting: &Setting, args: &RunArgs) -
 
 fn show(outcome: &Outcome, as_json: bool) {
     if !as_json {
-        return print!("{}", outcome.in_words());
+        return say(outcome.in_words().trim_end());
     }
     for entry in &outcome.entries {
-        println!("{}", entry.as_json());
+        say(&entry.as_json().to_string());
     }
-    println!("{}", outcome.as_json());
+    say(&outcome.as_json().to_string());
 }
 
 /// Looks for the fewest faults that fail, and writes them as a scenario.

@@ -124,15 +124,11 @@ pub fn bare(point: &str, action: Action) -> Fault {
 }
 
 /// Heartbeats go on for as long as a machine lives: these points are always reached.
-const ALWAYS: [&str; 8] = [
+const ALWAYS: [&str; 4] = [
     "to-device.ping:before",
     "to-device.ping:after",
     "from-device.pong:before",
     "from-device.pong:after",
-    "to-vcpu.ping:before",
-    "to-vcpu.ping:after",
-    "from-vcpu.pong:before",
-    "from-vcpu.pong:after",
 ];
 const ON_MESSAGES: [Action; 8] = [
     Action::Kill,
@@ -168,7 +164,7 @@ fn draw(scenario: &Scenario, families: &[Family], dice: &mut Dice) -> Option<Fau
     let last_ms = (scenario.seconds * 1000).saturating_sub(500).max(400);
     let at_ms = dice.between(200, last_ms);
     let mut fault = match *dice.pick(families)? {
-        Family::Message => message(vm.expect == crate::scenario::Expect::Lost, dice)?,
+        Family::Message => message(dice)?,
         Family::Process => {
             let kind = dice.pick(&DEVICES)?;
             bare(&format!("process.{kind}"), *dice.pick(&ON_PROCESSES)?)
@@ -205,16 +201,15 @@ fn draw(scenario: &Scenario, families: &[Family], dice: &mut Dice) -> Option<Fau
     Some(fault)
 }
 
-/// A fault on a heartbeat. The vCPU process has no successor, so it is spared unless its machine may
-/// be lost.
-fn message(may_be_lost: bool, dice: &mut Dice) -> Option<Fault> {
+/// A fault on a heartbeat.
+fn message(dice: &mut Dice) -> Option<Fault> {
     let point = *dice.pick(&ALWAYS)?;
-    let action = *dice.pick(&ON_MESSAGES)?;
-    let spoils = matches!(action, Action::Kill | Action::Corrupt | Action::Truncate);
-    let action = match point.contains("vcpu") && spoils && !may_be_lost {
-        true => Action::Duplicate,
-        false => action,
+    // What happens to the message itself happens before it is sent.
+    let actions = match point.ends_with(":after") {
+        true => &ON_MESSAGES[..2],
+        false => &ON_MESSAGES[..],
     };
+    let action = *dice.pick(actions)?;
     let mut fault = bare(point, action);
     if matches!(action, Action::Kill | Action::Stop) {
         fault.who = Some(*dice.pick(&[Who::Sender, Who::Receiver, Who::Broker])?);

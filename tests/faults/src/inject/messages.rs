@@ -16,8 +16,8 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// How long a message that is to come after the next one waits for it.
-const REORDER_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a message that is to come after the next one waits for it: on many channels there is none.
+const REORDER_PATIENCE: Duration = Duration::from_millis(400);
 /// Most descriptors of a message, and most parts.
 const PARTS_MAX: u64 = 64;
 

@@ -25,9 +25,9 @@ use std::time::{Duration, Instant};
 use watch::Watched;
 
 /// How long a command may take that no fault holds up.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(20);
 /// How long guests may take to begin, and to end after their time is over.
-const GUESTS: Duration = Duration::from_secs(60);
+const GUESTS: Duration = Duration::from_secs(40);
 /// Disk of a machine that names none.
 const DISK_BYTES: u64 = 16 << 20;
 /// Where disks in memory are.
@@ -69,6 +69,8 @@ struct Machine {
     disk: Option<FaultyDisk>,
     /// Whether the operator has ended it.
     is_ended: AtomicBool,
+    /// Whether it could not be started.
+    is_unborn: AtomicBool,
 }
 
 /// Everything of a run.
@@ -211,6 +213,7 @@ fn machine(
         image,
         disk: None,
         is_ended: AtomicBool::new(false),
+        is_unborn: AtomicBool::new(false),
     };
     if vm.disk.as_ref().is_some_and(|disk| disk.on == DiskPlace::Faulty) {
         let (engine, name) = (Arc::clone(engine), vm.name.clone());
@@ -330,6 +333,7 @@ impl Run {
         if !started.is_good() && !started.errors.contains("already") {
             let why = started.errors.trim().to_owned();
             self.error(format!("start {}: {why}", machine.vm.name));
+            machine.is_unborn.store(true, Ordering::SeqCst);
         }
     }
 

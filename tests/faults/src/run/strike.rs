@@ -171,7 +171,9 @@ impl Run {
         if fault.action == Action::Hang {
             // What hangs is let go when its time is over.
             std::thread::sleep(time);
-            disk.until_hung(MISSING);
+            if !disk.until_hung(MISSING) {
+                return Err(io::Error::other("nothing was asked of the disk"));
+            }
             disk.let_go();
         }
         Ok(())

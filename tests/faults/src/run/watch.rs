@@ -27,6 +27,8 @@ struct Inner {
     checker: Option<Box<dyn Checker>>,
     /// Bytes of the console that were read.
     position: usize,
+    /// The last line, when it may not be whole.
+    last: Option<String>,
     /// Whether the guest has said that it is done, and with how many errors.
     done: Option<u64>,
     /// How often it was started again.
@@ -45,6 +47,7 @@ impl<'a> Watched<'a> {
             inner: Mutex::new(Inner {
                 checker: Some(checker),
                 position: 0,
+                last: None,
                 done: None,
                 starts: 0,
             }),
@@ -61,12 +64,12 @@ impl<'a> Watched<'a> {
 
     /// Whether the guest's workload has begun.
     pub(super) fn works(&self) -> bool {
-        self.works.load(Ordering::SeqCst)
+        self.works.load(Ordering::SeqCst) || self.is_done()
     }
 
     /// Whether its machine has ended.
     pub(super) fn is_done(&self) -> bool {
-        self.is_done.load(Ordering::SeqCst)
+        self.is_done.load(Ordering::SeqCst) || self.machine.is_unborn.load(Ordering::SeqCst)
     }
 
     /// Nobody waits for it any more.
@@ -99,14 +102,17 @@ impl<'a> Watched<'a> {
             inner.position = 0;
         }
         let new = read.output.get(inner.position..).unwrap_or_default();
-        let Some(whole) = new.rfind('\n').map(|at| at + 1) else {
-            return;
-        };
         let at = self.run.timeline.now().unwrap_or_default();
-        for line in new.get(..whole).unwrap_or_default().lines() {
+        for line in new.split_inclusive('\n') {
+            // The last line may be half of one, which is shown as if it were whole.
+            let is_last = inner.position + line.len() >= read.output.len();
+            if is_last && inner.last.as_deref() != Some(line) {
+                inner.last = Some(line.to_owned());
+                break;
+            }
+            inner.position += line.len();
             self.hear(&mut inner, at, line.trim_end());
         }
-        inner.position += whole;
     }
 
     fn hear(&self, inner: &mut Inner, at: Duration, line: &str) {
@@ -132,10 +138,12 @@ impl<'a> Watched<'a> {
             return;
         };
         let state = about["state"].as_str().unwrap_or_default();
-        if !matches!(state, "stopped" | "crashed" | "failed" | "ended") || !self.works() {
+        let has_run = !about["last_run"].is_null();
+        if !matches!(state, "stopped" | "crashed" | "failed" | "ended") || !has_run {
             return;
         }
-        // What it said last.
+        // What it said last: nothing is added any more.
+        self.read();
         self.read();
         let last = &about["last_run"];
         let how = last["ending"].as_str().unwrap_or("unknown");
