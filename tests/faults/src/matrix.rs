@@ -193,11 +193,12 @@ fn of_messages(phase: Phase, kind: ProcKind, into: &mut Vec<Scenario>) {
             if phase == Phase::Io && kind == ProcKind::Vcpu {
                 made.step.extend([step(AT_MS, Deed::Pause), step(AT_MS + 200, Deed::Resume)]);
             }
-            // Who is not born in time is given up after ten seconds, while its guest works on.
-            if message.starts_with("bir") || message.starts_with("born") {
-                if matches!(action, Action::Drop | Action::Corrupt | Action::Truncate) {
-                    made.seconds = 14;
-                }
+            // Who is not born, or does not go, is given up after ten seconds; its guest works on.
+            let is_waited_for = !message.starts_with("to-device.ping")
+                && !message.starts_with("from-device.pong");
+            let is_lost = matches!(action, Action::Drop | Action::Corrupt | Action::Truncate);
+            if is_waited_for && is_lost {
+                made.seconds = 14;
             }
             into.push(made);
         }

@@ -200,11 +200,11 @@ impl Lanes {
     /// Puts a message behind those that wait for their time; gives it back when there are none.
     fn queue(&self, inode: u64, mut held: Held) -> Option<Held> {
         let mut lanes = locked(&self.0);
-        let lane = lanes.get_mut(&inode)?;
-        let Some(last) = lane.delayed.back() else {
+        let Some(lane) = lanes.get_mut(&inode).filter(|lane| !lane.delayed.is_empty()) else {
             return Some(held);
         };
-        held.due = held.due.max(last.due);
+        let last = lane.delayed.back().map_or(held.due, |last| last.due);
+        held.due = held.due.max(last);
         lane.delayed.push_back(held);
         None
     }

@@ -116,6 +116,7 @@ impl Run {
     /// Runs a command of the operator's, again when a fault came in between.
     fn command(&self, host: &Host, arguments: &[&str]) -> Done {
         let until = Instant::now() + PATIENCE;
+        let mut last = None;
         loop {
             let done = host.run(arguments, PATIENCE);
             if done.is_overdue {
@@ -123,14 +124,16 @@ impl Run {
                 return done;
             }
             let excused = !self.engine.rules().injected().is_empty();
-            if done.is_good() || !excused || Instant::now() > until || self.is_over() {
+            let is_gone = done.errors.contains("is stopped");
+            if done.is_good() || !excused || is_gone || Instant::now() > until || self.is_over() {
                 return done;
             }
-            self.timeline.note(format!(
-                "`bulkhead {}` failed: {}",
-                arguments.join(" "),
-                done.errors.trim()
-            ));
+            let why = done.errors.trim().to_owned();
+            if last.as_ref() != Some(&why) {
+                let command = arguments.join(" ");
+                self.timeline.note(format!("`bulkhead {command}` failed: {why}"));
+                last = Some(why);
+            }
             std::thread::sleep(Duration::from_millis(100));
         }
     }
