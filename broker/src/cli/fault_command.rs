@@ -11,16 +11,23 @@ use std::os::unix::process::CommandExt;
 /// Runs bulkhead-fault of the directory of process binaries, with these arguments: run SCENARIO, points.
 /// It starts a daemon of its own; machines of this host are left alone.
 #[derive(Debug, Args)]
-#[command(disable_help_flag = true, after_long_help = "\
+#[command(
+    disable_help_flag = true,
+    after_long_help = "\
 Examples:
   bulkhead fault points
         lists the points at which faults can be injected
   bulkhead fault run scenario.toml --seed 7
         exits with 0 when everything held, 10 when not, 11 when nothing was shown
-")]
+"
+)]
 pub(super) struct FaultArgs {
     /// Arguments of bulkhead-fault; --help shows them
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "ARGUMENT"
+    )]
     arguments: Vec<OsString>,
 }
 

@@ -2,13 +2,13 @@
 #![allow(clippy::print_stderr, reason = "a program of the command line")]
 
 use bulkhead_faults::SCHEMA_VERSION;
-use bulkhead_faults::{matrix, points};
 use bulkhead_faults::random::{Planned, plan};
 use bulkhead_faults::run::{Setting, run};
 use bulkhead_faults::scenario::Scenario;
 use bulkhead_faults::shrink::{scenario_of, shrink};
 use bulkhead_faults::verdict::{Outcome, Verdict};
 use bulkhead_faults::workload::Guests;
+use bulkhead_faults::{matrix, points};
 use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 use std::io::Write;
@@ -125,10 +125,16 @@ fn say(line: &str) {
 fn list(as_json: bool) -> u8 {
     for listed in points::all() {
         if as_json {
-            say(&json!({ "schema_version": SCHEMA_VERSION, "point": listed.point,
-                    "process": listed.process, "step": listed.step }).to_string());
+            say(
+                &json!({ "schema_version": SCHEMA_VERSION, "point": listed.point,
+                    "process": listed.process, "step": listed.step })
+                .to_string(),
+            );
         } else {
-            say(&format!("{:<40} {:<12} {}", listed.point, listed.process, listed.step));
+            say(&format!(
+                "{:<40} {:<12} {}",
+                listed.point, listed.process, listed.step
+            ));
         }
     }
     0
@@ -217,7 +223,11 @@ fn run_matrix(args: &MatrixArgs) -> u8 {
         };
         let verdict = outcome.verdict();
         say(&format!("{:<64} {}", scenario.name, verdict.in_words()));
-        for why in outcome.errors.iter().chain(outcome.missing.iter().map(|(_, why)| why)) {
+        for why in outcome
+            .errors
+            .iter()
+            .chain(outcome.missing.iter().map(|(_, why)| why))
+        {
             say(&format!("    {why}"));
         }
         if let (Some(output), true) = (&args.output, verdict != Verdict::Held) {
@@ -246,15 +256,21 @@ fn keep(output: &std::path::Path, scenario: &Scenario, outcome: &Outcome) {
 fn show_plan(scenario: &Scenario, seed: u64, plan: &[Planned], as_json: bool) {
     for planned in plan {
         if as_json {
-            say(&json!({ "schema_version": SCHEMA_VERSION, "kind": "planned",
-                    "scenario": scenario.name, "seed": seed, "fault": planned }).to_string());
+            say(
+                &json!({ "schema_version": SCHEMA_VERSION, "kind": "planned",
+                    "scenario": scenario.name, "seed": seed, "fault": planned })
+                .to_string(),
+            );
         } else {
             let fault = &planned.fault;
             let when = match (fault.at_ms, fault.nth) {
                 (Some(ms), _) => format!("at {ms} ms"),
                 (None, nth) => format!("at occurrence {}", nth.unwrap_or(1)),
             };
-            say(&format!("#{} {:?} at {} {when}", planned.id, fault.action, fault.point));
+            say(&format!(
+                "#{} {:?} at {} {when}",
+                planned.id, fault.action, fault.point
+            ));
         }
     }
 }
@@ -303,7 +319,11 @@ fn write_shrunk(
         .map_err(std::io::Error::other)
         .and_then(|text| std::fs::write(&path, text));
     match written {
-        Ok(()) => eprintln!("{} faults still fail: {}", shrunk.fault.len(), path.display()),
+        Ok(()) => eprintln!(
+            "{} faults still fail: {}",
+            shrunk.fault.len(),
+            path.display()
+        ),
         Err(error) => eprintln!("bulkhead-fault: error: {}: {error}", path.display()),
     }
 }

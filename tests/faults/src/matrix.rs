@@ -80,7 +80,7 @@ impl Phase {
                     true => [
                         ("to-vcpu.prepare-legacy", Some(1)),
                         ("from-vcpu.legacy-prepared", Some(1)),
-                        ("from-vcpu.legacy-serving", Some(2)),
+                        ("from-vcpu.legacy-serving", Some(1)),
                     ],
                     false => [
                         ("to-vcpu.prepare-slot", Some(1)),
@@ -191,11 +191,12 @@ fn of_messages(phase: Phase, kind: ProcKind, into: &mut Vec<Scenario>) {
             let mut made = scenario(name, phase, Some(kind), fault);
             made.vm[0].expect = expect(message, action, who, kind);
             if phase == Phase::Io && kind == ProcKind::Vcpu {
-                made.step.extend([step(AT_MS, Deed::Pause), step(AT_MS + 200, Deed::Resume)]);
+                made.step
+                    .extend([step(AT_MS, Deed::Pause), step(AT_MS + 200, Deed::Resume)]);
             }
             // Who is not born, or does not go, is given up after ten seconds; its guest works on.
-            let is_waited_for = !message.starts_with("to-device.ping")
-                && !message.starts_with("from-device.pong");
+            let is_waited_for =
+                !message.starts_with("to-device.ping") && !message.starts_with("from-device.pong");
             let is_lost = matches!(action, Action::Drop | Action::Corrupt | Action::Truncate);
             if is_waited_for && is_lost {
                 made.seconds = 14;
@@ -216,6 +217,8 @@ fn expect(message: &str, action: Action, who: Option<Who>, kind: ProcKind) -> Ex
         (Action::Kill, _) => from_broker,
         // Who talks nonsense, or does not say what it must, is killed.
         (Action::Corrupt | Action::Truncate | Action::Drop, _) => true,
+        // These two are said once.
+        (Action::Duplicate, _) => message.starts_with("birth") || message.starts_with("born"),
         _ => false,
     };
     match with_vcpu && hits_vcpu {
@@ -270,20 +273,90 @@ fn of_brokers(phase: Phase, into: &mut Vec<Scenario>) {
 
 /// Calls of the disk's process and of the broker, and what must be stood.
 const ON_CALLS: [(&str, Action, Option<&str>, Expect); 14] = [
-    ("call.blk.pread64:before", Action::Short, None, Expect::Unharmed),
-    ("call.blk.pwrite64:before", Action::Short, None, Expect::Unharmed),
-    ("call.blk.pwrite64:before", Action::Fail, Some("EIO"), Expect::Errors),
-    ("call.blk.pwrite64:before", Action::Fail, Some("ENOSPC"), Expect::Unharmed),
-    ("call.blk.pread64:before", Action::Fail, Some("EIO"), Expect::Errors),
-    ("call.blk.pwrite64:before", Action::Kill, None, Expect::Unharmed),
-    ("call.blk.pwrite64:after", Action::Kill, None, Expect::Unharmed),
-    ("call.blk.epoll_wait:before", Action::Fail, Some("EINTR"), Expect::Unharmed),
-    ("call.console.epoll_wait:before", Action::Delay, None, Expect::Unharmed),
-    ("call.legacy.epoll_wait:before", Action::Delay, None, Expect::Unharmed),
-    ("call.rng.epoll_wait:before", Action::Delay, None, Expect::Unharmed),
-    ("call.broker.clone3:before", Action::Fail, Some("EAGAIN"), Expect::Unharmed),
-    ("call.broker.fdatasync:before", Action::Delay, None, Expect::Unharmed),
-    ("call.broker.renameat:before", Action::Kill, None, Expect::Unharmed),
+    (
+        "call.blk.pread64:before",
+        Action::Short,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.blk.pwrite64:before",
+        Action::Short,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.blk.pwrite64:before",
+        Action::Fail,
+        Some("EIO"),
+        Expect::Errors,
+    ),
+    (
+        "call.blk.pwrite64:before",
+        Action::Fail,
+        Some("ENOSPC"),
+        Expect::Unharmed,
+    ),
+    (
+        "call.blk.pread64:before",
+        Action::Fail,
+        Some("EIO"),
+        Expect::Errors,
+    ),
+    (
+        "call.blk.pwrite64:before",
+        Action::Kill,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.blk.pwrite64:after",
+        Action::Kill,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.blk.epoll_wait:before",
+        Action::Fail,
+        Some("EINTR"),
+        Expect::Unharmed,
+    ),
+    (
+        "call.console.epoll_wait:before",
+        Action::Delay,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.legacy.epoll_wait:before",
+        Action::Delay,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.rng.epoll_wait:before",
+        Action::Delay,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.broker.clone3:before",
+        Action::Fail,
+        Some("EAGAIN"),
+        Expect::Unharmed,
+    ),
+    (
+        "call.broker.fdatasync:before",
+        Action::Delay,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.broker.renameat:before",
+        Action::Kill,
+        None,
+        Expect::Unharmed,
+    ),
 ];
 
 fn of_calls(into: &mut Vec<Scenario>) {

@@ -140,7 +140,11 @@ pub fn all() -> Vec<Listed> {
         }
     }
     for kind in ProcKind::ALL {
-        points.push(listed(format!("process.{kind}"), kind.name(), "at any time"));
+        points.push(listed(
+            format!("process.{kind}"),
+            kind.name(),
+            "at any time",
+        ));
     }
     for kind in WITH_WINDOW {
         points.push(listed(
@@ -149,7 +153,11 @@ pub fn all() -> Vec<Listed> {
             "what it shares with vcpu",
         ));
     }
-    points.push(listed("machine".to_owned(), "all of a machine", "at any time"));
+    points.push(listed(
+        "machine".to_owned(),
+        "all of a machine",
+        "at any time",
+    ));
     points.push(listed("broker".to_owned(), "broker", "at any time"));
     points.push(listed("host".to_owned(), "all of a host", "at any time"));
     for op in ["read", "write", "flush"] {
@@ -245,7 +253,13 @@ mod tests {
         for listed in points {
             assert!(Point::named(&listed.point).is_some(), "{}", listed.point);
         }
-        for wrong in ["to-vcpu.pong", "call.blk.execve", "process.net", "window.vcpu", "host:after"] {
+        for wrong in [
+            "to-vcpu.pong",
+            "call.blk.execve",
+            "process.net",
+            "window.vcpu",
+            "host:after",
+        ] {
             assert_eq!(Point::named(wrong), None, "{wrong}");
         }
     }

@@ -1,6 +1,7 @@
 //! Everything that the seed decides, before anything is started: the same seed is the same faults at
 //! the same points.
 
+use crate::messages::Boundary;
 use crate::scenario::{Action, DiskPlace, Family, Fault, Scenario, Who};
 use serde::Serialize;
 
@@ -185,7 +186,17 @@ fn draw(scenario: &Scenario, families: &[Family], dice: &mut Dice) -> Option<Fau
         Family::Broker => bare("broker", Action::Kill),
         Family::Host => bare("host", Action::Kill),
     };
-    fault.at_ms = Some(at_ms);
+    // A heartbeat comes once a second, and a guest may be done a little early.
+    let last_beat = (scenario.seconds * 1000).saturating_sub(1700).max(200);
+    let is_message = Boundary::ALL.iter().any(|b| {
+        let mut names = b.messages().iter();
+        names.any(|name| fault.point.starts_with(name))
+    });
+    fault.at_ms = Some(if is_message {
+        at_ms.min(last_beat)
+    } else {
+        at_ms
+    });
     if !matches!(fault.point.as_str(), "broker" | "host") {
         fault.vm = Some(vm.name.clone());
     }

@@ -110,12 +110,18 @@ impl Outcome {
         }
         for (planned, why) in &self.missing {
             let (id, point) = (planned.id, &planned.fault.point);
-            text += &format!("not injected: #{id} {:?} at {point}: {why}\n", planned.fault.action);
+            text += &format!(
+                "not injected: #{id} {:?} at {point}: {why}\n",
+                planned.fault.action
+            );
         }
         for error in &self.errors {
             text += &format!("error: {error}\n");
         }
-        let counts = self.verified.iter().map(|(vm, count)| format!("{vm} {count}"));
+        let counts = self
+            .verified
+            .iter()
+            .map(|(vm, count)| format!("{vm} {count}"));
         text += &format!(
             "{}: {} (seed {}, {} faults injected, verified: {})\n",
             self.name,

@@ -9,7 +9,7 @@ use bulkhead_ipc::ident::ProcId;
 use bulkhead_ipc::protocol::birth::Birth;
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A process of a machine.
@@ -122,12 +122,12 @@ impl Directory {
         }
     }
 
-    /// The control groups of every process that a host ever had.
+    /// The pids of every process that a host ever had.
     #[must_use]
-    pub fn groups(&self, host: usize) -> Vec<PathBuf> {
+    pub fn pids(&self, host: usize) -> Vec<i32> {
         let inner = self.inner();
         let of_host = inner.by_token.values().filter(|known| known.host == host);
-        of_host.flat_map(|known| known.record.groups.clone()).collect()
+        of_host.map(|known| known.record.pid).collect()
     }
 
     /// The processes that are alive, of one machine or host or of all, oldest first.

@@ -122,7 +122,13 @@ fn make(n: &Notification, pid: i32, call: &str, short: Option<u64>) -> Result<i6
         }
         "write" => nix::unistd::write(&file, &read(n.thread, at, len)?)?,
         "pwrite64" => pwrite(&file, &read(n.thread, at, len)?, offset)?,
-        "read" | "pread64" => fill(n.thread, &file, at, len, (call == "pread64").then_some(offset))?,
+        "read" | "pread64" => fill(
+            n.thread,
+            &file,
+            at,
+            len,
+            (call == "pread64").then_some(offset),
+        )?,
         _ => return Err(Errno::ENOSYS),
     };
     i64::try_from(count).map_err(|_| Errno::EOVERFLOW)

@@ -200,7 +200,10 @@ impl Lanes {
     /// Puts a message behind those that wait for their time; gives it back when there are none.
     fn queue(&self, inode: u64, mut held: Held) -> Option<Held> {
         let mut lanes = locked(&self.0);
-        let Some(lane) = lanes.get_mut(&inode).filter(|lane| !lane.delayed.is_empty()) else {
+        let Some(lane) = lanes
+            .get_mut(&inode)
+            .filter(|lane| !lane.delayed.is_empty())
+        else {
             return Some(held);
         };
         let last = lane.delayed.back().map_or(held.due, |last| last.due);
@@ -229,13 +232,19 @@ pub(super) fn seen(engine: &Arc<Engine>, packet: Packet, seen: Seen, n: Notifica
     for planned in before.iter().chain(&after) {
         let target = match planned.fault.action {
             Action::Kill | Action::Stop => {
-                format!(" the {:?}", planned.fault.who.unwrap_or(crate::scenario::Who::Sender))
+                format!(
+                    " the {:?}",
+                    planned.fault.who.unwrap_or(crate::scenario::Who::Sender)
+                )
             }
             _ => String::new(),
         };
         let (id, vm) = (planned.id, &seen.known.vm);
         let about = format!("{vm}/{}", seen.known.id);
-        let what = format!("{:?}{target} at {} ({about})", planned.fault.action, planned.fault.point);
+        let what = format!(
+            "{:?}{target} at {} ({about})",
+            planned.fault.action, planned.fault.point
+        );
         engine.timeline.injected(id, what);
     }
     // Whatever may wait does so in a thread of its own.
@@ -257,7 +266,10 @@ fn inject(
     let manipulated = before
         .iter()
         .find(|p| !matches!(p.fault.action, Action::Kill | Action::Stop));
-    let sent = match (manipulated, after.is_empty() && !engine.lanes.is_busy(packet.inode)) {
+    let sent = match (
+        manipulated,
+        after.is_empty() && !engine.lanes.is_busy(packet.inode),
+    ) {
         (None, true) => return n.go_on(),
         (None, false) => deliver(engine, packet),
         (Some(planned), _) => manipulate(engine, packet, planned),
@@ -356,7 +368,11 @@ fn spoil(bytes: &mut Vec<u8>, planned: &Planned) {
     let mut dice = Dice::new(planned.seed);
     let len = bytes.len() as u64;
     if planned.fault.action == Action::Truncate {
-        let keep = planned.fault.bytes.unwrap_or(len / 2).min(len.saturating_sub(1));
+        let keep = planned
+            .fault
+            .bytes
+            .unwrap_or(len / 2)
+            .min(len.saturating_sub(1));
         // A packet without a byte is the end of the connection.
         bytes.truncate(usize::try_from(keep.max(1)).unwrap_or(1));
         return;

@@ -8,7 +8,7 @@ mod processes;
 mod rules;
 pub mod windows;
 
-pub use processes::Starved;
+pub use processes::{Starved, groups_of};
 pub use rules::{Occurrence, Rules};
 
 use crate::messages::{Boundary, decode};
@@ -119,10 +119,10 @@ impl Engine {
         let Some(pid) = thread_group(notification.thread) else {
             return notification.go_on();
         };
-        if Some(notification.number) == syscalls::number("sendmsg") {
-            if let Some((packet, message)) = self.message(host, pid, &notification) {
-                return messages::seen(self, packet, message, notification);
-            }
+        if Some(notification.number) == syscalls::number("sendmsg")
+            && let Some((packet, message)) = self.message(host, pid, &notification)
+        {
+            return messages::seen(self, packet, message, notification);
         }
         calls::seen(self, host, pid, notification);
     }
@@ -138,8 +138,8 @@ impl Engine {
         let inode = socket_inode(pid, fd)?;
         let packet = Packet::read(notification, pid, fd, inode)?;
         let (boundary, known) = match self.directory.broker(host) == Some(pid) {
-            true => self.from_broker(host, inode, &packet)?,
-            false => self.from_process(pid, inode)?,
+            true => self.a_brokers(host, inode, &packet)?,
+            false => self.a_childs(pid, inode)?,
         };
         let name = boundary.name_of(&packet.bytes)?;
         if boundary == Boundary::Born {
@@ -169,7 +169,7 @@ impl Engine {
         ))
     }
 
-    fn from_broker(&self, host: usize, inode: u64, packet: &Packet) -> Option<(Boundary, Known)> {
+    fn a_brokers(&self, host: usize, inode: u64, packet: &Packet) -> Option<(Boundary, Known)> {
         if packet.has_address() {
             let adopt = decode::<Adopt>(&packet.bytes)?;
             let known = self.directory.with_token(&adopt.token)?;
@@ -188,7 +188,7 @@ impl Engine {
         Some((Boundary::Birth, known))
     }
 
-    fn from_process(&self, pid: i32, inode: u64) -> Option<(Boundary, Known)> {
+    fn a_childs(&self, pid: i32, inode: u64) -> Option<(Boundary, Known)> {
         let known = self.directory.with_pid(pid)?;
         let boundary = match known.control {
             None => Boundary::Born,

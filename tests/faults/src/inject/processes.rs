@@ -94,13 +94,39 @@ fn group_of(pid: i32, hierarchy: &Path) -> io::Result<PathBuf> {
     Ok(hierarchy.join(path))
 }
 
-/// The files of a process's memory groups: limit and usage.
-fn memory_files(known: &Known) -> Option<(PathBuf, PathBuf)> {
+/// The control groups that brokers have made for processes with these pids, in every hierarchy: the
+/// pid ends their names.
+#[must_use]
+pub fn groups_of(pids: &[i32]) -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let of_groups = |line: &&str| {
+        line.split(' ')
+            .nth(2)
+            .is_some_and(|k| k.starts_with("cgroup"))
+    };
+    let places = mounts.lines().filter(of_groups);
+    let places = places.filter_map(|line| line.split(' ').nth(1));
+    let mut found = Vec::new();
+    for place in places {
+        let all = Path::new(place).join("bulkhead");
+        for entry in fs::read_dir(all).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let pid = name.rsplit_once('-').and_then(|(_, pid)| pid.parse().ok());
+            if pid.is_some_and(|pid| pids.contains(&pid)) {
+                found.push(entry.path());
+            }
+        }
+    }
+    found
+}
+
+/// The files of limit and usage of a process's memory group.
+fn memory_files(pid: i32) -> Option<(PathBuf, PathBuf)> {
     let pairs = [
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ("memory.max", "memory.current"),
     ];
-    known.record.groups.iter().find_map(|group| {
+    groups_of(&[pid]).iter().find_map(|group| {
         let of = |(limit, usage): (&str, &str)| (group.join(limit), group.join(usage));
         pairs.map(of).into_iter().find(|(limit, _)| limit.exists())
     })
@@ -156,7 +182,7 @@ impl Engine {
     pub fn press(&self, processes: &[Known], fault: &Fault) -> io::Result<()> {
         let mut limits = Vec::new();
         for known in processes {
-            let Some((limit, usage)) = memory_files(known) else {
+            let Some((limit, usage)) = memory_files(known.record.pid) else {
                 continue;
             };
             let before = fs::read_to_string(&limit)?;

@@ -23,7 +23,9 @@ impl Holds {
     fn of(pid: i32) -> Option<Self> {
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count();
         let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssAnon:"))?;
         let kib: u64 = line.trim().trim_end_matches(" kB").parse().ok()?;
         Some(Self {
             descriptors,
@@ -64,7 +66,13 @@ impl<'a> Keeper<'a> {
         let Some(status) = host.ended() else { return };
         let run = self.run;
         let Some(away) = run.engine.was_doomed(host.index) else {
-            let log: Vec<_> = host.log().lines().rev().take(5).map(str::to_owned).collect();
+            let log: Vec<_> = host
+                .log()
+                .lines()
+                .rev()
+                .take(5)
+                .map(str::to_owned)
+                .collect();
             run.error(format!(
                 "the broker of {} ended by itself: {status}: {}",
                 host.name,

@@ -131,7 +131,8 @@ impl Run {
             let why = done.errors.trim().to_owned();
             if last.as_ref() != Some(&why) {
                 let command = arguments.join(" ");
-                self.timeline.note(format!("`bulkhead {command}` failed: {why}"));
+                self.timeline
+                    .note(format!("`bulkhead {command}` failed: {why}"));
                 last = Some(why);
             }
             std::thread::sleep(Duration::from_millis(100));
@@ -218,7 +219,11 @@ fn machine(
         is_ended: AtomicBool::new(false),
         is_unborn: AtomicBool::new(false),
     };
-    if vm.disk.as_ref().is_some_and(|disk| disk.on == DiskPlace::Faulty) {
+    if vm
+        .disk
+        .as_ref()
+        .is_some_and(|disk| disk.on == DiskPlace::Faulty)
+    {
         let (engine, name) = (Arc::clone(engine), vm.name.clone());
         let tell = move |event| strike::disk_fault(&engine, &name, &event);
         let disk = FaultyDisk::mount(bytes, DiskRules::default(), tell)?;
@@ -268,7 +273,11 @@ impl Run {
         for machine in &self.machines {
             self.create(machine, setting);
         }
-        let watched: Vec<Watched<'_>> = self.machines.iter().map(|m| Watched::new(self, m)).collect();
+        let watched: Vec<Watched<'_>> = self
+            .machines
+            .iter()
+            .map(|m| Watched::new(self, m))
+            .collect();
         std::thread::scope(|scope| {
             for one in &watched {
                 scope.spawn(|| one.watch());
@@ -315,7 +324,10 @@ impl Run {
             .into_iter()
             .map(|argument| argument.to_string_lossy().into_owned())
             .collect();
-        let (name, disk) = (machine.vm.name.as_str(), machine.image.display().to_string());
+        let (name, disk) = (
+            machine.vm.name.as_str(),
+            machine.image.display().to_string(),
+        );
         let cpus = machine.vm.cpus.unwrap_or(1).to_string();
         let mut arguments = vec!["create", "--name", name, "--disk", &disk, "--cpus", &cpus];
         arguments.extend(work.iter().map(String::as_str));
@@ -371,6 +383,10 @@ fn is_telling(line: &str) -> bool {
 /// Puts what a guest says on the time line.
 fn tell_guest(timeline: &Timeline, vm: &str, line: &str) {
     if is_telling(line) {
-        timeline.tell(Part::Guest, format!("{vm}: {line}"), serde_json::Value::Null);
+        timeline.tell(
+            Part::Guest,
+            format!("{vm}: {line}"),
+            serde_json::Value::Null,
+        );
     }
 }

@@ -100,9 +100,14 @@ impl Run {
         let why = done.errors.trim();
         // Of a machine that is gone nothing can be asked.
         if self.may_be_lost(machine) {
-            return self.timeline.note(format!("{:?} of {vm}: {why}", step.deed));
+            return self
+                .timeline
+                .note(format!("{:?} of {vm}: {why}", step.deed));
         }
-        self.error(format!("{:?} of {vm} failed after {took} ms: {why}", step.deed));
+        self.error(format!(
+            "{:?} of {vm} failed after {took} ms: {why}",
+            step.deed
+        ));
     }
 
     fn restart_broker(&self, host: &Host) {

@@ -2,6 +2,7 @@
 
 use super::{PATIENCE, Run, keeper::Keeper};
 use crate::hosts::Host;
+use crate::inject::groups_of;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
@@ -77,10 +78,8 @@ impl Run {
         for entry in machines.into_iter().flatten().flatten() {
             left.push(format!("{} is left behind", entry.path().display()));
         }
-        for group in self.engine.directory.groups(host.index) {
-            if group.exists() {
-                left.push(format!("control group {} is left behind", group.display()));
-            }
+        for group in groups_of(&self.engine.directory.pids(host.index)) {
+            left.push(format!("control group {} is left behind", group.display()));
         }
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let runtime = host.runtime();

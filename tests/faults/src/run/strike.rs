@@ -36,7 +36,8 @@ impl Run {
             };
             if let Err(error) = self.strike(planned, &point) {
                 let why = error.to_string();
-                self.timeline.note(format!("#{} not injected: {why}", planned.id));
+                self.timeline
+                    .note(format!("#{} not injected: {why}", planned.id));
                 self.engine.rules().failed(planned.id, why);
             }
         }
@@ -69,7 +70,10 @@ impl Run {
                 let known = self.process(machine, kind.name(), fault)?;
                 let bytes = fault.bytes.unwrap_or(SPOILED);
                 let of = windows::spoil(known.record.pid, bytes, planned.seed)?;
-                self.tell(planned, &format!("{}/{}, {bytes} of {of} bytes", known.vm, known.id));
+                self.tell(
+                    planned,
+                    &format!("{}/{}, {bytes} of {of} bytes", known.vm, known.id),
+                );
             }
             Point::Machine => {
                 let processes = self.engine.directory.alive(Some(&machine.vm.name), None);
@@ -96,7 +100,10 @@ impl Run {
     }
 
     fn tell(&self, planned: &Planned, whom: &str) {
-        let what = format!("{:?} at {} ({whom})", planned.fault.action, planned.fault.point);
+        let what = format!(
+            "{:?} at {} ({whom})",
+            planned.fault.action, planned.fault.point
+        );
         self.engine.timeline.injected(planned.id, what);
     }
 

@@ -161,9 +161,10 @@ impl<'a> Watched<'a> {
             let workload = Workload::from(self.machine.vm.workload);
             inner.checker = Some(workload.checker(self.run.seed));
             drop(inner);
-            self.run
-                .timeline
-                .note(format!("{} was lost ({how}); it is started again", self.name()));
+            self.run.timeline.note(format!(
+                "{} was lost ({how}); it is started again",
+                self.name()
+            ));
             return self.run.start(self.machine);
         }
         drop(inner);
@@ -245,4 +246,3 @@ fn moment(time: &str) -> Option<std::time::Instant> {
     let ago = (now - then).rem_euclid(86400.0);
     std::time::Instant::now().checked_sub(Duration::from_secs_f64(ago))
 }
-

@@ -61,7 +61,9 @@ struct Requests(Verified);
 impl Checker for Requests {
     fn record(&mut self, _at: Duration, line: &str) {
         if let Some(rest) = line.strip_prefix("BH blk-load.end ") {
-            let number = rest.split(' ').find_map(|word| word.strip_prefix("requests="));
+            let number = rest
+                .split(' ')
+                .find_map(|word| word.strip_prefix("requests="));
             self.0.count += number.and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
         }
         if line.starts_with("BH error ") {
