@@ -285,6 +285,8 @@ mod tests {
                 ..rule
             },
         ];
-        never.map(|rule| assert!(matches!(rules.add(rule), Err(DiskError::Never))));
+        for rule in never {
+            assert!(matches!(rules.add(rule), Err(DiskError::Never)));
+        }
     }
 }
