@@ -48,6 +48,10 @@ pub enum Point {
     Process(ProcKind),
     /// What a device process shares with the gate.
     Window(ProcKind),
+    /// The time of day of a process, of the broker without a kind.
+    Clock(Option<ProcKind>),
+    /// The hardware that a guest sees.
+    Guest,
     /// A machine.
     Machine,
     /// The broker.
@@ -153,6 +157,10 @@ pub fn all() -> Vec<Listed> {
             "what it shares with vcpu",
         ));
     }
+    for kind in ProcKind::ALL.map(ProcKind::name).into_iter().chain(["broker"]) {
+        points.push(listed(format!("clock.{kind}"), kind, "its time of day"));
+    }
+    points.push(listed("guest".to_owned(), "guest", "what its hardware does"));
     points.push(listed(
         "machine".to_owned(),
         "all of a machine",
@@ -191,6 +199,7 @@ impl Point {
         }
         match base.split_once('.') {
             None => match base {
+                "guest" => Some(Self::Guest),
                 "machine" => Some(Self::Machine),
                 "broker" => Some(Self::Broker),
                 "host" => Some(Self::Host),
@@ -201,6 +210,8 @@ impl Point {
             Some(("window", kind)) => kind_named(kind)
                 .filter(|kind| WITH_WINDOW.contains(kind))
                 .map(Self::Window),
+            Some(("clock", "broker")) => Some(Self::Clock(None)),
+            Some(("clock", kind)) => kind_named(kind).map(|kind| Self::Clock(Some(kind))),
             Some(("disk", "read")) => Some(Self::Disk(DiskOp::Read)),
             Some(("disk", "write")) => Some(Self::Disk(DiskOp::Write)),
             Some(("disk", "flush")) => Some(Self::Disk(DiskOp::Flush)),
@@ -231,6 +242,7 @@ impl Point {
         match self {
             Self::Message(..) => syscalls::number("sendmsg"),
             Self::Call(_, call, _) => syscalls::number(call),
+            Self::Clock(_) => syscalls::number("clock_gettime"),
             _ => None,
         }
     }

@@ -121,6 +121,7 @@ pub fn bare(point: &str, action: Action) -> Fault {
         sectors: None,
         seed: None,
         percent: None,
+        jump_ms: None,
     }
 }
 

@@ -2,7 +2,8 @@
 //! about it is done.
 
 mod calls;
-mod guest;
+mod clock;
+pub mod guest;
 mod messages;
 mod processes;
 mod rules;
@@ -49,6 +50,8 @@ pub struct Engine {
     killed: Mutex<BTreeSet<i32>>,
     /// How often each message was seen.
     seen: Mutex<BTreeMap<String, u64>>,
+    /// How far the time of day of processes is off, in milliseconds.
+    clocks: Mutex<BTreeMap<i32, i64>>,
     /// Threads that undo something.
     undoing: Mutex<Vec<std::thread::JoinHandle<()>>>,
 }
@@ -88,6 +91,7 @@ impl Engine {
             doomed: Mutex::default(),
             killed: Mutex::default(),
             seen: Mutex::default(),
+            clocks: Mutex::default(),
             undoing: Mutex::default(),
         })
     }
@@ -119,6 +123,9 @@ impl Engine {
         let Some(pid) = thread_group(notification.thread) else {
             return notification.go_on();
         };
+        if Some(notification.number) == syscalls::number("clock_gettime") {
+            return clock::asked(self, pid, notification);
+        }
         if Some(notification.number) == syscalls::number("sendmsg")
             && let Some((packet, message)) = self.message(host, pid, &notification)
         {
@@ -226,6 +233,14 @@ impl Engine {
             let away = Duration::from_millis(fault.ms.unwrap_or(0));
             locked(&self.doomed).insert(host, away);
         }
+    }
+
+    /// The time of day of a process jumps.
+    ///
+    /// # Errors
+    /// When it is gone, or reads its clocks in another way.
+    pub fn jump(&self, pid: i32, by_ms: i64) -> std::io::Result<()> {
+        clock::jump(self, pid, by_ms)
     }
 
     /// The broker of a host is about to be killed and stays away so long.

@@ -3,7 +3,7 @@
 use super::{Machine, Run, keeper::Keeper};
 use crate::disk::{DiskAction, DiskEvent, DiskOp, DiskRule};
 use crate::hosts::Host;
-use crate::inject::{Engine, windows};
+use crate::inject::{Engine, guest, windows};
 use crate::points::Point;
 use crate::random::Planned;
 use crate::scenario::{Action, Fault};
@@ -74,6 +74,23 @@ impl Run {
                     planned,
                     &format!("{}/{}, {bytes} of {of} bytes", known.vm, known.id),
                 );
+            }
+            Point::Clock(kind) => {
+                let (pid, whom) = match kind {
+                    Some(kind) => {
+                        let known = self.process(machine, kind.name(), fault)?;
+                        (known.record.pid, format!("{}/{}", known.vm, known.id))
+                    }
+                    None => (self.broker(host)?, host.name.clone()),
+                };
+                let by_ms = fault.jump_ms.unwrap_or(0);
+                self.engine.jump(pid, by_ms)?;
+                self.tell(planned, &format!("{whom}, by {by_ms} ms"));
+            }
+            Point::Guest => {
+                let known = self.process(machine, "vcpu", fault)?;
+                guest::nmi(known.record.pid)?;
+                self.tell(planned, &machine.vm.name);
             }
             Point::Machine => {
                 let processes = self.engine.directory.alive(Some(&machine.vm.name), None);

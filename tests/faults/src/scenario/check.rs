@@ -256,6 +256,9 @@ fn check_parameters(fault: &Fault) -> Result<(), Wrong> {
     if matches!(fault.action, Action::Short | Action::Torn) && fault.bytes.is_none() {
         return Err(("bytes", "expected how many".to_owned()));
     }
+    if fault.action == Action::Jump && fault.jump_ms.is_none() {
+        return Err(("jump_ms", "expected by how much".to_owned()));
+    }
     if fault.percent.is_some_and(|percent| percent > 100) {
         return Err(("percent", "expected 0 to 100".to_owned()));
     }
@@ -291,6 +294,8 @@ fn is_possible(point: &Point, action: Action) -> bool {
             Action::Kill | Action::Stop | Action::Slow | Action::Starve
         ),
         Point::Window(_) => action == Action::Corrupt,
+        Point::Clock(_) => action == Action::Jump,
+        Point::Guest => action == Action::Nmi,
         Point::Machine => matches!(action, Action::MemoryPressure | Action::Starve),
         Point::Broker => matches!(action, Action::Kill | Action::Stop | Action::Slow),
         Point::Host => action == Action::Kill,

@@ -213,6 +213,9 @@ pub struct Fault {
     /// Seed of what the fault itself draws (bits, bytes); by default it is drawn too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
+    /// By how many milliseconds a clock jumps; negative: back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jump_ms: Option<i64>,
     /// Share in percent: of the CPU that is left, of frames that are lost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub percent: Option<u8>,
@@ -276,6 +279,10 @@ pub enum Action {
     Loss,
     /// No frame passes a link for `ms`.
     Partition,
+    /// A guest gets a non-maskable interrupt.
+    Nmi,
+    /// The time of day is `jump_ms` later, or earlier, from one moment to the next.
+    Jump,
 }
 
 /// Faults that the seed draws.
