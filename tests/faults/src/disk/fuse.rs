@@ -141,7 +141,9 @@ impl Filesystem for Server {
         let zero = FallocateFlags::FALLOC_FL_ZERO_RANGE;
         let mode = FallocateFlags::from_bits_retain(mode);
         if mode == keep | punch || mode == keep | zero {
-            return self.0.serve(asker(handle, offset), Job::Zero(length, reply));
+            return self
+                .0
+                .serve(asker(handle, offset), Job::Zero(length, reply));
         }
         reply.error(Errno::EOPNOTSUPP);
     }

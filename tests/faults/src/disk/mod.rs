@@ -35,7 +35,9 @@ pub enum DiskError {
     #[error("{0:?} cannot have the fault {1:?}")]
     Senseless(DiskOp, DiskAction),
     /// A rule that no operation ever meets.
-    #[error("a disk rule is about nothing: `nth` and `times` count from 1, and sectors are not empty")]
+    #[error(
+        "a disk rule is about nothing: `nth` and `times` count from 1, and sectors are not empty"
+    )]
     Never,
 }
 

@@ -265,14 +265,28 @@ mod tests {
             (DiskOp::Read, DiskAction::Full),
             (DiskOp::Flush, DiskAction::Torn { bytes }),
         ] {
-            assert!(rules.add(DiskRule::next(op, action)).is_err(), "{op:?} {action:?}");
+            assert!(
+                rules.add(DiskRule::next(op, action)).is_err(),
+                "{op:?} {action:?}"
+            );
         }
         let rule = DiskRule::next(DiskOp::Read, DiskAction::Error);
         let never = [
-            DiskRule { nth: 0, ..rule.clone() },
-            DiskRule { times: Some(0), ..rule.clone() },
-            DiskRule { sectors: Some(5..5), ..rule },
+            DiskRule {
+                nth: 0,
+                ..rule.clone()
+            },
+            DiskRule {
+                times: Some(0),
+                ..rule.clone()
+            },
+            DiskRule {
+                sectors: Some(5..5),
+                ..rule
+            },
         ];
-        never.map(|rule| assert!(matches!(rules.add(rule), Err(DiskError::Never))));
+        for rule in never {
+            assert!(matches!(rules.add(rule), Err(DiskError::Never)));
+        }
     }
 }

@@ -209,7 +209,9 @@ impl Served {
 
     pub(super) fn until_hung(&self, patience: Duration) -> bool {
         let none_hangs = |state: &mut State| state.hung() == 0;
-        let waited = self.changed.wait_timeout_while(self.state(), patience, none_hangs);
+        let waited = self
+            .changed
+            .wait_timeout_while(self.state(), patience, none_hangs);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         state.hung() > 0
     }

@@ -20,7 +20,11 @@ fn mounted(rules: DiskRules) -> (FaultyDisk, File, Told) {
 }
 
 fn open(disk: &FaultyDisk) -> File {
-    File::options().read(true).write(true).open(disk.path()).unwrap()
+    File::options()
+        .read(true)
+        .write(true)
+        .open(disk.path())
+        .unwrap()
 }
 
 fn rule(op: DiskOp, action: DiskAction) -> DiskRules {
@@ -58,7 +62,10 @@ fn errors_are_given_once_and_told_with_their_place() {
     let [event] = told[..] else {
         panic!("{told:?}");
     };
-    assert_eq!((event.op, event.offset, event.bytes), (DiskOp::Write, 1024, 512));
+    assert_eq!(
+        (event.op, event.offset, event.bytes),
+        (DiskOp::Write, 1024, 512)
+    );
     assert_eq!((event.action, event.handle), (DiskAction::Full, 1));
 }
 
@@ -66,10 +73,12 @@ fn errors_are_given_once_and_told_with_their_place() {
 fn rules_can_be_added_while_it_is_used() {
     let (disk, file, told) = mounted(DiskRules::new());
     file.sync_data().unwrap();
-    disk.add(DiskRule::next(DiskOp::Flush, DiskAction::Error)).unwrap();
+    disk.add(DiskRule::next(DiskOp::Flush, DiskAction::Error))
+        .unwrap();
     assert_eq!(errno(file.sync_data()), Some(libc::EIO));
     file.sync_data().unwrap();
-    disk.add(DiskRule::always(DiskOp::Read, DiskAction::Error)).unwrap();
+    disk.add(DiskRule::always(DiskOp::Read, DiskAction::Error))
+        .unwrap();
     let mut read = [0; 512];
     assert_eq!(errno(file.read_at(&mut read, 0)), Some(libc::EIO));
     disk.heal();
@@ -131,7 +140,11 @@ fn what_hangs_is_let_go() {
     });
     assert_eq!(disk.image()[..512], [1; 512]);
     let ops: Vec<DiskOp> = disk.log().iter().map(|access| access.op).collect();
-    assert_eq!(ops, [DiskOp::Read, DiskOp::Write], "in the order of their effect");
+    assert_eq!(
+        ops,
+        [DiskOp::Read, DiskOp::Write],
+        "in the order of their effect"
+    );
 }
 
 #[test]
@@ -168,11 +181,18 @@ fn ranges_are_made_zero_and_that_counts_as_a_write() {
     let (disk, file, told) = mounted(DiskRules::new());
     file.write_all_at(&[1; 8192], 0).unwrap();
     file.sync_data().unwrap();
-    disk.add(DiskRule::next(DiskOp::Write, DiskAction::Error)).unwrap();
+    disk.add(DiskRule::next(DiskOp::Write, DiskAction::Error))
+        .unwrap();
     let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    for mode in [FallocateFlags::FALLOC_FL_PUNCH_HOLE, FallocateFlags::FALLOC_FL_ZERO_RANGE] {
+    for mode in [
+        FallocateFlags::FALLOC_FL_PUNCH_HOLE,
+        FallocateFlags::FALLOC_FL_ZERO_RANGE,
+    ] {
         let refused = fallocate(&file, keep | mode, 0, 4096);
-        assert_eq!(refused.is_err(), mode == FallocateFlags::FALLOC_FL_PUNCH_HOLE);
+        assert_eq!(
+            refused.is_err(),
+            mode == FallocateFlags::FALLOC_FL_PUNCH_HOLE
+        );
     }
     assert_eq!(disk.image()[..4096], [0; 4096]);
     assert_eq!(disk.image()[4096..8192], [1; 4096]);
@@ -185,6 +205,9 @@ fn ranges_are_made_zero_and_that_counts_as_a_write() {
 fn disk_keeps_its_size() {
     let (disk, file, _) = mounted(DiskRules::new());
     assert_eq!(file.metadata().unwrap().len(), BYTES);
-    assert_eq!(errno(file.write_at(&[1; 1024], BYTES - 512)), Some(libc::EFBIG));
+    assert_eq!(
+        errno(file.write_at(&[1; 1024], BYTES - 512)),
+        Some(libc::EFBIG)
+    );
     assert_eq!(disk.image().len() as u64, BYTES);
 }
