@@ -6,6 +6,8 @@
 //! the links between hosts that it relays itself. Nothing of the code under test is changed, and
 //! nothing of the product depends on this crate.
 
+#[path = "../../guests/src/blocks.rs"]
+pub mod blocks;
 pub mod disk;
 pub mod hosts;
 pub mod inject;

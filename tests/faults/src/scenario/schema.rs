@@ -81,6 +81,14 @@ pub struct Vm {
 pub enum Work {
     /// Patterns on its disk, with checksums and flushes.
     Blocks,
+    /// Memory that keeps changing and is verified.
+    Memory,
+    /// Clocks that are compared with one outside.
+    Clock,
+    /// Numbered lines on the serial port; typed ones too, unless a fault may hit the broker.
+    Transcript,
+    /// Files that the small Linux creates, renames and synchronises.
+    Files,
 }
 
 /// What the faults may do to a guest.
