@@ -391,9 +391,15 @@ impl Run {
     }
 }
 
-/// A line of a guest's console that is worth a place on the time line.
+/// A line of a guest's console that is worth a place on the time line: not each of the many that say how
+/// far the work is.
 fn is_telling(line: &str) -> bool {
-    line.starts_with("BH ") && !line.starts_with("BH hello")
+    let record = line.strip_prefix("BH ").unwrap_or_default();
+    let name = record.split(' ').next().unwrap_or_default();
+    match name.rsplit_once('.') {
+        Some((_, what)) => matches!(what, "begin" | "end"),
+        None => !matches!(name, "" | "hello"),
+    }
 }
 
 /// Puts what a guest says on the time line.

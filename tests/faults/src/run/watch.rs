@@ -125,7 +125,8 @@ impl<'a> Watched<'a> {
 
     /// Whether a line says that the guest's work has begun.
     fn begins(&self, line: &str) {
-        if line.starts_with("BH ") && !line.starts_with("BH hello") && line.len() > 8 {
+        let is_record = line.starts_with("BH ") && !line.starts_with("BH hello");
+        if is_record && line.len() > 8 || line.starts_with("bh.files ") {
             self.works.store(true, Ordering::SeqCst);
         }
     }
