@@ -58,9 +58,9 @@ fn script(seconds: u64, seed: u64) -> String {
          while read -r u x </proc/uptime; [ ${{u%%.*}} -lt $end ]; do \
          i=$((i+1)); say begin $i; j=0; \
          while [ $j -lt {LINES} ]; do echo $i $j {mark}; j=$((j+1)); done >new && \
-         fsync new && mv -f new f$i && fsync . && say created $i || say refused $i; \
-         echo $i >next && fsync next && mv -f next current && fsync . && say current $i || say refused $i; \
-         if [ $i -gt {KEPT} ]; then r=$((i-{KEPT})); rm -f f$r && fsync . && say removed $r || say refused $r; fi; \
+         sync new && mv -f new f$i && sync . && say created $i || say refused $i; \
+         echo $i >next && sync next && mv -f next current && sync . && say current $i || say refused $i; \
+         if [ $i -gt {KEPT} ]; then r=$((i-{KEPT})); rm -f f$r && sync . && say removed $r || say refused $r; fi; \
          done; cd /; umount /mnt && say end $i"
     )
 }
