@@ -9,12 +9,28 @@
 #[path = "../../guests/src/blocks.rs"]
 pub mod blocks;
 pub mod disk;
+pub mod hosts;
+pub mod inject;
+pub mod matrix;
+pub mod messages;
+pub mod notify;
 #[path = "../../guests/src/pattern.rs"]
 pub mod pattern;
+pub mod points;
 #[allow(
     clippy::cast_possible_truncation,
     reason = "the test guest's own, for whose CPU the width is known"
 )]
 #[path = "../../guests/src/prng.rs"]
 pub mod prng;
+pub mod random;
+pub mod run;
+pub mod scenario;
+pub mod shrink;
+pub mod timeline;
+pub mod verdict;
+pub mod who;
 pub mod workload;
+
+/// Version of the JSON objects that are printed.
+pub const SCHEMA_VERSION: u32 = 1;

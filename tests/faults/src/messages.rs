@@ -217,7 +217,10 @@ mod tests {
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         files.sort();
-        assert_eq!(files, ["adopt.rs", "birth.rs", "device.rs", "mod.rs", "vcpu.rs"]);
+        assert_eq!(
+            files,
+            ["adopt.rs", "birth.rs", "device.rs", "mod.rs", "vcpu.rs"]
+        );
     }
 
     #[test]
@@ -228,7 +231,10 @@ mod tests {
             blame: false,
         })
         .unwrap();
-        assert_eq!(Boundary::ToVcpu.name_of(&bytes), Some("to-vcpu.prepare-slot"));
+        assert_eq!(
+            Boundary::ToVcpu.name_of(&bytes),
+            Some("to-vcpu.prepare-slot")
+        );
         assert_eq!(Boundary::ToVcpu.name_of(&[bytes, vec![0]].concat()), None);
     }
 }

@@ -1,5 +1,6 @@
 //! The named points: where faults can be injected.
 
+use crate::disk::DiskOp;
 use crate::messages::Boundary;
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_policies::syscalls;
@@ -34,17 +35,6 @@ pub enum When {
     Before,
     /// It has happened, and whoever did it does not know yet.
     After,
-}
-
-/// Operations of a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DiskOp {
-    /// A read.
-    Read,
-    /// A write.
-    Write,
-    /// A flush.
-    Flush,
 }
 
 /// A point.
@@ -150,7 +140,11 @@ pub fn all() -> Vec<Listed> {
         }
     }
     for kind in ProcKind::ALL {
-        points.push(listed(format!("process.{kind}"), kind.name(), "at any time"));
+        points.push(listed(
+            format!("process.{kind}"),
+            kind.name(),
+            "at any time",
+        ));
     }
     for kind in WITH_WINDOW {
         points.push(listed(
@@ -159,7 +153,11 @@ pub fn all() -> Vec<Listed> {
             "what it shares with vcpu",
         ));
     }
-    points.push(listed("machine".to_owned(), "all of a machine", "at any time"));
+    points.push(listed(
+        "machine".to_owned(),
+        "all of a machine",
+        "at any time",
+    ));
     points.push(listed("broker".to_owned(), "broker", "at any time"));
     points.push(listed("host".to_owned(), "all of a host", "at any time"));
     for op in ["read", "write", "flush"] {
@@ -255,7 +253,13 @@ mod tests {
         for listed in points {
             assert!(Point::named(&listed.point).is_some(), "{}", listed.point);
         }
-        for wrong in ["to-vcpu.pong", "call.blk.execve", "process.net", "window.vcpu", "host:after"] {
+        for wrong in [
+            "to-vcpu.pong",
+            "call.blk.execve",
+            "process.net",
+            "window.vcpu",
+            "host:after",
+        ] {
             assert_eq!(Point::named(wrong), None, "{wrong}");
         }
     }

@@ -1,6 +1,7 @@
 //! Everything that the seed decides, before anything is started: the same seed is the same faults at
 //! the same points.
 
+use crate::messages::Boundary;
 use crate::scenario::{Action, DiskPlace, Family, Fault, Scenario, Who};
 use serde::Serialize;
 
@@ -46,6 +47,7 @@ pub struct Planned {
     #[serde(flatten)]
     pub fault: Fault,
     /// Seed of what the fault itself draws: bits, bytes.
+    #[serde(skip)]
     pub seed: u64,
 }
 
@@ -65,10 +67,15 @@ pub fn plan(scenario: &Scenario, seed: u64) -> Vec<Planned> {
         }
     }
     let number = |n: usize| u32::try_from(n + 1).unwrap_or(u32::MAX);
-    let planned = faults.into_iter().enumerate().map(|(n, fault)| Planned {
-        id: number(n),
-        fault,
-        seed: dice.roll(),
+    let planned = faults.into_iter().enumerate().map(|(n, mut fault)| {
+        // As many bits as a number of TOML has.
+        let drawn = dice.roll() >> 1;
+        let seed = *fault.seed.get_or_insert(drawn);
+        Planned {
+            id: number(n),
+            fault,
+            seed,
+        }
     });
     planned.collect()
 }
@@ -112,20 +119,17 @@ pub fn bare(point: &str, action: Action) -> Fault {
         bytes: None,
         who: None,
         sectors: None,
+        seed: None,
         percent: None,
     }
 }
 
 /// Heartbeats go on for as long as a machine lives: these points are always reached.
-const ALWAYS: [&str; 8] = [
+const ALWAYS: [&str; 4] = [
     "to-device.ping:before",
     "to-device.ping:after",
     "from-device.pong:before",
     "from-device.pong:after",
-    "to-vcpu.ping:before",
-    "to-vcpu.ping:after",
-    "from-vcpu.pong:before",
-    "from-vcpu.pong:after",
 ];
 const ON_MESSAGES: [Action; 8] = [
     Action::Kill,
@@ -161,7 +165,7 @@ fn draw(scenario: &Scenario, families: &[Family], dice: &mut Dice) -> Option<Fau
     let last_ms = (scenario.seconds * 1000).saturating_sub(500).max(400);
     let at_ms = dice.between(200, last_ms);
     let mut fault = match *dice.pick(families)? {
-        Family::Message => message(vm.expect == crate::scenario::Expect::Lost, dice)?,
+        Family::Message => message(dice)?,
         Family::Process => {
             let kind = dice.pick(&DEVICES)?;
             bare(&format!("process.{kind}"), *dice.pick(&ON_PROCESSES)?)
@@ -182,7 +186,17 @@ fn draw(scenario: &Scenario, families: &[Family], dice: &mut Dice) -> Option<Fau
         Family::Broker => bare("broker", Action::Kill),
         Family::Host => bare("host", Action::Kill),
     };
-    fault.at_ms = Some(at_ms);
+    // A heartbeat comes once a second, and a guest may be done a little early.
+    let last_beat = (scenario.seconds * 1000).saturating_sub(1700).max(200);
+    let is_message = Boundary::ALL.iter().any(|b| {
+        let mut names = b.messages().iter();
+        names.any(|name| fault.point.starts_with(name))
+    });
+    fault.at_ms = Some(if is_message {
+        at_ms.min(last_beat)
+    } else {
+        at_ms
+    });
     if !matches!(fault.point.as_str(), "broker" | "host") {
         fault.vm = Some(vm.name.clone());
     }
@@ -198,16 +212,15 @@ fn draw(scenario: &Scenario, families: &[Family], dice: &mut Dice) -> Option<Fau
     Some(fault)
 }
 
-/// A fault on a heartbeat. The vCPU process has no successor, so it is spared unless its machine may
-/// be lost.
-fn message(may_be_lost: bool, dice: &mut Dice) -> Option<Fault> {
+/// A fault on a heartbeat.
+fn message(dice: &mut Dice) -> Option<Fault> {
     let point = *dice.pick(&ALWAYS)?;
-    let action = *dice.pick(&ON_MESSAGES)?;
-    let spoils = matches!(action, Action::Kill | Action::Corrupt | Action::Truncate);
-    let action = match point.contains("vcpu") && spoils && !may_be_lost {
-        true => Action::Duplicate,
-        false => action,
+    // What happens to the message itself happens before it is sent.
+    let actions = match point.ends_with(":after") {
+        true => &ON_MESSAGES[..2],
+        false => &ON_MESSAGES[..],
     };
+    let action = *dice.pick(actions)?;
     let mut fault = bare(point, action);
     if matches!(action, Action::Kill | Action::Stop) {
         fault.who = Some(*dice.pick(&[Who::Sender, Who::Receiver, Who::Broker])?);

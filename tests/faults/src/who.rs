@@ -122,6 +122,14 @@ impl Directory {
         }
     }
 
+    /// The pids of every process that a host ever had.
+    #[must_use]
+    pub fn pids(&self, host: usize) -> Vec<i32> {
+        let inner = self.inner();
+        let of_host = inner.by_token.values().filter(|known| known.host == host);
+        of_host.map(|known| known.record.pid).collect()
+    }
+
     /// The processes that are alive, of one machine or host or of all, oldest first.
     #[must_use]
     pub fn alive(&self, vm: Option<&str>, host: Option<usize>) -> Vec<Known> {

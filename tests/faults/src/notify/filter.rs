@@ -157,14 +157,15 @@ fn take(at: &Meeting) -> Option<OwnedFd> {
 }
 
 /// Starts `command` with a filter that notifies for `calls`, in it and in everything that it starts.
-/// The listener goes to `serving` before the program is executed.
+/// The listener goes to `serving`, with the pid, before the program is
+/// executed.
 ///
 /// # Errors
 /// The kernel's, also when the program cannot be executed.
 pub fn spawn(
     command: &mut Command,
     calls: &[u32],
-    serving: impl FnOnce(OwnedFd) + Send,
+    serving: impl FnOnce(OwnedFd, i32) + Send,
 ) -> Result<Child, NotifyError> {
     let name = command.get_program().to_string_lossy().into_owned();
     let os = |cause| NotifyError::Os {
@@ -178,7 +179,7 @@ pub fn spawn(
     std::thread::scope(|scope| {
         let taker = scope.spawn(|| {
             let listener = take(at)?;
-            serving(listener);
+            serving(listener, at.pid.load(Ordering::SeqCst));
             Some(())
         });
         let child = command.spawn();

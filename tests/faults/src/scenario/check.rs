@@ -1,6 +1,6 @@
 //! What a scenario may say. Every error names file, line and key.
 
-use super::schema::{Action, Disk, DiskPlace, Fault, Scenario, Vm};
+use super::schema::{Action, Disk, DiskPlace, Expect, Fault, Scenario, Vm};
 use crate::points::{Point, can_be_short};
 use bulkhead_ipc::ident::ProcKind;
 use nix::errno::Errno;
@@ -155,7 +155,11 @@ impl Scenario {
             let what = format!("{:?} cannot be done at `{}`", fault.action, fault.point);
             return Err(("do", what));
         }
-        let whens = [fault.nth, fault.at_ms, fault.between_ms.map(|[first, _]| first)];
+        let whens = [
+            fault.nth,
+            fault.at_ms,
+            fault.between_ms.map(|[first, _]| first),
+        ];
         if whens.iter().flatten().count() > 1 {
             let what = "expected one of nth, at_ms and between_ms".to_owned();
             return Err(("nth", what));
@@ -178,8 +182,28 @@ impl Scenario {
         if let Some(process) = &fault.process {
             check_process(process)?;
         }
+        if point == Point::Host {
+            self.check_host(fault)?;
+        }
         self.check_disk(&point, fault)?;
         check_parameters(fault)
+    }
+
+    /// Nothing of a machine outlives its host.
+    fn check_host(&self, fault: &Fault) -> Result<(), Wrong> {
+        let first = self.host.first().map(|host| &host.name);
+        let host = fault.host.as_ref().or(first);
+        let mut on_it = self
+            .vm
+            .iter()
+            .filter(|vm| vm.host.as_ref().or(first) == host);
+        match on_it.find(|vm| vm.expect != Expect::Lost) {
+            None => Ok(()),
+            Some(vm) => {
+                let what = format!("`{}` of this host must have expect = \"lost\"", vm.name);
+                Err(("vm", what))
+            }
+        }
     }
 
     fn check_disk(&self, point: &Point, fault: &Fault) -> Result<(), Wrong> {
@@ -190,7 +214,10 @@ impl Scenario {
         let faulty = |vm: &Vm| vm.disk.as_ref().is_some_and(|d| d.on == DiskPlace::Faulty);
         match self.vm.iter().filter(about).any(faulty) {
             true => Ok(()),
-            false => Err(("point", "no machine has a disk with on = \"faulty\"".to_owned())),
+            false => Err((
+                "point",
+                "no machine has a disk with on = \"faulty\"".to_owned(),
+            )),
         }
     }
 }
@@ -201,7 +228,10 @@ fn check_process(name: &str) -> Result<(), Wrong> {
     let known = ProcKind::ALL.iter().any(|k| k.name() == kind) && digits.parse::<u16>().is_ok();
     match known {
         true => Ok(()),
-        false => Err(("process", format!("`{name}`: expected a kind and a number, as blk0"))),
+        false => Err((
+            "process",
+            format!("`{name}`: expected a kind and a number, as blk0"),
+        )),
     }
 }
 
@@ -237,7 +267,8 @@ fn check_parameters(fault: &Fault) -> Result<(), Wrong> {
 
 /// What can be done at a point.
 fn is_possible(point: &Point, action: Action) -> bool {
-    use crate::points::{DiskOp, When};
+    use crate::disk::DiskOp;
+    use crate::points::When;
     match point {
         Point::Message(_, when) => match action {
             Action::Kill | Action::Stop => true,
@@ -291,7 +322,9 @@ impl Disk {
     /// # Errors
     /// What was expected.
     pub fn bytes(&self) -> Result<u64, Wrong> {
-        let digits = self.size.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let digits = self
+            .size
+            .trim_end_matches(|c: char| c.is_ascii_alphabetic());
         let unit = self.size.strip_prefix(digits).unwrap_or_default();
         let shift = match unit {
             "" => 0,
@@ -317,7 +350,9 @@ fn line_of(text: &str, at: usize) -> usize {
 
 /// The line that sets `key` at the top.
 fn line_with(text: &str, key: &str) -> usize {
-    let at = text.lines().position(|line| line.trim_start().starts_with(key));
+    let at = text
+        .lines()
+        .position(|line| line.trim_start().starts_with(key));
     at.map_or(1, |at| at + 1)
 }
 
@@ -343,19 +378,43 @@ mod tests {
     #[test]
     fn errors_name_file_line_and_key() {
         for (fault, expected) in [
-            ("point = \"nowhere\"\ndo = \"kill\"", "s.toml:5: point: `nowhere`"),
+            (
+                "point = \"nowhere\"\ndo = \"kill\"",
+                "s.toml:5: point: `nowhere`",
+            ),
             ("point = \"host\"\ndo = \"kill\"", "s.toml:5: at_ms: "),
-            ("point = \"host\"\ndo = \"drop\"\nat_ms = 1", "s.toml:5: do: Drop"),
-            ("point = \"host\"\ndo = \"kill\"\nnth = 1", "s.toml:5: nth: "),
-            ("point = \"process.blk\"\ndo = \"stop\"\nat_ms = 1", "s.toml:5: ms: "),
-            ("point = \"disk.read\"\ndo = \"error\"", "s.toml:5: point: no machine"),
-            ("point = \"call.blk.write\"\ndo = \"fail\"", "s.toml:5: errno: "),
+            (
+                "point = \"host\"\ndo = \"drop\"\nat_ms = 1",
+                "s.toml:5: do: Drop",
+            ),
+            (
+                "point = \"host\"\ndo = \"kill\"\nnth = 1",
+                "s.toml:5: nth: ",
+            ),
+            (
+                "point = \"process.blk\"\ndo = \"stop\"\nat_ms = 1",
+                "s.toml:5: ms: ",
+            ),
+            (
+                "point = \"disk.read\"\ndo = \"error\"",
+                "s.toml:5: point: no machine",
+            ),
+            (
+                "point = \"call.blk.write\"\ndo = \"fail\"",
+                "s.toml:5: errno: ",
+            ),
             (
                 "point = \"call.blk.write\"\ndo = \"fail\"\nerrno = \"EWHAT\"",
                 "s.toml:5: errno: ",
             ),
-            ("point = \"host\"\ndo = \"kill\"\nwhen = 1", "s.toml:8: unknown field `when`"),
-            ("point = \"host\"\ndo = \"explode\"", "s.toml:7: unknown variant `explode`"),
+            (
+                "point = \"host\"\ndo = \"kill\"\nwhen = 1",
+                "s.toml:8: unknown field `when`",
+            ),
+            (
+                "point = \"host\"\ndo = \"explode\"",
+                "s.toml:7: unknown variant `explode`",
+            ),
             (
                 "point = \"host\"\ndo = \"kill\"\nat_ms = 1\nvm = \"b\"",
                 "s.toml:5: vm: there is no vm `b`",

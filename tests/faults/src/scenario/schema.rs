@@ -210,6 +210,9 @@ pub struct Fault {
     /// First and last sector of the disk that it is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sectors: Option<[u64; 2]>,
+    /// Seed of what the fault itself draws (bits, bytes); by default it is drawn too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
     /// Share in percent: of the CPU that is left, of frames that are lost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub percent: Option<u8>,
@@ -228,7 +231,9 @@ pub enum Who {
 }
 
 /// What goes wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
     /// SIGKILL.

@@ -186,3 +186,11 @@ impl Workload {
         }
     }
 }
+
+impl From<crate::scenario::Work> for Workload {
+    fn from(work: crate::scenario::Work) -> Self {
+        match work {
+            crate::scenario::Work::Blocks => Self::Blocks,
+        }
+    }
+}

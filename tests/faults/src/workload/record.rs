@@ -24,6 +24,15 @@ impl<'a> Record<'a> {
         is_whole.then_some(Self { name, fields })
     }
 
+    /// Whether it is whole, if its end can tell.
+    fn is_whole(&self) -> bool {
+        let tells = matches!(
+            self.name,
+            "blocks.round" | "blocks.flushed" | "blocks.refused"
+        );
+        !tells || self.text("whole") == Some("1")
+    }
+
     pub(super) fn text(&self, key: &str) -> Option<&'a str> {
         let mut words = self.fields.split_ascii_whitespace();
         words
@@ -70,6 +79,8 @@ impl Findings {
 pub(super) struct Console {
     pub(super) found: Findings,
     lives: u64,
+    /// A line that is no whole record, which only the end of a life explains.
+    half: Option<String>,
 }
 
 impl Console {
@@ -78,11 +89,14 @@ impl Console {
     pub(super) fn take<'a>(&mut self, line: &'a str) -> Option<Record<'a>> {
         let line = line.trim_end();
         let line = line.find(HELLO).map_or(line, |at| &line[at..]);
+        if let Some(half) = self.half.take().filter(|_| !line.starts_with(HELLO)) {
+            self.found.add(format!("no record: {half:?}"));
+        }
         if line.is_empty() {
             return None;
         }
-        let Some(record) = Record::parse(line) else {
-            self.found.add(format!("no record: {line:?}"));
+        let Some(record) = Record::parse(line).filter(Record::is_whole) else {
+            self.half = Some(line.to_owned());
             return None;
         };
         match record.name {
@@ -141,7 +155,19 @@ mod tests {
             .take("BH clock.tiBH hello version=1 mode=x")
             .unwrap();
         assert_eq!((record.name, console.lives), ("hello", 2));
+        console.take("BH blocks.flushed round=1");
+        console.take("BH hello version=1 mode=x");
+        console.take("BH clock.ti n");
         assert!(console.found.into_errors().is_empty());
+    }
+
+    #[test]
+    fn half_a_line_within_a_life_is_an_error() {
+        let mut console = Console::default();
+        console.take("BH hello version=1 mode=x");
+        console.take("BH blocks.flushed round=1");
+        console.take("BH blocks.round round=13 whole=1");
+        assert_eq!(console.found.into_errors().len(), 1);
     }
 
     #[test]
