@@ -1,3 +1,8 @@
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "the disks of these tests are small"
+)]
+
 use super::*;
 
 const SEED: u64 = 11;
@@ -30,7 +35,7 @@ impl Guest {
     }
 
     fn begins(&mut self, round: u64) {
-        self.says(&format!("BH blocks.round round={round}"));
+        self.says(&format!("BH blocks.round round={round} whole=1"));
     }
 
     fn writes(&mut self, round: u64) {
@@ -47,13 +52,13 @@ impl Guest {
 
     fn flushes(&mut self, round: u64, refused: u64) {
         self.says(&format!(
-            "BH blocks.flushed round={round} refused={refused}"
+            "BH blocks.flushed round={round} refused={refused} whole=1"
         ));
     }
 
     fn refused(&mut self, round: u64, op: &str, Extent { sector, count }: Extent) {
         self.says(&format!(
-            "BH blocks.refused round={round} op={op} sector={sector} count={count} status=1"
+            "BH blocks.refused round={round} op={op} sector={sector} count={count} status=1 whole=1"
         ));
     }
 

@@ -132,14 +132,17 @@ impl Rounds<'_> {
     fn round(&mut self, round: u64) -> Result<bool, Failure> {
         let (seed, sectors) = (self.seed, self.sectors);
         let extents = || blocks::extents(seed, round, sectors);
-        say!("blocks.round round={round}");
+        say!("blocks.round round={round} whole=1");
         until_said();
         self.requests(round, kind::OUT, extents(), |_, _, _| {})?;
         let deadline = Deadline::after_ms(self.timeout_ms);
         let (status, _) = self.blk.request(0, kind::FLUSH, 0, None, deadline)?;
         let is_flushed = status == answer::OK;
         if is_flushed {
-            say!("blocks.flushed round={round} refused={}", self.refused);
+            say!(
+                "blocks.flushed round={round} refused={} whole=1",
+                self.refused
+            );
         } else {
             let whole = Extent {
                 sector: 0,
@@ -176,7 +179,7 @@ impl Rounds<'_> {
         self.refused += 1;
         let Extent { sector, count } = at;
         say!(
-            "blocks.refused round={round} op={what} sector={sector} count={count} status={status}"
+            "blocks.refused round={round} op={what} sector={sector} count={count} status={status} whole=1"
         );
         until_said();
     }
