@@ -2,10 +2,11 @@
 //!
 //! The harness drives the real programs through the real command line and injects faults from
 //! outside: into the control messages and the system calls that it sees by seccomp user
-//! notification, into processes by signals and cgroups, into the disk that it serves itself, into
-//! the links between hosts that it relays itself. Nothing of the code under test is changed, and
-//! nothing of the product depends on this crate.
+//! notification, into processes by signals and cgroups, into the disk that it serves itself. Nothing
+//! of the code under test is changed, and nothing of the product depends on this crate.
 
+#[path = "../../guests/src/blocks.rs"]
+pub mod blocks;
 pub mod disk;
 pub mod hosts;
 pub mod inject;

@@ -7,7 +7,7 @@ use bulkhead_faults::run::{Setting, run};
 use bulkhead_faults::scenario::Scenario;
 use bulkhead_faults::shrink::{scenario_of, shrink};
 use bulkhead_faults::verdict::{Outcome, Verdict};
-use bulkhead_faults::workload::Guests;
+use bulkhead_faults::workload::{Guests, Linux};
 use bulkhead_faults::{matrix, points};
 use clap::{Args, Parser, Subcommand};
 use serde_json::json;
@@ -44,6 +44,8 @@ Environment:
         directory of the programs [default: that of this program]
   BULKHEAD_TEST_GUEST
         the test guest [default: bulkhead-guest.elf beside the programs]
+  BULKHEAD_TEST_LINUX_BZIMAGE, BULKHEAD_TEST_LINUX_INITRD, BULKHEAD_TEST_LINUX_CMDLINE
+        the small Linux, for the workload files
 ";
 
 #[derive(Debug, Subcommand)]
@@ -157,7 +159,10 @@ fn setting() -> Result<Setting, String> {
     }
     Ok(Setting {
         programs,
-        guests: Guests { test },
+        guests: Guests {
+            test,
+            linux: Linux::from_environment(),
+        },
     })
 }
 

@@ -60,8 +60,6 @@ pub enum Point {
     Host,
     /// A disk that the harness serves.
     Disk(DiskOp),
-    /// The links between hosts.
-    Link,
 }
 
 /// A line of `bulkhead fault points`.
@@ -175,7 +173,6 @@ pub fn all() -> Vec<Listed> {
             "a request of a disk's process",
         ));
     }
-    points.push(listed("link".to_owned(), "network", "frames between hosts"));
     points
 }
 
@@ -203,7 +200,6 @@ impl Point {
                 "machine" => Some(Self::Machine),
                 "broker" => Some(Self::Broker),
                 "host" => Some(Self::Host),
-                "link" => Some(Self::Link),
                 _ => None,
             },
             Some(("process", kind)) => kind_named(kind).map(Self::Process),

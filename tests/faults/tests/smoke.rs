@@ -5,7 +5,7 @@ use bulkhead_faults::random::plan;
 use bulkhead_faults::run::{Setting, run};
 use bulkhead_faults::scenario::Scenario;
 use bulkhead_faults::verdict::{Outcome, Verdict};
-use bulkhead_faults::workload::Guests;
+use bulkhead_faults::workload::{Guests, Linux};
 use std::path::{Path, PathBuf};
 
 /// Of the matrix, each so many-th scenario is run.
@@ -21,6 +21,7 @@ fn setting() -> Setting {
         programs: path("BULKHEAD_BIN_DIR"),
         guests: Guests {
             test: path("BULKHEAD_TEST_GUEST"),
+            linux: Linux::from_environment(),
         },
     }
 }

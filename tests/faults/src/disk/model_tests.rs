@@ -1,3 +1,8 @@
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "the disks of these tests are small"
+)]
+
 use super::*;
 use proptest::collection::vec;
 use proptest::prelude::*;

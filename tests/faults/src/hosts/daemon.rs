@@ -237,6 +237,20 @@ impl Host {
         finish(command, patience)
     }
 
+    /// A client at a machine's console, whose standard input is what is typed.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn console(&self, vm: &str) -> io::Result<Child> {
+        let mut command = self.bulkhead();
+        command.args(["console", vm, "--console", "serial", "--escape", "none"]);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        command.spawn()
+    }
+
     /// Puts a new file in the place of a program, as a package manager does.
     ///
     /// # Errors

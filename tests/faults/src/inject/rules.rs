@@ -116,6 +116,12 @@ impl Rules {
         self.rules.iter().any(|r| r.point.as_ref() == Some(point))
     }
 
+    /// The points of all faults.
+    pub fn points(&self) -> impl Iterator<Item = String> + use<> {
+        let points = self.rules.iter().map(|r| r.planned.fault.point.clone());
+        points.collect::<Vec<_>>().into_iter()
+    }
+
     /// Fault `id` was injected by somebody else.
     pub fn done(&mut self, id: u32) {
         if let Some(rule) = self.rules.iter_mut().find(|rule| rule.planned.id == id) {

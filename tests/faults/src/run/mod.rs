@@ -14,9 +14,8 @@ use crate::random::Planned;
 use crate::scenario::{Deed, Disk, DiskPlace, Expect, Scenario, Vm};
 use crate::timeline::{Part, Timeline};
 use crate::verdict::Outcome;
-use crate::workload::{Guests, Workload};
+use crate::workload::{Guests, Workload, WorkloadError};
 use keeper::Keeper;
-use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,6 +50,9 @@ pub enum RunError {
     /// A disk of the harness's own.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A guest, or what it needs.
+    #[error(transparent)]
+    Workload(#[from] WorkloadError),
     /// The host has no room.
     #[error("{0}: {1}")]
     Io(String, io::Error),
@@ -211,6 +213,7 @@ fn machine(
     let bytes = bytes.unwrap_or(DISK_BYTES);
     let name = vm.host.as_deref();
     let host = hosts.iter().position(|host| Some(host.as_str()) == name);
+    let content = Workload::from(vm.workload).disk(bytes)?;
     let mut machine = Machine {
         vm: vm.clone(),
         host: host.unwrap_or(0),
@@ -226,11 +229,11 @@ fn machine(
     {
         let (engine, name) = (Arc::clone(engine), vm.name.clone());
         let tell = move |event| strike::disk_fault(&engine, &name, &event);
-        let disk = FaultyDisk::mount(bytes, DiskRules::default(), tell)?;
+        let disk = FaultyDisk::mount_image(content, DiskRules::default(), tell)?;
         machine.image = disk.path();
         machine.disk = Some(disk);
     } else {
-        let made = File::create(&machine.image).and_then(|file| file.set_len(bytes));
+        let made = std::fs::write(&machine.image, content);
         made.map_err(|cause| RunError::Io(machine.image.display().to_string(), cause))?;
     }
     Ok(machine)
@@ -319,7 +322,11 @@ impl Run {
             return;
         };
         let workload = Workload::from(machine.vm.workload);
-        let work = workload.arguments(self.scenario.seconds, &setting.guests);
+        let work = workload.arguments(self.scenario.seconds, self.seed, &setting.guests);
+        let work = work.unwrap_or_else(|error| {
+            self.error(error.to_string());
+            Vec::new()
+        });
         let work: Vec<String> = work
             .into_iter()
             .map(|argument| argument.to_string_lossy().into_owned())
@@ -363,6 +370,15 @@ impl Run {
         }
     }
 
+    /// Whether no fault can cut the operator off from a machine's console.
+    fn keeps_consoles(&self) -> bool {
+        let of_devices = ["process.", "window.", "disk.", "call.blk", "call.rng"];
+        let mut faults = self.engine.rules().points();
+        let mut steps = self.scenario.step.iter();
+        faults.all(|point| of_devices.iter().any(|head| point.starts_with(head)))
+            && steps.all(|step| step.deed != Deed::RestartBroker)
+    }
+
     /// Whether a machine may have ended before its guest was done.
     fn may_be_lost(&self, machine: &Machine) -> bool {
         let name = machine.vm.name.as_str();
@@ -375,9 +391,15 @@ impl Run {
     }
 }
 
-/// A line of a guest's console that is worth a place on the time line.
+/// A line of a guest's console that is worth a place on the time line: not each of the many that say how
+/// far the work is.
 fn is_telling(line: &str) -> bool {
-    line.starts_with("BH ") && !line.starts_with("BH hello")
+    let record = line.strip_prefix("BH ").unwrap_or_default();
+    let name = record.split(' ').next().unwrap_or_default();
+    match name.rsplit_once('.') {
+        Some((_, what)) => matches!(what, "begin" | "end"),
+        None => !matches!(name, "" | "hello"),
+    }
 }
 
 /// Puts what a guest says on the time line.

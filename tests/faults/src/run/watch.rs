@@ -6,6 +6,8 @@ use crate::scenario::Expect;
 use crate::timeline::{Part, Timeline};
 use crate::workload::{Checker, Verified, Workload};
 use serde_json::Value;
+use std::io::Write;
+use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -27,8 +29,6 @@ struct Inner {
     checker: Option<Box<dyn Checker>>,
     /// Bytes of the console that were read.
     position: usize,
-    /// The last line, when it may not be whole.
-    last: Option<String>,
     /// Whether the guest has said that it is done, and with how many errors.
     done: Option<u64>,
     /// How often it was started again.
@@ -47,7 +47,6 @@ impl<'a> Watched<'a> {
             inner: Mutex::new(Inner {
                 checker: Some(checker),
                 position: 0,
-                last: None,
                 done: None,
                 starts: 0,
             }),
@@ -79,15 +78,24 @@ impl<'a> Watched<'a> {
 
     /// Until its machine has ended.
     pub(super) fn watch(&self) {
+        let mut console = None;
+        let types = self.run.keeps_consoles();
         while !self.is_over.load(Ordering::SeqCst) && !self.is_done() {
-            self.read();
+            self.read(false);
             self.ask();
+            if types && self.works() {
+                self.type_in(&mut console);
+            }
             std::thread::sleep(POLL);
+        }
+        if let Some(mut console) = console {
+            let _dead = console.kill();
+            let _reaped = console.wait();
         }
     }
 
     /// Reads what is new on the console.
-    fn read(&self) {
+    fn read(&self, is_final: bool) {
         let Some(host) = self.run.host_of(self.machine) else {
             return;
         };
@@ -106,8 +114,8 @@ impl<'a> Watched<'a> {
         for line in new.split_inclusive('\n') {
             // The last line may be half of one, which is shown as if it were whole.
             let is_last = inner.position + line.len() >= read.output.len();
-            if is_last && inner.last.as_deref() != Some(line) {
-                inner.last = Some(line.to_owned());
+            if is_last && !is_final {
+                self.begins(line);
                 break;
             }
             inner.position += line.len();
@@ -115,11 +123,17 @@ impl<'a> Watched<'a> {
         }
     }
 
-    fn hear(&self, inner: &mut Inner, at: Duration, line: &str) {
-        tell_guest(&self.run.timeline, self.name(), line);
-        if line.starts_with("BH ") && line.contains(".begin") || line.contains("login:") {
+    /// Whether a line says that the guest's work has begun.
+    fn begins(&self, line: &str) {
+        let is_record = line.starts_with("BH ") && !line.starts_with("BH hello");
+        if is_record && line.len() > 8 || line.starts_with("bh.files ") {
             self.works.store(true, Ordering::SeqCst);
         }
+    }
+
+    fn hear(&self, inner: &mut Inner, at: Duration, line: &str) {
+        tell_guest(&self.run.timeline, self.name(), line);
+        self.begins(line);
         if let Some(errors) = line.strip_prefix("BH done errors=") {
             inner.done = errors.trim().parse().ok();
         }
@@ -143,8 +157,7 @@ impl<'a> Watched<'a> {
             return;
         }
         // What it said last: nothing is added any more.
-        self.read();
-        self.read();
+        self.read(true);
         let last = &about["last_run"];
         let how = last["ending"].as_str().unwrap_or("unknown");
         self.ended(how, last);
@@ -152,14 +165,18 @@ impl<'a> Watched<'a> {
 
     fn ended(&self, how: &str, last: &Value) {
         let mut inner = self.inner();
-        let is_whole = inner.done == Some(0) && how == "powered_off";
+        // A guest that says nothing at all is its checker's concern.
+        let is_whole = inner.done.unwrap_or(0) == 0 && how == "powered_off";
         let was_ended = self.machine.is_ended.load(Ordering::SeqCst);
         let lost = self.run.may_be_lost(self.machine);
         if !is_whole && lost && !was_ended && inner.starts < 5 && inner.done.is_none() {
             // It was lost, as was to be expected: its work begins again, on the disk as it is.
             inner.starts += 1;
-            let workload = Workload::from(self.machine.vm.workload);
-            inner.checker = Some(workload.checker(self.run.seed));
+            if let Some(checker) = &mut inner.checker {
+                show_disk(self.run, self.machine, checker.as_mut());
+            }
+            // Its console begins anew.
+            inner.position = 0;
             drop(inner);
             self.run.timeline.note(format!(
                 "{} was lost ({how}); it is started again",
@@ -179,6 +196,33 @@ impl<'a> Watched<'a> {
         self.is_done.store(true, Ordering::SeqCst);
     }
 
+    /// Types what the checker wants typed.
+    fn type_in(&self, console: &mut Option<Child>) {
+        let at = self.run.timeline.now().unwrap_or_default();
+        let mut inner = self.inner();
+        let line = inner
+            .checker
+            .as_mut()
+            .and_then(|checker| checker.typing(at));
+        drop(inner);
+        let (Some(line), Some(host)) = (line, self.run.host_of(self.machine)) else {
+            return;
+        };
+        if console.is_none() {
+            match host.console(self.name()) {
+                Ok(child) => *console = Some(child),
+                Err(error) => self
+                    .run
+                    .error(format!("the console of {}: {error}", self.name())),
+            }
+        }
+        let input = console.as_mut().and_then(|child| child.stdin.as_mut());
+        if let Some(Err(error)) = input.map(|input| writeln!(input, "{line}")) {
+            self.run
+                .error(format!("typing to {}: {error}", self.name()));
+        }
+    }
+
     /// What the checker says, of the console and of the disk.
     pub(super) fn verdict(self) -> (String, u64) {
         let name = self.name().to_owned();
@@ -188,17 +232,15 @@ impl<'a> Watched<'a> {
         let Some(mut checker) = inner.checker else {
             return (name, 0);
         };
-        let image = match &machine.disk {
-            Some(disk) => Ok(disk.image()),
-            None => std::fs::read(&machine.image),
-        };
-        match image {
-            Ok(image) => checker.image(&image),
-            Err(error) => run.error(format!("the disk of {name}: {error}")),
-        }
-        let Verified { count, errors } = checker.finish();
+        show_disk(run, machine, checker.as_mut());
+        let Verified {
+            count,
+            refused,
+            errors,
+        } = checker.finish();
         let explained = machine.vm.expect == Expect::Errors;
-        for error in errors {
+        let refused = (refused > 0).then(|| format!("{refused} requests were refused"));
+        for error in errors.into_iter().chain(refused) {
             match explained {
                 true => run.timeline.note(format!("{name}: {error}")),
                 false => run.error(format!("{name}: {error}")),
@@ -207,6 +249,18 @@ impl<'a> Watched<'a> {
         // Who ended it did not wait for its work.
         let was_ended = machine.is_ended.load(Ordering::SeqCst);
         (name, if was_ended { count.max(1) } else { count })
+    }
+}
+
+/// Shows a machine's disk to its checker.
+fn show_disk(run: &Run, machine: &Machine, checker: &mut dyn Checker) {
+    let image = match &machine.disk {
+        Some(disk) => Ok(disk.image()),
+        None => std::fs::read(&machine.image),
+    };
+    match image {
+        Ok(image) => checker.image(&image),
+        Err(error) => run.error(format!("the disk of {}: {error}", machine.vm.name)),
     }
 }
 

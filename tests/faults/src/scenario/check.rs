@@ -244,8 +244,6 @@ fn check_parameters(fault: &Fault) -> Result<(), Wrong> {
             | Action::MemoryPressure
             | Action::Delay
             | Action::Hang
-            | Action::Loss
-            | Action::Partition
     );
     if takes_time && fault.ms.is_none() {
         return Err(("ms", "expected how long".to_owned()));
@@ -261,9 +259,6 @@ fn check_parameters(fault: &Fault) -> Result<(), Wrong> {
     }
     if fault.percent.is_some_and(|percent| percent > 100) {
         return Err(("percent", "expected 0 to 100".to_owned()));
-    }
-    if fault.action == Action::Loss && fault.percent.is_none() {
-        return Err(("percent", "expected how many frames are lost".to_owned()));
     }
     Ok(())
 }
@@ -305,7 +300,6 @@ fn is_possible(point: &Point, action: Action) -> bool {
             Action::Lie => *op == DiskOp::Flush,
             _ => false,
         },
-        Point::Link => matches!(action, Action::Loss | Action::Delay | Action::Partition),
     }
 }
 

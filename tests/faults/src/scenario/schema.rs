@@ -18,7 +18,7 @@ pub struct Scenario {
     /// Length of the workload in seconds, 1 to 3600.
     #[serde(default = "three")]
     pub seconds: u64,
-    /// The hosts; one named `host` without a network of its own when none is given.
+    /// The hosts; one named `host` when none is given.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub host: Vec<Host>,
     /// The machines.
@@ -48,9 +48,6 @@ const fn three() -> u64 {
 pub struct Host {
     /// Its name.
     pub name: String,
-    /// Whether it has a network namespace of its own, linked with those of the other hosts.
-    #[serde(default)]
-    pub network: bool,
 }
 
 /// A machine.
@@ -81,6 +78,14 @@ pub struct Vm {
 pub enum Work {
     /// Patterns on its disk, with checksums and flushes.
     Blocks,
+    /// Memory that keeps changing and is verified.
+    Memory,
+    /// Clocks that are compared with one outside.
+    Clock,
+    /// Numbered lines on the serial port; typed ones too, unless a fault may hit the broker.
+    Transcript,
+    /// Files that the small Linux creates, renames and synchronises.
+    Files,
 }
 
 /// What the faults may do to a guest.
@@ -216,7 +221,7 @@ pub struct Fault {
     /// By how many milliseconds a clock jumps; negative: back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub jump_ms: Option<i64>,
-    /// Share in percent: of the CPU that is left, of frames that are lost.
+    /// Share in percent: of the CPU that is left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub percent: Option<u8>,
 }
@@ -251,7 +256,7 @@ pub enum Action {
     MemoryPressure,
     /// A message never arrives.
     Drop,
-    /// A message, frame, call or disk request takes `ms` longer.
+    /// A message, call or disk request takes `ms` longer.
     Delay,
     /// A message arrives twice.
     Duplicate,
@@ -275,10 +280,6 @@ pub enum Action {
     Torn,
     /// A flush says yes and does nothing.
     Lie,
-    /// `percent` of the frames of a link are lost for `ms`.
-    Loss,
-    /// No frame passes a link for `ms`.
-    Partition,
     /// A guest gets a non-maskable interrupt.
     Nmi,
     /// The time of day is `jump_ms` later, or earlier, from one moment to the next.
