@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 /// How long `stop` waits for a guest.
 const STOPPING: &str = "5s";
 
+/// How long a second broker has to see that there is one.
+const TWIN: Duration = Duration::from_secs(5);
+
 /// The kind of process that serves a device with this name.
 fn kind_of(device: &str) -> &str {
     match device {
@@ -61,6 +64,7 @@ impl Run {
                 }
                 self.command(host, &["device", "upgrade", &target])
             }
+            Deed::Twin => return self.twin(host),
             Deed::RestartBroker => return self.restart_broker(host),
             Deed::Pause => self.command(host, &["pause", vm]),
             Deed::Resume => self.command(host, &["resume", vm]),
@@ -108,6 +112,16 @@ impl Run {
             "{:?} of {vm} failed after {took} ms: {why}",
             step.deed
         ));
+    }
+
+    /// Two brokers must never own a machine.
+    fn twin(&self, host: &Host) {
+        let done = host.run(&["serve"], TWIN);
+        let why = done.errors.trim();
+        if done.is_good() || done.is_overdue {
+            return self.error(format!("a second broker of {} served: {why}", host.name));
+        }
+        self.timeline.note(format!("a second broker refused: {why}"));
     }
 
     fn restart_broker(&self, host: &Host) {

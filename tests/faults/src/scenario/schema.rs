@@ -162,6 +162,8 @@ pub enum Deed {
     Stop,
     /// `kill`.
     Kill,
+    /// Starts a second broker with the directories of the first, which must refuse to serve.
+    Twin,
     /// `inspect`, `list` and `stats`: which must answer.
     Look,
 }
