@@ -3,7 +3,7 @@
 
 use bulkhead_faults::SCHEMA_VERSION;
 use bulkhead_faults::random::{Planned, plan};
-use bulkhead_faults::run::{Setting, run};
+use bulkhead_faults::run::{Setting, clean_up_at_signals, run};
 use bulkhead_faults::scenario::Scenario;
 use bulkhead_faults::shrink::{scenario_of, shrink};
 use bulkhead_faults::verdict::{Outcome, Verdict};
@@ -102,6 +102,10 @@ struct RunArgs {
     output: PathBuf,
 }
 
+#[expect(
+    clippy::exit,
+    reason = "the end at a signal, from the thread that waits for it"
+)]
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -111,6 +115,10 @@ fn main() -> ExitCode {
             return ExitCode::from(code);
         }
     };
+    // 128 and the signal's number, as shells have it.
+    if clean_up_at_signals(|| std::process::exit(130)).is_err() {
+        return ExitCode::from(HOST);
+    }
     let code = match cli.command {
         Command::Points { json } => list(json),
         Command::Run(args) => run_all(&args),
