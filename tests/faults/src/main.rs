@@ -10,7 +10,8 @@ use bulkhead_faults::verdict::{Outcome, Verdict};
 use bulkhead_faults::workload::{Guests, Linux};
 use bulkhead_faults::{matrix, points};
 use clap::{Args, Parser, Subcommand};
-use serde_json::json;
+use serde::Serialize;
+use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -102,10 +103,6 @@ struct RunArgs {
     output: PathBuf,
 }
 
-#[expect(
-    clippy::exit,
-    reason = "the end at a signal, from the thread that waits for it"
-)]
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -127,6 +124,28 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
+/// An object of `--json`: the version of its form comes first.
+#[derive(Serialize)]
+struct Object<'a> {
+    schema_version: u32,
+    #[serde(flatten)]
+    rest: &'a serde_json::Map<String, Value>,
+}
+
+fn say_json(mut value: Value) {
+    let Some(rest) = value.as_object_mut() else {
+        return;
+    };
+    rest.remove("schema_version");
+    let schema_version = SCHEMA_VERSION;
+    let object = Object {
+        schema_version,
+        rest,
+    };
+    // Plain data with string keys can always be written.
+    say(&serde_json::to_string(&object).unwrap_or_default());
+}
+
 /// A line on standard output. A reader that has gone away is no failure.
 fn say(line: &str) {
     let _unheard = writeln!(std::io::stdout().lock(), "{line}");
@@ -135,10 +154,9 @@ fn say(line: &str) {
 fn list(as_json: bool) -> u8 {
     for listed in points::all() {
         if as_json {
-            say(
-                &json!({ "schema_version": SCHEMA_VERSION, "point": listed.point,
-                    "process": listed.process, "step": listed.step })
-                .to_string(),
+            say_json(
+                json!({ "schema_version": SCHEMA_VERSION, "point": listed.point,
+                    "process": listed.process, "step": listed.step }),
             );
         } else {
             say(&format!(
@@ -269,11 +287,8 @@ fn keep(output: &std::path::Path, scenario: &Scenario, outcome: &Outcome) {
 fn show_plan(scenario: &Scenario, seed: u64, plan: &[Planned], as_json: bool) {
     for planned in plan {
         if as_json {
-            say(
-                &json!({ "schema_version": SCHEMA_VERSION, "kind": "planned",
-                    "scenario": scenario.name, "seed": seed, "fault": planned })
-                .to_string(),
-            );
+            say_json(json!({ "schema_version": SCHEMA_VERSION, "kind": "planned",
+                    "scenario": scenario.name, "seed": seed, "fault": planned }));
         } else {
             let fault = &planned.fault;
             let when = match (fault.at_ms, fault.nth) {
@@ -309,9 +324,9 @@ fn show(outcome: &Outcome, as_json: bool) {
         return say(outcome.in_words().trim_end());
     }
     for entry in &outcome.entries {
-        say(&entry.as_json().to_string());
+        say_json(entry.as_json());
     }
-    say(&outcome.as_json().to_string());
+    say_json(outcome.as_json());
 }
 
 /// Looks for the fewest faults that fail, and writes them as a scenario.
