@@ -3,14 +3,15 @@
 
 use bulkhead_faults::SCHEMA_VERSION;
 use bulkhead_faults::random::{Planned, plan};
-use bulkhead_faults::run::{Setting, run};
+use bulkhead_faults::run::{Setting, clean_up_at_signals, run};
 use bulkhead_faults::scenario::Scenario;
 use bulkhead_faults::shrink::{scenario_of, shrink};
 use bulkhead_faults::verdict::{Outcome, Verdict};
 use bulkhead_faults::workload::{Guests, Linux};
 use bulkhead_faults::{matrix, points};
 use clap::{Args, Parser, Subcommand};
-use serde_json::json;
+use serde::Serialize;
+use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -111,12 +112,38 @@ fn main() -> ExitCode {
             return ExitCode::from(code);
         }
     };
+    // 128 and the signal's number, as shells have it.
+    if clean_up_at_signals(|| std::process::exit(130)).is_err() {
+        return ExitCode::from(HOST);
+    }
     let code = match cli.command {
         Command::Points { json } => list(json),
         Command::Run(args) => run_all(&args),
         Command::Matrix(args) => run_matrix(&args),
     };
     ExitCode::from(code)
+}
+
+/// An object of `--json`: the version of its form comes first.
+#[derive(Serialize)]
+struct Object<'a> {
+    schema_version: u32,
+    #[serde(flatten)]
+    rest: &'a serde_json::Map<String, Value>,
+}
+
+fn say_json(mut value: Value) {
+    let Some(rest) = value.as_object_mut() else {
+        return;
+    };
+    rest.remove("schema_version");
+    let schema_version = SCHEMA_VERSION;
+    let object = Object {
+        schema_version,
+        rest,
+    };
+    // Plain data with string keys can always be written.
+    say(&serde_json::to_string(&object).unwrap_or_default());
 }
 
 /// A line on standard output. A reader that has gone away is no failure.
@@ -127,10 +154,9 @@ fn say(line: &str) {
 fn list(as_json: bool) -> u8 {
     for listed in points::all() {
         if as_json {
-            say(
-                &json!({ "schema_version": SCHEMA_VERSION, "point": listed.point,
-                    "process": listed.process, "step": listed.step })
-                .to_string(),
+            say_json(
+                json!({ "schema_version": SCHEMA_VERSION, "point": listed.point,
+                    "process": listed.process, "step": listed.step }),
             );
         } else {
             say(&format!(
@@ -261,11 +287,8 @@ fn keep(output: &std::path::Path, scenario: &Scenario, outcome: &Outcome) {
 fn show_plan(scenario: &Scenario, seed: u64, plan: &[Planned], as_json: bool) {
     for planned in plan {
         if as_json {
-            say(
-                &json!({ "schema_version": SCHEMA_VERSION, "kind": "planned",
-                    "scenario": scenario.name, "seed": seed, "fault": planned })
-                .to_string(),
-            );
+            say_json(json!({ "schema_version": SCHEMA_VERSION, "kind": "planned",
+                    "scenario": scenario.name, "seed": seed, "fault": planned }));
         } else {
             let fault = &planned.fault;
             let when = match (fault.at_ms, fault.nth) {
@@ -301,9 +324,9 @@ fn show(outcome: &Outcome, as_json: bool) {
         return say(outcome.in_words().trim_end());
     }
     for entry in &outcome.entries {
-        say(&entry.as_json().to_string());
+        say_json(entry.as_json());
     }
-    say(&outcome.as_json().to_string());
+    say_json(outcome.as_json());
 }
 
 /// Looks for the fewest faults that fail, and writes them as a scenario.

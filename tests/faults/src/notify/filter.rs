@@ -6,6 +6,7 @@
 
 use super::memory::take_descriptor;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::signal::SigSet;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
@@ -105,6 +106,8 @@ fn meeting() -> io::Result<&'static Meeting> {
 /// In the child: installs the filter and waits until the parent has taken the listener. Only system
 /// calls, nothing allocates.
 fn install(code: &[libc::sock_filter], at: &Meeting) -> io::Result<()> {
+    // The harness waits for signals in one thread and blocks them; its children do not.
+    SigSet::empty().thread_set_mask()?;
     let program = libc::sock_fprog {
         len: u16::try_from(code.len()).unwrap_or(0),
         filter: code.as_ptr().cast_mut(),

@@ -1,11 +1,14 @@
 //! One run of a scenario: hosts and machines are made, the guests work, faults and the operator come
 //! at their times, and everything is judged.
 
+mod abort;
 mod keeper;
 mod operator;
 mod remains;
 mod strike;
 mod watch;
+
+pub use abort::clean_up_at_signals;
 
 use crate::disk::{DiskError, DiskRules, FaultyDisk};
 use crate::hosts::{Done, Host, HostError, Places};
@@ -166,6 +169,8 @@ pub fn run(
     };
     let scratch = directory(None).map_err(io("a directory"))?;
     let memory = directory(Some(IN_MEMORY)).map_err(io(IN_MEMORY))?;
+    abort::directory(scratch.path());
+    abort::directory(memory.path());
     let timeline = Arc::new(Timeline::default());
     let names = host_names(scenario);
     let scratches: Vec<PathBuf> = names.iter().map(|name| scratch.path().join(name)).collect();
@@ -199,7 +204,11 @@ pub fn run(
         errors: Mutex::default(),
         is_over: AtomicBool::new(false),
     };
-    run.go(plan, setting)
+    let outcome = run.go(plan, setting);
+    drop(memory);
+    drop(scratch);
+    abort::forget();
+    outcome
 }
 
 /// Makes a machine's disk.
@@ -231,6 +240,7 @@ fn machine(
         let tell = move |event| strike::disk_fault(&engine, &name, &event);
         let disk = FaultyDisk::mount_image(content, DiskRules::default(), tell)?;
         machine.image = disk.path();
+        machine.image.parent().inspect(|place| abort::mount(place));
         machine.disk = Some(disk);
     } else {
         let made = std::fs::write(&machine.image, content);
