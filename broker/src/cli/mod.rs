@@ -11,6 +11,7 @@ mod device_commands;
 mod disk_arg;
 mod doctor_command;
 mod failure;
+mod fault_command;
 mod generate;
 mod image_command;
 mod machine_commands;
@@ -118,6 +119,7 @@ enum Command {
     /// Make and inspect disk images
     #[command(subcommand)]
     Image(image_command::ImageCommand),
+    Fault(fault_command::FaultArgs),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
 }
@@ -197,6 +199,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor_command::run(&args, &cli.paths),
         Command::Policy(command) => policy_command::run(&command, &cli.paths),
         Command::Image(command) => image_command::run(&command),
+        Command::Fault(args) => fault_command::run(&args, &cli.paths),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
     };

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 const BUILT_IN_GUEST: &str = "bulkhead-guest.elf";
 /// The process whose presence marks the directory of the process binaries.
 const MARK: &str = "bulkhead-vcpu";
+/// The program that injects faults; it is installed for whoever tests.
+const FAULT_HARNESS: &str = "bulkhead-fault";
 
 /// Directories, as options of every command.
 #[derive(Debug, Clone, Default, Args)]
@@ -189,6 +191,21 @@ impl Paths {
                 "neither a VM file nor --kernel is given, and the built-in guest \
                  {BUILT_IN_GUEST} is not in {searched}"
             );
+            Failure::new(HOST, line)
+        })
+    }
+
+    /// The program that injects faults.
+    ///
+    /// # Errors
+    /// Where it was looked for.
+    pub(super) fn fault_harness(&self) -> Result<PathBuf, Failure> {
+        let beside = env::current_exe().ok();
+        let beside = beside.and_then(|program| Some(program.parent()?.join(FAULT_HARNESS)));
+        let beside = beside.filter(|path| path.is_file());
+        self.find(FAULT_HARNESS).or(beside).ok_or_else(|| {
+            let searched = self.searched();
+            let line = format!("{FAULT_HARNESS} is not in {searched}; it is not installed");
             Failure::new(HOST, line)
         })
     }

@@ -9,6 +9,7 @@
 
 pub mod acpi;
 pub mod args;
+pub mod blocks;
 pub mod pattern;
 pub mod prng;
 pub mod pvh;

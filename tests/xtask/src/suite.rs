@@ -15,6 +15,8 @@ use crate::{command, packages, tidy, workspace};
 
 /// The package of end-to-end tests.
 const END_TO_END: &str = "bulkhead-tests";
+/// The smoke set of the fault-injection harness.
+const FAULTS: [&str; 4] = ["--package", "bulkhead-faults", "--test", "smoke"];
 /// The command line that the small Linux needs to be quick where ring 0 is emulated.
 const LINUX_CMDLINE: &str = include_str!("../../guests/linux/cmdline");
 /// The same for the stock Debian kernel, which also has to do without what no emulator knows.
@@ -155,9 +157,20 @@ fn images(options: &Options) -> Result<Vec<(&'static str, PathBuf)>> {
 }
 
 fn end_to_end(options: &Options, binaries: &Path, images: &[(&str, PathBuf)]) -> Result<()> {
+    drive(&["--package", END_TO_END], options, binaries, images)?;
+    drive(&FAULTS, options, binaries, images)
+}
+
+/// Runs tests that drive the programs.
+fn drive(
+    which: &[&str],
+    options: &Options,
+    binaries: &Path,
+    images: &[(&str, PathBuf)],
+) -> Result<()> {
     let mut tests = command::cargo();
-    tests.args(["test", "--package", END_TO_END, "--"]);
-    tests.args(["--test-threads", GUESTS_AT_ONCE]);
+    tests.arg("test").args(which);
+    tests.args(["--", "--test-threads", GUESTS_AT_ONCE]);
     tests.args(&options.filter);
     tests.env("BULKHEAD_BIN_DIR", binaries);
     tests.env("BULKHEAD_TEST_LINUX_CMDLINE", LINUX_CMDLINE.trim());

@@ -8,8 +8,10 @@ mod blk_held;
 mod blk_load;
 mod blk_poison;
 mod blk_sweep;
+mod blocks;
 mod button;
 mod changing;
+mod clock;
 mod console;
 mod fuzz;
 mod fuzz_shapes;
@@ -41,7 +43,9 @@ const MODES: &[(&str, Mode)] = &[
     ("blk-held", blk_held::run),
     ("blk-load", blk_load::run),
     ("blk-poison", blk_poison::run),
+    ("blocks", blocks::run),
     ("button", button::run),
+    ("clock", clock::run),
     ("console", console::run),
     ("counter", changing::counter),
     ("dirty", changing::dirty),

@@ -5,8 +5,8 @@ use bulkhead_guest::record::Escaped;
 
 use crate::machine::Machine;
 use crate::report::{Failure, say};
-use crate::sys::port;
 use crate::sys::time::Deadline;
+use crate::sys::{irq, port};
 
 const COM1: u16 = 0x3f8;
 const LSR: u16 = COM1 + 5;
@@ -22,6 +22,7 @@ const LOOKS: usize = 64;
 /// Prints and echoes.
 pub fn run(machine: &Machine) -> Result<(), Failure> {
     let seconds = machine.number("seconds", 5)?;
+    let interval_ms = machine.number("interval", 0)?;
     port::write_u8(MCR, READY);
     say!("serial.begin seconds={seconds}");
     let end = Deadline::after_ms(seconds.saturating_mul(1000));
@@ -48,6 +49,9 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
         }
         crate::report::expect("scratch", port::read_u8(SCR).into(), mark.into())?;
         printed += 1;
+        if interval_ms > 0 {
+            irq::sleep_ms(interval_ms);
+        }
     }
     say!("serial.end lines={printed} echoed={echoed}");
     Ok(())

@@ -1,0 +1,5 @@
+//! The hosts of a scenario: each a daemon with directories and programs of its own.
+
+mod daemon;
+
+pub use daemon::{Done, Host, HostError, Places};

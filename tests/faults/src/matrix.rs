@@ -1,0 +1,437 @@
+//! Every fault × every kind of process × what a machine goes through, as scenarios made from tables.
+//!
+//! A cell is a phase, a point that is reached in it and an action; what the guest may notice follows
+//! from who is hit. Cells that cannot be are left out: a vCPU process has no successor, a process at
+//! boot has no predecessor.
+
+use crate::random::bare;
+use crate::scenario::{Action, Deed, Expect, Fault, Scenario, Step, Vm, Who, Work};
+use bulkhead_ipc::ident::ProcKind;
+
+/// What a machine goes through when the fault comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// It is started.
+    Boot,
+    /// Its guest works.
+    Io,
+    /// A device is restarted by the operator.
+    Restart,
+    /// A device is upgraded.
+    Upgrade,
+    /// Another broker takes over.
+    BrokerRestart,
+    /// Its guest has powered off.
+    Shutdown,
+}
+
+impl Phase {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Boot,
+        Self::Io,
+        Self::Restart,
+        Self::Upgrade,
+        Self::BrokerRestart,
+        Self::Shutdown,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Boot => "boot",
+            Self::Io => "io",
+            Self::Restart => "restart",
+            Self::Upgrade => "upgrade",
+            Self::BrokerRestart => "broker-restart",
+            Self::Shutdown => "shutdown",
+        }
+    }
+
+    /// What the operator does for it.
+    const fn deed(self) -> Option<Deed> {
+        match self {
+            Self::Restart => Some(Deed::RestartDevice),
+            Self::Upgrade => Some(Deed::Upgrade),
+            Self::BrokerRestart => Some(Deed::RestartBroker),
+            Self::Boot | Self::Io | Self::Shutdown => None,
+        }
+    }
+
+    /// Messages that are sent in it, about a process of this kind, and which occurrence it is.
+    fn messages(self, kind: ProcKind) -> Vec<(&'static str, Option<u64>)> {
+        let is_vcpu = kind == ProcKind::Vcpu;
+        let is_legacy = kind == ProcKind::Legacy;
+        match (self, is_vcpu) {
+            (Self::Boot, _) => vec![("birth.birth", Some(1)), ("born.locked", Some(1))],
+            (Self::Io, true) => vec![
+                ("to-vcpu.pause", Some(1)),
+                ("from-vcpu.paused", Some(1)),
+                ("to-vcpu.resume", Some(1)),
+                ("from-vcpu.resumed", Some(1)),
+            ],
+            (Self::Io, false) => vec![("to-device.ping", None), ("from-device.pong", None)],
+            (Self::Restart | Self::Upgrade, false) => {
+                let mut messages = vec![
+                    ("to-device.shutdown", Some(1)),
+                    ("birth.birth", Some(2)),
+                    ("born.locked", Some(2)),
+                ];
+                messages.extend(match is_legacy {
+                    true => [
+                        ("to-vcpu.prepare-legacy", Some(1)),
+                        ("from-vcpu.legacy-prepared", Some(1)),
+                        ("from-vcpu.legacy-serving", Some(1)),
+                    ],
+                    false => [
+                        ("to-vcpu.prepare-slot", Some(1)),
+                        ("from-vcpu.slot-prepared", Some(1)),
+                        ("from-vcpu.slot-serving", Some(4)),
+                    ],
+                });
+                messages
+            }
+            (Self::BrokerRestart, _) => {
+                vec![("adoption.adopt", Some(1)), ("adoption.adopted", Some(1))]
+            }
+            (Self::Shutdown, true) => vec![("from-vcpu.ended", Some(1))],
+            (Self::Shutdown | Self::Restart | Self::Upgrade, _) => Vec::new(),
+        }
+    }
+}
+
+/// Actions on messages, and whom they hit.
+const ON_MESSAGES: [(Action, Option<Who>, bool); 13] = [
+    (Action::Kill, Some(Who::Sender), false),
+    (Action::Kill, Some(Who::Receiver), false),
+    (Action::Kill, Some(Who::Sender), true),
+    (Action::Kill, Some(Who::Receiver), true),
+    (Action::Stop, Some(Who::Sender), false),
+    (Action::Stop, Some(Who::Receiver), false),
+    (Action::Drop, None, false),
+    (Action::Delay, None, false),
+    (Action::Duplicate, None, false),
+    (Action::Reorder, None, false),
+    (Action::Corrupt, None, false),
+    (Action::Truncate, None, false),
+    (Action::Stop, Some(Who::Receiver), true),
+];
+const ON_PROCESSES: [Action; 4] = [Action::Kill, Action::Stop, Action::Slow, Action::Starve];
+/// When the operator acts, and faults with a time come.
+const AT_MS: u64 = 500;
+/// How long what takes a while takes.
+const TIME_MS: u64 = 150;
+
+/// A machine, and a scenario of it in a phase.
+fn scenario(name: String, phase: Phase, kind: Option<ProcKind>, fault: Fault) -> Scenario {
+    let device = match kind {
+        Some(ProcKind::Blk) | None => "disk0".to_owned(),
+        Some(kind) => kind.name().to_owned(),
+    };
+    let step = phase.deed().map(|deed| Step {
+        at_ms: AT_MS,
+        deed,
+        vm: None,
+        device: Some(device),
+    });
+    Scenario {
+        name,
+        about: None,
+        seed: 1,
+        seconds: 2,
+        host: Vec::new(),
+        vm: vec![Vm {
+            name: "web".to_owned(),
+            host: None,
+            workload: Work::Blocks,
+            cpus: None,
+            disk: None,
+            expect: Expect::Unharmed,
+        }],
+        step: step.into_iter().collect(),
+        fault: vec![fault],
+        random: None,
+    }
+}
+
+const fn step(at_ms: u64, deed: Deed) -> Step {
+    Step {
+        at_ms,
+        deed,
+        vm: None,
+        device: None,
+    }
+}
+
+fn in_words(fault: &Fault) -> String {
+    let action = format!("{:?}", fault.action).to_lowercase();
+    let who = fault.who.map_or(String::new(), |who| {
+        format!("-{}", format!("{who:?}").to_lowercase())
+    });
+    let point = fault.point.replace([':', '.'], "-");
+    format!("{action}{who}-{point}")
+}
+
+/// Scenarios of control messages.
+fn of_messages(phase: Phase, kind: ProcKind, into: &mut Vec<Scenario>) {
+    for (message, nth) in phase.messages(kind) {
+        for (action, who, is_after) in ON_MESSAGES {
+            let when = if is_after { "after" } else { "before" };
+            let mut fault = bare(&format!("{message}:{when}"), action);
+            fault.who = who;
+            fault.nth = nth;
+            fault.at_ms = nth.is_none().then_some(AT_MS);
+            // What the vCPU process says about a slot is about one of its devices.
+            if !message.contains("vcpu") || kind == ProcKind::Vcpu {
+                fault.process = Some(format!("{kind}0"));
+            }
+            if matches!(action, Action::Stop | Action::Delay) {
+                fault.ms = Some(TIME_MS);
+            }
+            let name = format!("{}-{kind}-{}", phase.name(), in_words(&fault));
+            let mut made = scenario(name, phase, Some(kind), fault);
+            made.vm[0].expect = expect(message, action, who, kind);
+            if phase == Phase::Io && kind == ProcKind::Vcpu {
+                made.step
+                    .extend([step(AT_MS, Deed::Pause), step(AT_MS + 200, Deed::Resume)]);
+            }
+            // Who is not born, or does not go, is given up after ten seconds; its guest works on.
+            let is_waited_for =
+                !message.starts_with("to-device.ping") && !message.starts_with("from-device.pong");
+            let is_lost = matches!(action, Action::Drop | Action::Corrupt | Action::Truncate);
+            if is_waited_for && is_lost {
+                made.seconds = 14;
+            }
+            into.push(made);
+        }
+    }
+}
+
+/// What a fault on a message may do to the guest.
+fn expect(message: &str, action: Action, who: Option<Who>, kind: ProcKind) -> Expect {
+    let from_vcpu = message.starts_with("from-vcpu");
+    let to_vcpu = message.starts_with("to-vcpu");
+    let with_vcpu = kind == ProcKind::Vcpu || from_vcpu || to_vcpu;
+    let from_broker = to_vcpu || message.starts_with("birth") || message.ends_with("adopt");
+    let hits_vcpu = match (action, who) {
+        (Action::Kill, Some(Who::Sender)) => !from_broker,
+        (Action::Kill, _) => from_broker,
+        // Who talks nonsense, or does not say what it must, is killed.
+        (Action::Corrupt | Action::Truncate | Action::Drop, _) => true,
+        // These two are said once.
+        (Action::Duplicate, _) => message.starts_with("birth") || message.starts_with("born"),
+        _ => false,
+    };
+    match with_vcpu && hits_vcpu {
+        true => Expect::Lost,
+        false => Expect::Unharmed,
+    }
+}
+
+/// Scenarios of whole processes.
+fn of_processes(phase: Phase, kind: ProcKind, into: &mut Vec<Scenario>) {
+    if matches!(phase, Phase::Boot | Phase::Shutdown) {
+        return;
+    }
+    for action in ON_PROCESSES {
+        let mut fault = bare(&format!("process.{kind}"), action);
+        // While the operator's command is under way.
+        fault.at_ms = Some(AT_MS + 4);
+        fault.ms = (action != Action::Kill).then_some(TIME_MS);
+        let name = format!("{}-{kind}-{}", phase.name(), in_words(&fault));
+        let mut made = scenario(name, phase, Some(kind), fault);
+        if kind == ProcKind::Vcpu && action == Action::Kill {
+            made.vm[0].expect = Expect::Lost;
+        }
+        into.push(made);
+    }
+}
+
+/// Scenarios of the broker, and of everything at once.
+fn of_brokers(phase: Phase, into: &mut Vec<Scenario>) {
+    if matches!(phase, Phase::Boot | Phase::Shutdown) {
+        return;
+    }
+    for (point, action) in [
+        ("broker", Action::Kill),
+        ("broker", Action::Stop),
+        ("broker", Action::Slow),
+        ("host", Action::Kill),
+        ("machine", Action::Starve),
+        ("machine", Action::MemoryPressure),
+    ] {
+        let mut fault = bare(point, action);
+        fault.at_ms = Some(AT_MS + 4);
+        fault.ms = Some(TIME_MS);
+        let name = format!("{}-{}", phase.name(), in_words(&fault));
+        let mut made = scenario(name, phase, None, fault);
+        if point == "host" || action == Action::MemoryPressure {
+            made.vm[0].expect = Expect::Lost;
+        }
+        into.push(made);
+    }
+}
+
+/// Calls of the disk's process and of the broker, and what must be stood.
+const ON_CALLS: [(&str, Action, Option<&str>, Expect); 14] = [
+    (
+        "call.blk.pread64:before",
+        Action::Short,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.blk.pwrite64:before",
+        Action::Short,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.blk.pwrite64:before",
+        Action::Fail,
+        Some("EIO"),
+        Expect::Errors,
+    ),
+    (
+        "call.blk.pwrite64:before",
+        Action::Fail,
+        Some("ENOSPC"),
+        Expect::Unharmed,
+    ),
+    (
+        "call.blk.pread64:before",
+        Action::Fail,
+        Some("EIO"),
+        Expect::Errors,
+    ),
+    (
+        "call.blk.pwrite64:before",
+        Action::Kill,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.blk.pwrite64:after",
+        Action::Kill,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.blk.epoll_wait:before",
+        Action::Fail,
+        Some("EINTR"),
+        Expect::Unharmed,
+    ),
+    (
+        "call.console.epoll_wait:before",
+        Action::Delay,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.legacy.epoll_wait:before",
+        Action::Delay,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.rng.epoll_wait:before",
+        Action::Delay,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.broker.clone3:before",
+        Action::Fail,
+        Some("EAGAIN"),
+        Expect::Unharmed,
+    ),
+    (
+        "call.broker.fdatasync:before",
+        Action::Delay,
+        None,
+        Expect::Unharmed,
+    ),
+    (
+        "call.broker.renameat:before",
+        Action::Kill,
+        None,
+        Expect::Unharmed,
+    ),
+];
+
+fn of_calls(into: &mut Vec<Scenario>) {
+    for (point, action, errno, expect) in ON_CALLS {
+        let mut fault = bare(point, action);
+        let is_brokers = point.starts_with("call.broker");
+        fault.nth = is_brokers.then_some(2);
+        fault.at_ms = (!is_brokers).then_some(AT_MS);
+        fault.errno = errno.map(str::to_owned);
+        fault.ms = (action == Action::Delay).then_some(TIME_MS);
+        fault.bytes = (action == Action::Short).then_some(300);
+        let phase = if is_brokers { Phase::Boot } else { Phase::Io };
+        let errno = errno.map_or(String::new(), |e| format!("-{}", e.to_lowercase()));
+        let name = format!("{}-{}{errno}", phase.name(), in_words(&fault));
+        let mut made = scenario(name, phase, None, fault);
+        made.vm[0].expect = expect;
+        into.push(made);
+    }
+}
+
+/// Every scenario of the matrix.
+#[must_use]
+pub fn all() -> Vec<Scenario> {
+    let mut scenarios = Vec::new();
+    for phase in Phase::ALL {
+        for kind in ProcKind::ALL {
+            of_messages(phase, kind, &mut scenarios);
+            let devices_alone = matches!(phase, Phase::Restart | Phase::Upgrade);
+            if !(devices_alone && kind == ProcKind::Vcpu) {
+                of_processes(phase, kind, &mut scenarios);
+            }
+        }
+        of_brokers(phase, &mut scenarios);
+    }
+    of_calls(&mut scenarios);
+    for kind in ["blk", "console", "rng", "legacy"] {
+        let mut fault = bare(&format!("window.{kind}"), Action::Corrupt);
+        fault.at_ms = Some(AT_MS);
+        fault.bytes = Some(4096);
+        let name = format!("io-{}", in_words(&fault));
+        let mut made = scenario(name, Phase::Io, None, fault);
+        // The window of a disk holds what the guest writes and reads.
+        made.vm[0].expect = match kind {
+            "blk" | "legacy" => Expect::Lost,
+            _ => Expect::Unharmed,
+        };
+        scenarios.push(made);
+    }
+    scenarios
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn every_cell_is_a_scenario_that_can_be_run_and_has_a_name_of_its_own() {
+        let scenarios = all();
+        let mut names = BTreeSet::new();
+        for scenario in &scenarios {
+            assert!(names.insert(scenario.name.clone()), "{}", scenario.name);
+            let text = toml::to_string(scenario).unwrap();
+            Scenario::parse("matrix", &text).unwrap();
+        }
+        for phase in Phase::ALL {
+            for kind in ProcKind::ALL {
+                let devices_alone =
+                    matches!(phase, Phase::Restart | Phase::Upgrade) && kind == ProcKind::Vcpu;
+                let at_end = phase == Phase::Shutdown && kind != ProcKind::Vcpu;
+                let head = format!("{}-{kind}-", phase.name());
+                let is_there = names.iter().any(|name| name.starts_with(&head));
+                assert!(is_there || devices_alone || at_end, "{head}");
+            }
+        }
+        assert!(scenarios.len() > 300, "{}", scenarios.len());
+    }
+}
