@@ -155,10 +155,18 @@ pub fn all() -> Vec<Listed> {
             "what it shares with vcpu",
         ));
     }
-    for kind in ProcKind::ALL.map(ProcKind::name).into_iter().chain(["broker"]) {
+    for kind in ProcKind::ALL
+        .map(ProcKind::name)
+        .into_iter()
+        .chain(["broker"])
+    {
         points.push(listed(format!("clock.{kind}"), kind, "its time of day"));
     }
-    points.push(listed("guest".to_owned(), "guest", "what its hardware does"));
+    points.push(listed(
+        "guest".to_owned(),
+        "guest",
+        "what its hardware does",
+    ));
     points.push(listed(
         "machine".to_owned(),
         "all of a machine",

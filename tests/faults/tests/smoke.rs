@@ -52,7 +52,7 @@ macro_rules! shipped {
         #[test]
         fn every_shipped_scenario_is_run() {
             let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
-            let mut run = vec![$($name.to_owned()),+, "drawn".to_owned()];
+            let mut run = vec![$($name.to_owned()),+, "drawn".to_owned(), "guest-gets-an-nmi".to_owned(), "clock-of-a-guest-steps".to_owned()];
             let entries = std::fs::read_dir(directory).unwrap();
             let mut there: Vec<String> = entries
                 .map(|entry| entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned())
@@ -74,6 +74,13 @@ shipped! {
     power_is_cut: "power-is-cut",
     little_to_run_on: "little-to-run-on",
     windows_are_spoiled: "windows-are-spoiled",
+    time_of_day_jumps: "time-of-day-jumps",
+    two_brokers_never_serve: "two-brokers",
+    old_write_never_lands_late: "old-write-never-lands-late",
+    console_goes_on_where_it_was: "console-goes-on-where-it-was",
+    legacy_is_late: "legacy-is-late",
+    memory_stays_what_it_is: "memory-stays-what-it-is",
+    files_survive: "files-survive",
 }
 
 #[test]
@@ -111,4 +118,32 @@ fn loss_of_a_machine_that_must_be_unharmed_fails() {
         [[fault]]\npoint = \"process.vcpu\"\ndo = \"kill\"\nat_ms = 300\n";
     let outcome = outcome(&Scenario::parse("lost.toml", text).unwrap());
     assert_eq!(outcome.verdict(), Verdict::Failed);
+}
+
+/// Whether the time line of a run has `part`.
+fn tells(outcome: &Outcome, part: &str) -> bool {
+    outcome
+        .entries
+        .iter()
+        .any(|entry| entry.what.contains(part))
+}
+
+#[test]
+fn guest_that_gets_an_nmi_sees_it() {
+    let outcome = holds(&shipped("guest-gets-an-nmi"));
+    assert!(
+        tells(&outcome, "exception vector=2"),
+        "{}",
+        outcome.in_words()
+    );
+}
+
+#[test]
+fn step_of_a_clock_is_seen_by_its_guest() {
+    let outcome = holds(&shipped("clock-of-a-guest-steps"));
+    assert!(
+        tells(&outcome, "the CMOS clock is 36"),
+        "{}",
+        outcome.in_words()
+    );
 }

@@ -121,7 +121,8 @@ impl Run {
         if done.is_good() || done.is_overdue {
             return self.error(format!("a second broker of {} served: {why}", host.name));
         }
-        self.timeline.note(format!("a second broker refused: {why}"));
+        self.timeline
+            .note(format!("a second broker refused: {why}"));
     }
 
     fn restart_broker(&self, host: &Host) {
