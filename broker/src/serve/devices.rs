@@ -219,10 +219,17 @@ impl Before {
         if view.run != self.run || !matches!(view.state, Doing::Running | Doing::Paused) {
             return conflict("the machine has ended or begun again meanwhile".to_owned());
         }
-        if let Some(reason) = known.refusal(name, self.refused) {
-            return conflict(reason.to_owned());
-        }
         let now = known.named(name)?;
+        if let Some(reason) = known.refusal(name, self.refused) {
+            // That a program was taken back is told a moment before the one before it is seen to serve.
+            let is_on_its_way =
+                matches!(now.state, DeviceState::Starting | DeviceState::Restarting);
+            return if is_on_its_way {
+                None
+            } else {
+                conflict(reason.to_owned())
+            };
+        }
         let is_later = now.generation > self.device.generation;
         match now.state {
             DeviceState::Serving if is_later => Some(Ok(now.clone())),
@@ -457,7 +464,9 @@ mod tests {
             reason: "the program on disk does not serve".into(),
         };
         after(&mut view, &[died(1), started(2, 8), died(2), started(3, 7)]);
-        after(&mut view, &[locked(3), refused, restarted(3)]);
+        after(&mut view, &[locked(3), refused]);
+        assert!(before.outcome(&view).is_none(), "nothing serves yet");
+        after(&mut view, &[restarted(3)]);
         let error = before.outcome(&view).unwrap().unwrap_err();
         assert!(error.message.contains("does not serve"), "{error}");
         // It is nobody else's business.

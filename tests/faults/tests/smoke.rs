@@ -81,6 +81,8 @@ shipped! {
     legacy_is_late: "legacy-is-late",
     memory_stays_what_it_is: "memory-stays-what-it-is",
     files_survive: "files-survive",
+    window_of_a_disk_is_spoiled: "window-of-a-disk-is-spoiled",
+    requests_in_flight_outlive_their_process: "requests-in-flight-outlive-their-process",
 }
 
 #[test]

@@ -279,8 +279,8 @@ impl Gate {
             return;
         };
         self.known_seq = published.seq;
+        // What one process after the other must have in common, one of them has for as long as it lives.
         if self.known
-            && !self.published
             && let Err(difference) = self.compare(&published)
         {
             self.device_fault(difference);

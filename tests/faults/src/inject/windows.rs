@@ -9,6 +9,9 @@ use std::os::unix::fs::FileExt;
 /// Names of the shared memory, as they stand in a process's map.
 const NAMES: [&str; 2] = ["bulkhead-window", "bulkhead-legacy"];
 
+/// Bytes at the begin of a window that hold its header and most of its rings.
+const RINGS: u64 = 16 << 10;
+
 /// Spoils `bytes` of the window of a device process, one byte at a place that the seed draws.
 ///
 /// # Errors
@@ -26,8 +29,14 @@ pub fn spoil(pid: i32, bytes: u64, seed: u64) -> io::Result<u64> {
         .write(true)
         .open(format!("/proc/{pid}/mem"))?;
     let mut dice = Dice::new(seed);
-    for _ in 0..bytes {
-        let at = dice.between(first, end - 1);
+    for n in 0..bytes {
+        // Half of them where headers and rings are, which are small.
+        let last = if n % 2 == 0 {
+            end
+        } else {
+            end.min(first + RINGS)
+        } - 1;
+        let at = dice.between(first, last);
         let byte = u8::try_from(dice.between(0, 255)).unwrap_or(0);
         memory.write_all_at(&[byte], at)?;
     }

@@ -119,6 +119,21 @@ fn guest_that_resets_while_there_is_no_process_starts_afresh_with_the_next() {
 }
 
 #[test]
+fn disk_that_becomes_another_is_at_fault_and_an_honest_successor_is_not() {
+    let mut m = running();
+    m.window.publish(u64::MAX, &78u64.to_le_bytes());
+    m.call.ring();
+    let FromVcpu::DeviceFault { reason, .. } = m.wait_fault() else {
+        panic!("no fault of the device");
+    };
+    assert!(reason.contains("another configuration"), "{reason}");
+    m.succeed(2, true);
+    m.offer_request(0, 512, false);
+    assert_eq!(m.complete_one(), 0);
+    assert_eq!(m.used(), (0, 1));
+}
+
+#[test]
 fn successor_that_serves_another_disk_is_not_accepted() {
     let mut m = running();
     m.die(2, true);
