@@ -11,7 +11,7 @@ use bulkhead_faults::workload::{Guests, Linux};
 use bulkhead_faults::{matrix, points};
 use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -126,20 +126,15 @@ fn main() -> ExitCode {
 
 /// An object of `--json`: the version of its form comes first.
 #[derive(Serialize)]
-struct Object<'a> {
+struct Object<'a, T> {
     schema_version: u32,
     #[serde(flatten)]
-    rest: &'a serde_json::Map<String, Value>,
+    rest: &'a T,
 }
 
-fn say_json(mut value: Value) {
-    let Some(rest) = value.as_object_mut() else {
-        return;
-    };
-    rest.remove("schema_version");
-    let schema_version = SCHEMA_VERSION;
+fn say_json(rest: &impl Serialize) {
     let object = Object {
-        schema_version,
+        schema_version: SCHEMA_VERSION,
         rest,
     };
     // Plain data with string keys can always be written.
@@ -154,10 +149,7 @@ fn say(line: &str) {
 fn list(as_json: bool) -> u8 {
     for listed in points::all() {
         if as_json {
-            say_json(
-                json!({ "schema_version": SCHEMA_VERSION, "point": listed.point,
-                    "process": listed.process, "step": listed.step }),
-            );
+            say_json(&listed);
         } else {
             say(&format!(
                 "{:<40} {:<12} {}",
@@ -287,7 +279,7 @@ fn keep(output: &std::path::Path, scenario: &Scenario, outcome: &Outcome) {
 fn show_plan(scenario: &Scenario, seed: u64, plan: &[Planned], as_json: bool) {
     for planned in plan {
         if as_json {
-            say_json(json!({ "schema_version": SCHEMA_VERSION, "kind": "planned",
+            say_json(&json!({ "kind": "planned",
                     "scenario": scenario.name, "seed": seed, "fault": planned }));
         } else {
             let fault = &planned.fault;
@@ -324,9 +316,9 @@ fn show(outcome: &Outcome, as_json: bool) {
         return say(outcome.in_words().trim_end());
     }
     for entry in &outcome.entries {
-        say_json(entry.as_json());
+        say_json(&entry.as_json());
     }
-    say_json(outcome.as_json());
+    say_json(&outcome.as_json());
 }
 
 /// Looks for the fewest faults that fail, and writes them as a scenario.

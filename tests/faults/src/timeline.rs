@@ -160,7 +160,7 @@ impl Entry {
     /// As an object of `--json`.
     #[must_use]
     pub fn as_json(&self) -> Value {
-        let mut object = json!({ "schema_version": crate::SCHEMA_VERSION, "kind": "event" });
+        let mut object = json!({ "kind": "event" });
         if let (Some(object), Ok(Value::Object(entry))) =
             (object.as_object_mut(), serde_json::to_value(self))
         {

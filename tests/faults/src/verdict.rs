@@ -89,7 +89,6 @@ impl Outcome {
             .iter()
             .map(|(vm, count)| json!({ "vm": vm, "count": count }));
         json!({
-            "schema_version": crate::SCHEMA_VERSION,
             "kind": "verdict",
             "scenario": self.name,
             "seed": self.seed,
