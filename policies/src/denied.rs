@@ -11,7 +11,7 @@ use crate::plan::{Condition, Permit, Policy, Test};
 pub const NUMBERS: u32 = 600;
 /// `uretprobe` and `uprobe`, which Linux lets pass every filter (since 6.14 and 6.18): trampolines that the
 /// kernel has written make them. From anywhere else they do nothing but fail.
-pub const BEYOND_FILTERS: [u32; 2] = [335, 336];
+const BEYOND_FILTERS: [u32; 2] = [335, 336];
 /// What stands for an argument that no condition is on: no descriptor, no address, no flag.
 const FILLER: u64 = 0x1_0000;
 
@@ -66,6 +66,14 @@ impl Policy {
     pub fn denied(&self, phase: &str) -> Vec<Attempt> {
         let mut attempts = self.attempts(phase);
         attempts.retain(|a| !self.permits(phase, a.number, &a.args));
+        attempts
+    }
+
+    /// Those of [`Policy::denied`] that end whoever makes them.
+    #[must_use]
+    pub fn stopped(&self, phase: &str) -> Vec<Attempt> {
+        let mut attempts = self.denied(phase);
+        attempts.retain(|attempt| !BEYOND_FILTERS.contains(&attempt.number));
         attempts
     }
 

@@ -11,7 +11,7 @@
 use bulkhead::authority::filters;
 use bulkhead_ipc::host::host_needs_quirks;
 use bulkhead_ipc::ident::ProcKind;
-use bulkhead_policies::denied::{Attempt, BEYOND_FILTERS};
+use bulkhead_policies::denied::Attempt;
 use bulkhead_policies::evaluate::{RET_ALLOW, RET_TRAP, action};
 use bulkhead_policies::explain::{self, Denied};
 use bulkhead_policies::grant::STARTUP;
@@ -92,9 +92,8 @@ fn everything() -> Vec<Forbidden> {
     for kind in ProcKind::ALL {
         let policy = load(kind, None, false).unwrap();
         for thread in threads(&policy) {
-            let denied = policy.denied(&thread).into_iter();
-            let denied = denied.filter(|attempt| !BEYOND_FILTERS.contains(&attempt.number));
-            all.extend(denied.map(|attempt| Forbidden {
+            let stopped = policy.stopped(&thread).into_iter();
+            all.extend(stopped.map(|attempt| Forbidden {
                 kind,
                 thread: thread.clone(),
                 attempt,

@@ -6,7 +6,7 @@ use super::{
     nothing_changes, server_of, start, while_watched,
 };
 use bulkhead_ipc::ident::ProcKind;
-use bulkhead_policies::denied::{Attempt, BEYOND_FILTERS};
+use bulkhead_policies::denied::Attempt;
 use bulkhead_policies::explain::{self, Denied};
 use bulkhead_policies::load;
 use bulkhead_tests::{Machine, Programs};
@@ -28,9 +28,7 @@ const BESIDE: usize = 50;
 
 /// As `tests/hostile/src/calls.rs` has them.
 fn denied(kind: ProcKind) -> Vec<Attempt> {
-    let mut denied = load(kind, None, false).unwrap().denied("main");
-    denied.retain(|attempt| !BEYOND_FILTERS.contains(&attempt.number));
-    denied
+    load(kind, None, false).unwrap().stopped("main")
 }
 
 /// Which of `count` calls are made.

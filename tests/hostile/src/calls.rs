@@ -5,7 +5,7 @@
 )]
 
 use bulkhead_ipc::ident::ProcKind;
-use bulkhead_policies::denied::{Attempt, BEYOND_FILTERS};
+use bulkhead_policies::denied::Attempt;
 use bulkhead_policies::load;
 
 /// Exit code of a process that was let do what its policy denies.
@@ -15,9 +15,7 @@ pub(crate) const EXIT_ESCAPED: i32 = 77;
 /// that talks to the broker.
 pub(crate) fn denied(kind: ProcKind) -> Vec<Attempt> {
     let policy = load(kind, None, false);
-    let mut denied = policy.map_or_else(|_| Vec::new(), |policy| policy.denied("main"));
-    denied.retain(|attempt| !BEYOND_FILTERS.contains(&attempt.number));
-    denied
+    policy.map_or_else(|_| Vec::new(), |policy| policy.stopped("main"))
 }
 
 /// Makes the call. Nothing of this process is used after it: it has ended, or leaves.
