@@ -15,6 +15,7 @@ pub mod image;
 pub mod launch;
 pub mod learn;
 pub mod registry;
+pub mod remains;
 pub mod serve;
 pub mod supervisor;
 pub mod vm;

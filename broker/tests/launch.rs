@@ -292,7 +292,9 @@ fn program_that_cannot_be_executed_is_explained() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("bulkhead-rng"), b"not a program").unwrap();
     let mut launcher = Launcher::new(dir.path(), UserRange::DEFAULT).unwrap();
-    let launched = rng(&mut launcher, &compiled);
+    // It is dead before it could be given anything.
+    let home = tempfile::tempdir().unwrap();
+    let (launched, _birth) = unborn_rng(&mut launcher, &compiled, home.path());
     let pid = nix::unistd::Pid::from_raw(launched.pid);
     nix::sys::wait::waitpid(pid, None).unwrap();
     assert_eq!(

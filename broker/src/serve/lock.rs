@@ -1,13 +1,13 @@
 //! A lock that the kernel holds for as long as its owner lives.
 
 use super::{ServeError, os};
+use crate::remains::Remains;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 /// A locked file with the owner's pid in it.
 #[derive(Debug)]
@@ -15,12 +15,9 @@ pub struct Lock {
     _file: Flock<File>,
 }
 
-/// How long the lock may outlive its owner: what it was about to start holds it from fork to exec.
-const REMAINS: Duration = Duration::from_secs(2);
-const POLL: Duration = Duration::from_millis(2);
-
 impl Lock {
-    /// Takes the lock. Waits only for what is left of an owner that is dead, at most [`REMAINS`].
+    /// Takes the lock. Waits only for what is left of an owner that is dead, at most
+    /// [`crate::remains::LONGEST`].
     ///
     /// # Errors
     /// [`ServeError::InUse`] with the owner's pid, or the kernel's error.
@@ -33,7 +30,7 @@ impl Lock {
             .custom_flags(libc::O_NOFOLLOW)
             .open(path)
             .map_err(os(shown.clone()))?;
-        let until = Instant::now() + REMAINS;
+        let remains = Remains::begin();
         loop {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(file) => {
@@ -47,9 +44,7 @@ impl Lock {
                 }
                 Err((held, Errno::EWOULDBLOCK)) => {
                     let holder = holder(&held);
-                    let is_dead =
-                        holder.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
-                    if !is_dead || Instant::now() >= until {
+                    if !remains.wait(holder) {
                         return Err(ServeError::InUse {
                             what: path.to_owned(),
                             holder: holder
@@ -57,7 +52,6 @@ impl Lock {
                         });
                     }
                     file = held;
-                    std::thread::sleep(POLL);
                 }
                 Err((_, errno)) => return Err(os(shown)(io::Error::from(errno))),
             }
@@ -99,7 +93,7 @@ mod tests {
             let path = path.clone();
             move || Lock::take(&path).map(drop)
         });
-        std::thread::sleep(20 * POLL);
+        std::thread::sleep(20 * crate::remains::POLL);
         assert!(!waiting.is_finished());
         drop(left);
         waiting.join().unwrap().unwrap();

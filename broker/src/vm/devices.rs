@@ -16,7 +16,8 @@ const RNG_SLOT: u8 = 1;
 const DISK_SLOT: u8 = 2;
 
 const SMALL_QUEUE: u16 = 64;
-const DISK_QUEUE: u16 = 256;
+/// Size of each queue of a disk.
+pub const DISK_QUEUE: u16 = 256;
 /// A console's window holds every receive buffer that a driver keeps posted, and output besides.
 const CONSOLE_WINDOW_BYTES: u32 = 1 << 20;
 const RNG_WINDOW_BYTES: u32 = 256 << 10;

@@ -11,6 +11,7 @@
 //! it at once. Whatever is in the directory is a file and is believed only after a check.
 
 use crate::escape::escaped;
+use crate::remains::Remains;
 use bulkhead_ipc::adoption::{AdoptionSocket, bind_in};
 use bulkhead_ipc::ident::ProcId;
 use nix::errno::Errno;
@@ -65,7 +66,8 @@ pub fn path_of(runtime: &Path, name: &str) -> PathBuf {
 }
 
 impl Home {
-    /// Makes the directory of machine `name` if it is not there, and takes its lock. Does not wait.
+    /// Makes the directory of machine `name` if it is not there, and takes its lock. Waits only for
+    /// what is left of an owner that is dead, at most [`crate::remains::LONGEST`].
     ///
     /// # Errors
     /// [`HomeError::Owned`] when another broker has the lock.
@@ -87,7 +89,9 @@ impl Home {
             path: escaped(path.as_os_str().as_encoded_bytes()).to_string(),
             cause,
         };
-        for _ in 0..ATTEMPTS {
+        let remains = Remains::begin();
+        let mut attempts = 0..ATTEMPTS;
+        while attempts.next().is_some() {
             if make {
                 let mut builder = DirBuilder::new();
                 let made = builder.recursive(true).mode(0o700).create(&path);
@@ -99,7 +103,12 @@ impl Home {
             match fcntl(lock.as_fd(), FcntlArg::F_OFD_SETLK(&whole_file())) {
                 Ok(_) => {}
                 Err(Errno::EAGAIN | Errno::EACCES) => {
-                    let (name, owner) = (name.to_owned(), owner(&lock));
+                    let owner = owner(&lock);
+                    if remains.wait(owner) {
+                        attempts = 0..ATTEMPTS;
+                        continue;
+                    }
+                    let name = name.to_owned();
                     return Err(HomeError::Owned { name, owner });
                 }
                 Err(errno) => return Err(fault(errno.into())),
@@ -177,14 +186,21 @@ pub fn socket_name(id: ProcId) -> String {
     format!("{id}.sock")
 }
 
-/// Whether a broker owns the machine at `path` now: its pid, where it is known.
+/// Whether a broker owns the machine at `path` now: its pid, where it is known. Waits as
+/// [`Home::claim`].
 #[must_use]
 pub fn owner_of(path: &Path) -> Option<Option<u32>> {
-    let lock = File::open(path.join(LOCK)).ok()?;
-    let mut asked = whole_file();
-    let held = fcntl(lock.as_fd(), FcntlArg::F_OFD_GETLK(&mut asked)).is_ok()
-        && i32::from(asked.l_type) != libc::F_UNLCK;
-    held.then(|| owner(&lock))
+    let remains = Remains::begin();
+    loop {
+        let lock = File::open(path.join(LOCK)).ok()?;
+        let mut asked = whole_file();
+        let held = fcntl(lock.as_fd(), FcntlArg::F_OFD_GETLK(&mut asked)).is_ok()
+            && i32::from(asked.l_type) != libc::F_UNLCK;
+        let owner = held.then(|| owner(&lock))?;
+        if !remains.wait(owner) {
+            return Some(owner);
+        }
+    }
 }
 
 fn open(path: &Path, make: bool) -> io::Result<Option<(File, File)>> {
@@ -247,6 +263,27 @@ mod tests {
         drop(home);
         assert_eq!(owner_of(&path), None);
         Home::take_over(runtime.path(), "web").unwrap();
+    }
+
+    #[test]
+    fn what_is_left_of_a_dead_owner_is_waited_for() {
+        type Seen = fn(&Path) -> bool;
+        let asks: [Seen; 2] = [
+            |runtime| owner_of(&path_of(runtime, "web")).is_none(),
+            |runtime| Home::claim(runtime, "web").is_ok(),
+        ];
+        for ask in asks {
+            let runtime = tempfile::tempdir().unwrap();
+            let left = Home::claim(runtime.path(), "web").unwrap();
+            // No pid is as large as this.
+            fs::write(left.path().join(LOCK), "99999999").unwrap();
+            let path = runtime.path().to_owned();
+            let waiting = std::thread::spawn(move || ask(&path));
+            std::thread::sleep(20 * crate::remains::POLL);
+            assert!(!waiting.is_finished());
+            drop(left);
+            assert!(waiting.join().unwrap());
+        }
     }
 
     #[test]

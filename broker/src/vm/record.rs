@@ -404,6 +404,12 @@ pub fn start_time(pid: i32) -> Option<u64> {
     Stat::of(pid).map(|stat| stat.start_time)
 }
 
+/// Whether there is no process `pid`, or only what its parent has not reaped.
+#[must_use]
+pub fn is_dead(pid: i32) -> bool {
+    Stat::of(pid).is_none_or(|stat| stat.dead)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::session::Ending;
