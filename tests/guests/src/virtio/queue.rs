@@ -67,6 +67,8 @@ pub struct Queue {
     event_idx: bool,
     memory: Dma,
     next: [u16; QUEUE_SIZE_MAX],
+    /// For each head, how many bytes the device may write; [`UNBOUNDED`] for chains built elsewhere.
+    writable: [u32; QUEUE_SIZE_MAX],
     free: u16,
     free_count: u16,
     avail_index: u16,
@@ -77,6 +79,7 @@ pub struct Queue {
 }
 
 const NONE: u16 = u16::MAX;
+const UNBOUNDED: u32 = u32::MAX;
 
 impl Queue {
     /// Lays a queue out in fresh memory, with interrupts suppressed.
@@ -93,6 +96,7 @@ impl Queue {
             event_idx: features & feature::EVENT_IDX != 0,
             memory,
             next,
+            writable: [UNBOUNDED; QUEUE_SIZE_MAX],
             free: 0,
             free_count: size,
             avail_index: 0,
@@ -173,6 +177,7 @@ impl Queue {
             at = next;
         }
         self.free_count -= segments.len() as u16;
+        self.bound(head, segments);
         Some(head)
     }
 
@@ -198,7 +203,14 @@ impl Queue {
         self.free = self.next[usize::from(head)];
         self.next[usize::from(head)] = NONE;
         self.free_count -= 1;
+        self.bound(head, segments);
         Some(head)
+    }
+
+    /// From now on the device may say to have written as much as these segments hold.
+    fn bound(&mut self, head: u16, segments: &[Segment]) {
+        let writable = segments.iter().filter(|segment| segment.write);
+        self.writable[usize::from(head)] = writable.map(|segment| segment.len).sum();
     }
 
     /// Gives the descriptors of a chain back.
@@ -210,6 +222,7 @@ impl Queue {
             count += 1;
         }
         self.next[usize::from(last)] = self.free;
+        self.writable[usize::from(head)] = UNBOUNDED;
         self.free = head;
         self.free_count += count;
     }
@@ -264,6 +277,14 @@ impl Queue {
                 what: "used_id",
                 got: u64::from(id),
                 expected,
+            });
+        }
+        let writable = self.writable[id as usize];
+        if len > writable {
+            return Err(Failure::Wrong {
+                what: "used_len",
+                got: u64::from(len),
+                expected: u64::from(writable),
             });
         }
         self.used_index = self.used_index.wrapping_add(1);
