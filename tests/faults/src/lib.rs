@@ -12,6 +12,7 @@ pub mod hosts;
 pub mod inject;
 pub mod matrix;
 pub mod messages;
+pub mod network;
 pub mod notify;
 #[path = "../../guests/src/pattern.rs"]
 pub mod pattern;
@@ -26,6 +27,7 @@ pub mod random;
 pub mod run;
 pub mod scenario;
 pub mod shrink;
+pub mod soak;
 pub mod timeline;
 pub mod verdict;
 pub mod who;

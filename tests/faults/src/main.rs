@@ -6,6 +6,7 @@ use bulkhead_faults::random::{Planned, plan};
 use bulkhead_faults::run::{Setting, clean_up_at_signals, run};
 use bulkhead_faults::scenario::Scenario;
 use bulkhead_faults::shrink::{scenario_of, shrink};
+use bulkhead_faults::soak::{self, Tally};
 use bulkhead_faults::verdict::{Outcome, Verdict};
 use bulkhead_faults::workload::{Guests, Linux};
 use bulkhead_faults::{matrix, points};
@@ -59,6 +60,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Run drawn scenarios, one after the other, until the time is over: all kinds of faults equally often
+    Soak(SoakArgs),
     /// Run every fault × every kind of process × what a machine goes through
     Matrix(MatrixArgs),
 }
@@ -77,6 +80,26 @@ struct MatrixArgs {
     /// Directory for the scenarios and time lines of those that do not hold
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
+}
+
+/// How long, and how much is enough.
+#[derive(Debug, Args)]
+struct SoakArgs {
+    /// How long
+    #[arg(long, value_name = "M", default_value_t = 30)]
+    minutes: u64,
+    /// Chooses what is drawn
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Fail when a kind of fault was injected fewer times
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    fewest: u64,
+    /// Print JSON lines
+    #[arg(long)]
+    json: bool,
+    /// Directory for the scenarios and time lines of those that do not hold
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    output: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -119,6 +142,7 @@ fn main() -> ExitCode {
     let code = match cli.command {
         Command::Points { json } => list(json),
         Command::Run(args) => run_all(&args),
+        Command::Soak(args) => run_soak(&args),
         Command::Matrix(args) => run_matrix(&args),
     };
     ExitCode::from(code)
@@ -216,6 +240,83 @@ fn run_all(args: &RunArgs) -> u8 {
     }
 }
 
+/// Runs decks until the time is over, one line for each scenario and one for each kind of fault. The code is
+/// that of the worst.
+fn run_soak(args: &SoakArgs) -> u8 {
+    let setting = match setting() {
+        Ok(setting) => setting,
+        Err(error) => {
+            eprintln!("bulkhead-fault: error: {error}");
+            return HOST;
+        }
+    };
+    let until = Instant::now() + Duration::from_secs(args.minutes * 60);
+    let (mut tally, mut runs, mut verified) = (Tally::new(), 0_u64, 0_u64);
+    let mut failed = Vec::new();
+    let scenarios = (0..).flat_map(|number| soak::deck(args.seed, number));
+    for scenario in scenarios.take_while(|_| Instant::now() < until) {
+        let plan = plan(&scenario, scenario.seed);
+        let outcome = match run(&scenario, scenario.seed, &plan, &setting) {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                eprintln!("bulkhead-fault: error: {}: {error}", scenario.name);
+                return HOST;
+            }
+        };
+        runs += 1;
+        verified += outcome.verified.iter().map(|(_, count)| count).sum::<u64>();
+        for (planned, times) in &outcome.injected {
+            tally.add(&planned.fault, *times);
+        }
+        if args.json {
+            say_json(&outcome.as_json());
+        } else {
+            tell(&scenario, &outcome);
+        }
+        // A fault that a machine's loss has prevented is one that was not injected, and counts as such.
+        if outcome.verdict() == Verdict::Failed {
+            keep(&args.output, &scenario, &outcome);
+            failed.push(scenario.name);
+        }
+    }
+    let below = tally.below(args.fewest);
+    if args.json {
+        say_json(
+            &json!({ "kind": "soak", "seed": args.seed, "runs": runs, "verified": verified,
+                "failed": failed, "injected": tally.counts(), "too_seldom": below }),
+        );
+    } else {
+        for (kind, count) in tally.counts() {
+            say(&format!("{kind:<28} {count:>6}"));
+        }
+        say(&format!(
+            "{runs} runs, {} failed; {verified} things verified",
+            failed.len()
+        ));
+        if !below.is_empty() {
+            let below = below.into_iter().collect::<Vec<_>>().join(", ");
+            let fewest = args.fewest;
+            say(&format!("injected fewer than {fewest} times: {below}"));
+        }
+    }
+    match (failed.is_empty(), tally.below(args.fewest).is_empty()) {
+        (false, _) => Verdict::Failed.code(),
+        (true, false) => Verdict::NothingVerified.code(),
+        (true, true) if verified == 0 => Verdict::NothingVerified.code(),
+        (true, true) => 0,
+    }
+}
+
+/// A line for a scenario, and one for each thing that is wrong.
+fn tell(scenario: &Scenario, outcome: &Outcome) {
+    let verdict = outcome.verdict().in_words();
+    say(&format!("{:<64} {verdict}", scenario.name));
+    let missing = outcome.missing.iter().map(|(_, why)| why);
+    for why in outcome.errors.iter().chain(missing) {
+        say(&format!("    {why}"));
+    }
+}
+
 /// Runs the matrix, one line for each scenario. The code is that of the worst.
 fn run_matrix(args: &MatrixArgs) -> u8 {
     let setting = match setting() {
@@ -245,14 +346,7 @@ fn run_matrix(args: &MatrixArgs) -> u8 {
             }
         };
         let verdict = outcome.verdict();
-        say(&format!("{:<64} {}", scenario.name, verdict.in_words()));
-        for why in outcome
-            .errors
-            .iter()
-            .chain(outcome.missing.iter().map(|(_, why)| why))
-        {
-            say(&format!("    {why}"));
-        }
+        tell(&scenario, &outcome);
         if let (Some(output), true) = (&args.output, verdict != Verdict::Held) {
             keep(output, &scenario, &outcome);
         }

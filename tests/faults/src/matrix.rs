@@ -5,7 +5,9 @@
 //! boot has no predecessor.
 
 use crate::random::bare;
-use crate::scenario::{Action, Deed, Expect, Fault, Scenario, Step, Vm, Who, Work};
+use crate::scenario::{
+    Action, Deed, Disk, DiskPlace, Expect, Fault, Scenario, Step, Vm, Who, Work,
+};
 use bulkhead_ipc::ident::ProcKind;
 
 /// What a machine goes through when the fault comes.
@@ -21,7 +23,7 @@ pub enum Phase {
     Upgrade,
     /// Another broker takes over.
     BrokerRestart,
-    /// Its guest has powered off.
+    /// It is shut down, by its guest or the operator.
     Shutdown,
 }
 
@@ -47,13 +49,23 @@ impl Phase {
         }
     }
 
+    /// When a fault comes that is to hit what the operator does.
+    const fn strike_ms(self) -> u64 {
+        match self {
+            // A process that is killed is soon gone.
+            Self::Shutdown => AT_MS + 1,
+            _ => AT_MS + 4,
+        }
+    }
+
     /// What the operator does for it.
     const fn deed(self) -> Option<Deed> {
         match self {
             Self::Restart => Some(Deed::RestartDevice),
             Self::Upgrade => Some(Deed::Upgrade),
             Self::BrokerRestart => Some(Deed::RestartBroker),
-            Self::Boot | Self::Io | Self::Shutdown => None,
+            Self::Shutdown => Some(Deed::Kill),
+            Self::Boot | Self::Io => None,
         }
     }
 
@@ -94,7 +106,8 @@ impl Phase {
                 vec![("adoption.adopt", Some(1)), ("adoption.adopted", Some(1))]
             }
             (Self::Shutdown, true) => vec![("from-vcpu.ended", Some(1))],
-            (Self::Shutdown | Self::Restart | Self::Upgrade, _) => Vec::new(),
+            (Self::Shutdown, false) => vec![("to-device.shutdown", Some(1))],
+            (Self::Restart | Self::Upgrade, true) => Vec::new(),
         }
     }
 }
@@ -139,6 +152,7 @@ fn scenario(name: String, phase: Phase, kind: Option<ProcKind>, fault: Fault) ->
         seed: 1,
         seconds: 2,
         host: Vec::new(),
+        link: Vec::new(),
         vm: vec![Vm {
             name: "web".to_owned(),
             host: None,
@@ -190,6 +204,10 @@ fn of_messages(phase: Phase, kind: ProcKind, into: &mut Vec<Scenario>) {
             let name = format!("{}-{kind}-{}", phase.name(), in_words(&fault));
             let mut made = scenario(name, phase, Some(kind), fault);
             made.vm[0].expect = expect(message, action, who, kind);
+            if phase == Phase::Shutdown {
+                // The guest powers off.
+                made.step.clear();
+            }
             if phase == Phase::Io && kind == ProcKind::Vcpu {
                 made.step
                     .extend([step(AT_MS, Deed::Pause), step(AT_MS + 200, Deed::Resume)]);
@@ -229,13 +247,13 @@ fn expect(message: &str, action: Action, who: Option<Who>, kind: ProcKind) -> Ex
 
 /// Scenarios of whole processes.
 fn of_processes(phase: Phase, kind: ProcKind, into: &mut Vec<Scenario>) {
-    if matches!(phase, Phase::Boot | Phase::Shutdown) {
+    if phase == Phase::Boot {
         return;
     }
     for action in ON_PROCESSES {
         let mut fault = bare(&format!("process.{kind}"), action);
         // While the operator's command is under way.
-        fault.at_ms = Some(AT_MS + 4);
+        fault.at_ms = Some(phase.strike_ms());
         fault.ms = (action != Action::Kill).then_some(TIME_MS);
         let name = format!("{}-{kind}-{}", phase.name(), in_words(&fault));
         let mut made = scenario(name, phase, Some(kind), fault);
@@ -246,9 +264,58 @@ fn of_processes(phase: Phase, kind: ProcKind, into: &mut Vec<Scenario>) {
     }
 }
 
+/// Scenarios of clocks; without a kind, of the broker's.
+fn of_clocks(phase: Phase, kind: Option<ProcKind>, into: &mut Vec<Scenario>) {
+    if phase == Phase::Boot {
+        return;
+    }
+    for (jump_ms, name) in [(86_400_000, "ahead"), (-86_400_000, "back")] {
+        let of = kind.map_or("broker", ProcKind::name);
+        let mut fault = bare(&format!("clock.{of}"), Action::Jump);
+        fault.at_ms = Some(AT_MS - 50);
+        fault.jump_ms = Some(jump_ms);
+        let name = format!("{}-{}-{name}", phase.name(), in_words(&fault));
+        into.push(scenario(name, phase, kind, fault));
+    }
+}
+
+/// What a disk does, and what its guest is told.
+const ON_DISKS: [(&str, Action, Expect); 9] = [
+    ("disk.read", Action::Error, Expect::Errors),
+    ("disk.write", Action::Error, Expect::Errors),
+    ("disk.flush", Action::Error, Expect::Errors),
+    ("disk.write", Action::Full, Expect::Errors),
+    ("disk.write", Action::Delay, Expect::Unharmed),
+    ("disk.flush", Action::Delay, Expect::Unharmed),
+    ("disk.write", Action::Hang, Expect::Unharmed),
+    ("disk.write", Action::Torn, Expect::Unharmed),
+    ("disk.flush", Action::Lie, Expect::Unharmed),
+];
+
+/// Scenarios of the host's disk.
+fn of_disks(phase: Phase, into: &mut Vec<Scenario>) {
+    if matches!(phase, Phase::Boot | Phase::Shutdown) {
+        return;
+    }
+    for (point, action, expect) in ON_DISKS {
+        let mut fault = bare(point, action);
+        fault.at_ms = Some(AT_MS - 20);
+        fault.ms = matches!(action, Action::Delay | Action::Hang).then_some(TIME_MS);
+        fault.bytes = (action == Action::Torn).then_some(700);
+        let name = format!("{}-{}", phase.name(), in_words(&fault));
+        let mut made = scenario(name, phase, Some(ProcKind::Blk), fault);
+        made.vm[0].expect = expect;
+        made.vm[0].disk = Some(Disk {
+            size: "16MiB".to_owned(),
+            on: DiskPlace::Faulty,
+        });
+        into.push(made);
+    }
+}
+
 /// Scenarios of the broker, and of everything at once.
 fn of_brokers(phase: Phase, into: &mut Vec<Scenario>) {
-    if matches!(phase, Phase::Boot | Phase::Shutdown) {
+    if phase == Phase::Boot {
         return;
     }
     for (point, action) in [
@@ -258,13 +325,14 @@ fn of_brokers(phase: Phase, into: &mut Vec<Scenario>) {
         ("host", Action::Kill),
         ("machine", Action::Starve),
         ("machine", Action::MemoryPressure),
+        ("guest", Action::Nmi),
     ] {
         let mut fault = bare(point, action);
-        fault.at_ms = Some(AT_MS + 4);
+        fault.at_ms = Some(phase.strike_ms());
         fault.ms = Some(TIME_MS);
         let name = format!("{}-{}", phase.name(), in_words(&fault));
         let mut made = scenario(name, phase, None, fault);
-        if point == "host" || action == Action::MemoryPressure {
+        if matches!(point, "host" | "guest") || action == Action::MemoryPressure {
             made.vm[0].expect = Expect::Lost;
         }
         into.push(made);
@@ -387,9 +455,12 @@ pub fn all() -> Vec<Scenario> {
             let devices_alone = matches!(phase, Phase::Restart | Phase::Upgrade);
             if !(devices_alone && kind == ProcKind::Vcpu) {
                 of_processes(phase, kind, &mut scenarios);
+                of_clocks(phase, Some(kind), &mut scenarios);
             }
         }
+        of_clocks(phase, None, &mut scenarios);
         of_brokers(phase, &mut scenarios);
+        of_disks(phase, &mut scenarios);
     }
     of_calls(&mut scenarios);
     for kind in ["blk", "console", "rng", "legacy"] {
@@ -426,10 +497,9 @@ mod tests {
             for kind in ProcKind::ALL {
                 let devices_alone =
                     matches!(phase, Phase::Restart | Phase::Upgrade) && kind == ProcKind::Vcpu;
-                let at_end = phase == Phase::Shutdown && kind != ProcKind::Vcpu;
                 let head = format!("{}-{kind}-", phase.name());
                 let is_there = names.iter().any(|name| name.starts_with(&head));
-                assert!(is_there || devices_alone || at_end, "{head}");
+                assert!(is_there || devices_alone, "{head}");
             }
         }
         assert!(scenarios.len() > 300, "{}", scenarios.len());

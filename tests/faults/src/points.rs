@@ -58,6 +58,8 @@ pub enum Point {
     Broker,
     /// A host.
     Host,
+    /// The network between the hosts.
+    Network,
     /// A disk that the harness serves.
     Disk(DiskOp),
 }
@@ -174,6 +176,11 @@ pub fn all() -> Vec<Listed> {
     ));
     points.push(listed("broker".to_owned(), "broker", "at any time"));
     points.push(listed("host".to_owned(), "all of a host", "at any time"));
+    points.push(listed(
+        "network".to_owned(),
+        "hosts' network",
+        "on the way from host to host",
+    ));
     for op in ["read", "write", "flush"] {
         points.push(listed(
             format!("disk.{op}"),
@@ -208,6 +215,7 @@ impl Point {
                 "machine" => Some(Self::Machine),
                 "broker" => Some(Self::Broker),
                 "host" => Some(Self::Host),
+                "network" => Some(Self::Network),
                 _ => None,
             },
             Some(("process", kind)) => kind_named(kind).map(Self::Process),

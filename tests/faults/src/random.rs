@@ -122,11 +122,12 @@ pub fn bare(point: &str, action: Action) -> Fault {
         seed: None,
         percent: None,
         jump_ms: None,
+        latency_ms: None,
     }
 }
 
 /// Heartbeats go on for as long as a machine lives: these points are always reached.
-const ALWAYS: [&str; 4] = [
+pub const ALWAYS: [&str; 4] = [
     "to-device.ping:before",
     "to-device.ping:after",
     "from-device.pong:before",

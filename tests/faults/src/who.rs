@@ -6,7 +6,7 @@
 
 use bulkhead::vm::record::{ProcessRecord, Record};
 use bulkhead_ipc::ident::ProcId;
-use bulkhead_ipc::protocol::birth::Birth;
+use bulkhead_ipc::protocol::birth::{Birth, KindConfig};
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
@@ -21,6 +21,8 @@ pub struct Known {
     pub vm: String,
     /// Which of the machine's processes.
     pub id: ProcId,
+    /// Sizes of its queues; empty for those that have none.
+    pub queue_sizes: Vec<u16>,
     /// What the broker has on record of it.
     pub record: ProcessRecord,
     /// Inode of its own end of the control channel, once it has said something.
@@ -79,6 +81,10 @@ impl Directory {
             host,
             vm: birth.vm.clone(),
             id: birth.id,
+            queue_sizes: match &birth.config {
+                KindConfig::Device(device) => device.queue_sizes.clone(),
+                KindConfig::Vcpu(_) | KindConfig::Legacy(_) => Vec::new(),
+            },
             record,
             control: None,
             is_locked: false,

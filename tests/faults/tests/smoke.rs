@@ -70,6 +70,10 @@ shipped! {
     new_broker_finds_the_dying: "new-broker-finds-the-dying",
     messages_go_astray: "messages-go-astray",
     system_calls_fall_short: "system-calls-fall-short",
+    programs_are_replaced: "programs-are-replaced",
+    network_is_bad: "network-is-bad",
+    broker_dies_while_it_asks: "broker-dies-while-it-asks",
+    disk_gives_errors: "disk-gives-errors",
     disk_is_broken: "disk-is-broken",
     power_is_cut: "power-is-cut",
     little_to_run_on: "little-to-run-on",
@@ -82,6 +86,7 @@ shipped! {
     memory_stays_what_it_is: "memory-stays-what-it-is",
     files_survive: "files-survive",
     window_of_a_disk_is_spoiled: "window-of-a-disk-is-spoiled",
+    window_changes_while_it_is_read: "window-changes-while-it-is-read",
     requests_in_flight_outlive_their_process: "requests-in-flight-outlive-their-process",
 }
 
@@ -120,6 +125,32 @@ fn loss_of_a_machine_that_must_be_unharmed_fails() {
         [[fault]]\npoint = \"process.vcpu\"\ndo = \"kill\"\nat_ms = 300\n";
     let outcome = outcome(&Scenario::parse("lost.toml", text).unwrap());
     assert_eq!(outcome.verdict(), Verdict::Failed);
+}
+
+#[test]
+fn disk_that_has_lied_is_found_out_by_a_power_cut() {
+    let text = "name = \"lie\"\nseconds = 3\n[[vm]]\nname = \"web\"\nworkload = \"blocks\"\nexpect = \"lost\"\n\
+        disk = { size = \"16MiB\", on = \"faulty\" }\n\
+        [[fault]]\npoint = \"disk.flush\"\ndo = \"lie\"\nat_ms = 300\ntimes = 1000\n\
+        [[fault]]\npoint = \"host\"\ndo = \"kill\"\nat_ms = 1500\n";
+    let outcome = outcome(&Scenario::parse("lie.toml", text).unwrap());
+    assert_eq!(outcome.verdict(), Verdict::Failed);
+}
+
+#[test]
+fn partition_of_the_hosts_is_a_silence_between_them() {
+    let outcome = holds(&shipped("network-is-bad"));
+    let told = outcome
+        .entries
+        .iter()
+        .find(|e| e.what.contains("silence of"));
+    let told = &told.unwrap().what;
+    let silence = told
+        .split("silence of ")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next());
+    let silence: u64 = silence.unwrap().parse().unwrap();
+    assert!(silence >= 700, "{told}");
 }
 
 /// Whether the time line of a run has `part`.

@@ -19,6 +19,7 @@ mod command;
 mod daemon;
 mod demo;
 mod guest;
+mod mutants;
 mod packages;
 mod process;
 #[allow(
@@ -56,6 +57,8 @@ enum Task {
     Bench(bench::Options),
     /// Kill and replace parts of machines that verify what they do, and their daemon, for minutes.
     Soak(soak::Options),
+    /// Break the code on purpose, one patch after the other, and see the fault harness find it.
+    Mutants(mutants::Options),
     /// Build or fetch the guests that tests boot.
     #[command(subcommand)]
     Guest(guest::Task),
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         Task::Demo => demo::run(),
         Task::Bench(options) => bench::run(&options),
         Task::Soak(options) => soak::run(&options),
+        Task::Mutants(options) => mutants::run(&options),
         Task::Guest(task) => guest::run(task),
     };
     match result {

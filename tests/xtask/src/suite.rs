@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::guest::{Image, TEST_GUEST};
-use crate::{command, packages, tidy, workspace};
+use crate::{command, mutants, packages, tidy, workspace};
 
 /// The package of end-to-end tests.
 const END_TO_END: &str = "bulkhead-tests";
 /// The smoke set of the fault-injection harness.
 const FAULTS: [&str; 4] = ["--package", "bulkhead-faults", "--test", "smoke"];
 /// The command line that the small Linux needs to be quick where ring 0 is emulated.
-const LINUX_CMDLINE: &str = include_str!("../../guests/linux/cmdline");
+pub(crate) const LINUX_CMDLINE: &str = include_str!("../../guests/linux/cmdline");
 /// The same for the stock Debian kernel, which also has to do without what no emulator knows.
 const STOCK_CMDLINE: &str = include_str!("../../guests/linux/stock-cmdline");
 /// How many guests the end-to-end tests may run side by side: a machine of two CPUs that is busy
@@ -70,10 +70,14 @@ fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
         stages.run("models", models)?;
     }
     let binaries = stages.run("release build", release_binaries)?;
-    let images = stages.run("guests", || images(options))?;
+    let images = stages.run("guests", || images(options.slow))?;
     stages.run("end-to-end tests", || {
         end_to_end(options, &binaries, &images)
-    })
+    })?;
+    if options.slow && options.filter.is_none() {
+        stages.run("mutants", || mutants::run(&mutants::Options::default()))?;
+    }
+    Ok(())
 }
 
 /// How long each stage took.
@@ -149,8 +153,8 @@ fn models() -> Result<()> {
 }
 
 /// The guests that the end-to-end tests boot, each with the variable that tells its path.
-fn images(options: &Options) -> Result<Vec<(&'static str, PathBuf)>> {
-    let stock: &[Image] = if options.slow { &Image::STOCK } else { &[] };
+pub(crate) fn images(with_stock: bool) -> Result<Vec<(&'static str, PathBuf)>> {
+    let stock: &[Image] = if with_stock { &Image::STOCK } else { &[] };
     let all = Image::BUILT.iter().chain(stock);
     all.map(|image| Ok((image.variable(), image.path()?)))
         .collect()

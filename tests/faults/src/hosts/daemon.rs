@@ -1,6 +1,7 @@
 //! One host: its broker, run under a filter that notifies, and the command line that talks to it.
 
 use crate::inject::Engine;
+use crate::network::Namespace;
 use crate::notify::{NotifyError, serve, spawn};
 use std::fs::{self, File};
 use std::io;
@@ -84,6 +85,8 @@ pub struct Host {
     scratch: PathBuf,
     calls: Vec<u32>,
     engine: Arc<Engine>,
+    /// Its network, when it has one.
+    namespace: Option<Arc<Namespace>>,
     broker: Mutex<Option<Child>>,
 }
 
@@ -104,6 +107,7 @@ impl Host {
         places: &Places,
         calls: &[u32],
         engine: &Arc<Engine>,
+        namespace: Option<Arc<Namespace>>,
     ) -> Result<Self, HostError> {
         let io = |what: &str| {
             let (host, what) = (name.to_owned(), what.to_owned());
@@ -125,6 +129,7 @@ impl Host {
             scratch: places.scratch.clone(),
             calls: calls.to_vec(),
             engine: Arc::clone(engine),
+            namespace,
             broker: Mutex::new(None),
         })
     }
@@ -143,6 +148,12 @@ impl Host {
     #[must_use]
     pub fn programs(&self) -> PathBuf {
         self.scratch.join("programs")
+    }
+
+    /// Where the program of processes of a kind is.
+    #[must_use]
+    pub fn program(&self, kind: &str) -> PathBuf {
+        self.programs().join(format!("bulkhead-{kind}"))
     }
 
     #[expect(
@@ -183,12 +194,18 @@ impl Host {
         let mut command = self.bulkhead();
         command.arg("serve").stdout(Stdio::null()).stderr(log);
         let (index, engine) = (self.index, Arc::clone(&self.engine));
-        let child = spawn(&mut command, &self.calls, move |listener, pid| {
-            engine.directory.set_broker(index, pid);
-            std::thread::spawn(move || {
-                serve(listener, |notification| engine.asked(index, notification));
-            });
-        })?;
+        let start = || {
+            spawn(&mut command, &self.calls, move |listener, pid| {
+                engine.directory.set_broker(index, pid);
+                std::thread::spawn(move || {
+                    serve(listener, |notification| engine.asked(index, notification));
+                });
+            })
+        };
+        let child = match &self.namespace {
+            Some(namespace) => namespace.within(start).map_err(io)??,
+            None => start()?,
+        };
         *self.child() = Some(child);
         let until = Instant::now() + SERVING;
         while !self.run(&["list"], Duration::from_secs(2)).is_good() {
@@ -256,7 +273,7 @@ impl Host {
     /// # Errors
     /// When there is no room.
     pub fn replace_program(&self, kind: &str) -> io::Result<()> {
-        let place = self.programs().join(format!("bulkhead-{kind}"));
+        let place = self.program(kind);
         let new = self.programs().join("new");
         fs::copy(&place, &new)?;
         fs::set_permissions(&new, fs::Permissions::from_mode(0o755))?;

@@ -17,6 +17,8 @@ enum Thing {
     Directory(PathBuf),
     /// A mount of the harness's own.
     Mount(PathBuf),
+    /// A network namespace.
+    Namespace(PathBuf),
 }
 
 fn remember(thing: Thing) {
@@ -32,6 +34,11 @@ pub(super) fn directory(path: &Path) {
 /// A mount of this run.
 pub(super) fn mount(path: &Path) {
     remember(Thing::Mount(path.to_owned()));
+}
+
+/// A network namespace of this run.
+pub(super) fn namespace(path: &Path) {
+    remember(Thing::Namespace(path.to_owned()));
 }
 
 /// Everything of the run is gone.
@@ -67,6 +74,7 @@ fn clean_up() {
                 kill_all_of(path);
                 let _best_effort = fs::remove_dir_all(path);
             }
+            Thing::Namespace(path) => crate::network::remove(path),
             Thing::Mount(path) => {
                 let _gone = umount2(path, MntFlags::MNT_DETACH);
                 let _gone = fs::remove_dir(path);

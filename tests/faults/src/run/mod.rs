@@ -13,8 +13,9 @@ pub use abort::clean_up_at_signals;
 use crate::disk::{DiskError, DiskRules, FaultyDisk};
 use crate::hosts::{Done, Host, HostError, Places};
 use crate::inject::{Engine, host_names};
+use crate::network::{Link, LinkReport, Namespace, Network, NetworkError};
 use crate::random::Planned;
-use crate::scenario::{Deed, Disk, DiskPlace, Expect, Scenario, Vm};
+use crate::scenario::{Deed, Disk, DiskPlace, Expect, Link as LinkOf, Scenario, Vm};
 use crate::timeline::{Part, Timeline};
 use crate::verdict::Outcome;
 use crate::workload::{Guests, Workload, WorkloadError};
@@ -56,6 +57,9 @@ pub enum RunError {
     /// A guest, or what it needs.
     #[error(transparent)]
     Workload(#[from] WorkloadError),
+    /// The network of the hosts.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The host has no room.
     #[error("{0}: {1}")]
     Io(String, io::Error),
@@ -84,6 +88,7 @@ struct Run {
     scenario: Scenario,
     seed: u64,
     hosts: Vec<Host>,
+    network: Option<Network>,
     machines: Vec<Machine>,
     engine: Arc<Engine>,
     timeline: Arc<Timeline>,
@@ -178,13 +183,15 @@ pub fn run(
     let engine = Engine::new(plan, runtimes, Arc::clone(&timeline));
     engine.rules().set_hosts(names.clone());
     let calls = Engine::calls_of(plan);
+    let network = network(scenario, &engine)?;
     let mut hosts = Vec::new();
     for (index, name) in names.iter().enumerate() {
         let places = Places {
             scratch: scratches[index].clone(),
             programs: setting.programs.clone(),
         };
-        hosts.push(Host::new(index, name, &places, &calls, &engine)?);
+        let namespace = network.as_ref().and_then(|net| net.namespace(index));
+        hosts.push(Host::new(index, name, &places, &calls, &engine, namespace)?);
     }
     let mut machines = Vec::new();
     for vm in &scenario.vm {
@@ -198,6 +205,7 @@ pub fn run(
         scenario: scenario.clone(),
         seed,
         hosts,
+        network,
         machines,
         engine,
         timeline,
@@ -209,6 +217,17 @@ pub fn run(
     drop(scratch);
     abort::forget();
     outcome
+}
+
+/// Connects the hosts that a scenario names, if it names any.
+fn network(scenario: &Scenario, engine: &Arc<Engine>) -> Result<Option<Network>, NetworkError> {
+    if scenario.host.is_empty() {
+        return Ok(None);
+    }
+    let made = |namespace: &Namespace| abort::namespace(&namespace.path());
+    let engine = Arc::clone(engine);
+    let hit = move |fault| strike::frame_fault(&engine, fault);
+    Network::connect(scenario.host.len(), made, hit).map(Some)
 }
 
 /// Makes a machine's disk.
@@ -302,6 +321,7 @@ impl Run {
             for one in watched.iter().filter(|one| !one.works()) {
                 self.error(format!("the guest of {} does not begin", one.name()));
             }
+            let links = self.links();
             self.timeline.zero();
             self.timeline.note("the guests work");
             scope.spawn(|| self.operate());
@@ -317,6 +337,9 @@ impl Run {
             for one in &watched {
                 one.end();
             }
+            for (link, traffic) in links {
+                self.judge_link(link, traffic.end());
+            }
         });
         self.engine.rules().end();
         self.engine.settle();
@@ -324,6 +347,40 @@ impl Run {
             self.tell_events(machine);
         }
         watched.into_iter().map(Watched::verdict).collect()
+    }
+
+    /// Starts the traffic between hosts.
+    fn links(&self) -> Vec<(&LinkOf, Link)> {
+        let mut started = Vec::new();
+        for (link, number) in self.scenario.link.iter().zip(1..) {
+            let index = |name: &str| self.hosts.iter().position(|host| host.name == name);
+            let namespace = |name| self.network.as_ref()?.namespace(index(name)?);
+            let (Some(from), Some(to)) = (namespace(&link.from), namespace(&link.to)) else {
+                self.error(format!("{} → {}: no such hosts", link.from, link.to));
+                continue;
+            };
+            match Link::start(&from, &to, self.seed.wrapping_add(number)) {
+                Ok(traffic) => started.push((link, traffic)),
+                Err(error) => self.error(format!("{} → {}: {error}", link.from, link.to)),
+            }
+        }
+        started
+    }
+
+    fn judge_link(&self, link: &LinkOf, report: LinkReport) {
+        let name = format!("{} → {}", link.from, link.to);
+        self.timeline.note(format!(
+            "{name}: {} records as they were sent; {} of {} datagrams, {} again, {} late, silence of {} ms at most",
+            report.records,
+            report.arrived,
+            report.sent,
+            report.again,
+            report.late,
+            report.silence.as_millis(),
+        ));
+        for error in report.errors {
+            self.error(format!("{name}: {error}"));
+        }
     }
 
     /// Creates a machine and starts it.

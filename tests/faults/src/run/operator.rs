@@ -5,6 +5,7 @@ use crate::hosts::{Done, Host};
 use crate::scenario::{Deed, Step};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,15 @@ const STOPPING: &str = "5s";
 
 /// How long a second broker has to see that there is one.
 const TWIN: Duration = Duration::from_secs(5);
+
+/// How long a process that dies after an upgrade may be without a successor.
+const SUCCESSOR: Duration = Duration::from_secs(2);
+
+/// Device and inode of a file.
+fn file_of(path: &std::path::Path) -> Option<(u64, u64)> {
+    let about = std::fs::metadata(path).ok()?;
+    Some((about.dev(), about.ino()))
+}
 
 /// The kind of process that serves a device with this name.
 fn kind_of(device: &str) -> &str {
@@ -85,6 +95,36 @@ impl Run {
             Deed::Look => self.look(host, vm),
         };
         self.judge(machine, step, &done, began);
+        if step.deed == Deed::Upgrade && done.is_good() {
+            self.compare_program(host, machine, kind_of(device));
+        }
+    }
+
+    /// After an upgrade the process runs what is on disk.
+    fn compare_program(&self, host: &Host, machine: &Machine, kind: &str) {
+        let vm = machine.vm.name.as_str();
+        let until = Instant::now() + SUCCESSOR;
+        let on_disk = file_of(&host.program(kind));
+        loop {
+            let alive = self.engine.directory.alive(Some(vm), None);
+            let mut of_kind = alive.iter().filter(|known| known.id.kind.name() == kind);
+            let newest = of_kind.next_back();
+            let runs = newest.and_then(|known| {
+                let program = format!("/proc/{}/exe", known.record.pid);
+                file_of(std::path::Path::new(&program))
+            });
+            // One that has just died has a successor in a moment, and what is said of it.
+            match (runs, &on_disk) {
+                (Some(runs), Some(on_disk)) if runs == *on_disk => return,
+                _ if self.is_over() || self.may_be_lost(machine) => return,
+                (Some(_), _) if Instant::now() > until => {
+                    let what = "was upgraded and runs another program than the one on disk";
+                    return self.error(format!("{vm}/{kind} {what}"));
+                }
+                (None, _) if Instant::now() > until => return,
+                _ => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
     }
 
     fn look(&self, host: &Host, vm: &str) -> Done {

@@ -4,9 +4,10 @@ use super::{Machine, Run, keeper::Keeper};
 use crate::disk::{DiskAction, DiskEvent, DiskOp, DiskRule};
 use crate::hosts::Host;
 use crate::inject::{Engine, guest, windows};
+use crate::network::{FrameAction, FrameRule};
 use crate::points::Point;
 use crate::random::Planned;
-use crate::scenario::{Action, Fault};
+use crate::scenario::{Action, Fault, Who};
 use crate::who::Known;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -68,6 +69,20 @@ impl Run {
             }
             Point::Window(kind) => {
                 let known = self.process(machine, kind.name(), fault)?;
+                if fault.action == Action::Shake {
+                    let time = Duration::from_millis(fault.ms.unwrap_or(0));
+                    let times =
+                        windows::shake(known.record.pid, &known.queue_sizes, time, planned.seed)?;
+                    if times == 0 {
+                        return Err(lacking("nothing stood in its used ring"));
+                    }
+                    self.tell(
+                        planned,
+                        &format!("{}/{}, {times} times", known.vm, known.id),
+                    );
+                    self.engine.rules().done(planned.id);
+                    return Ok(());
+                }
                 let bytes = fault.bytes.unwrap_or(SPOILED);
                 let of = windows::spoil(known.record.pid, bytes, planned.seed)?;
                 self.tell(
@@ -110,6 +125,7 @@ impl Run {
             }
             Point::Host => self.kill_host(host, planned)?,
             Point::Disk(op) => return self.spoil_disk(machine, *op, fault),
+            Point::Network => return self.spoil_network(planned),
             _ => return Err(lacking("this point has no time")),
         }
         self.engine.rules().done(planned.id);
@@ -177,6 +193,40 @@ impl Run {
         Ok(())
     }
 
+    /// Gives the hosts' network a rule; the first frame that it hits is told.
+    fn spoil_network(&self, planned: &Planned) -> io::Result<()> {
+        let fault = &planned.fault;
+        let Some(network) = &self.network else {
+            return Err(io::Error::other("the hosts have no network"));
+        };
+        let host = self
+            .host_named(fault.host.as_deref())
+            .map(|host| host.index);
+        let host = host.filter(|_| fault.host.is_some());
+        let action = match fault.action {
+            Action::Delay => {
+                FrameAction::Delay(Duration::from_millis(fault.latency_ms.unwrap_or(0)))
+            }
+            Action::Duplicate => FrameAction::Duplicate,
+            Action::Reorder => FrameAction::Reorder,
+            Action::Corrupt => FrameAction::Corrupt,
+            _ => FrameAction::Lose,
+        };
+        let way = fault.who.filter(|_| fault.action != Action::Partition);
+        let percent = fault.percent.filter(|_| fault.action != Action::Partition);
+        network.add(FrameRule {
+            fault: planned.id,
+            action,
+            percent: percent.unwrap_or(100),
+            from: host.filter(|_| way == Some(Who::Sender)),
+            to: host.filter(|_| way == Some(Who::Receiver)),
+            beside: host.filter(|_| way.is_none()),
+            until: Instant::now() + Duration::from_millis(fault.ms.unwrap_or(0)),
+            seed: planned.seed,
+        });
+        Ok(())
+    }
+
     /// Gives a disk a rule; the disk tells when it was met.
     fn spoil_disk(&self, machine: &Machine, op: DiskOp, fault: &Fault) -> io::Result<()> {
         let Some(disk) = &machine.disk else {
@@ -220,6 +270,19 @@ fn disk_action(fault: &Fault) -> DiskAction {
         Action::Lie => DiskAction::Lie,
         _ => DiskAction::Error,
     }
+}
+
+/// A frame has met a rule of the network for the first time.
+pub(super) fn frame_fault(engine: &Engine, id: u32) {
+    let is_it = |planned: &Planned, _: &Point| planned.id == id;
+    let Some(planned) = engine.rules().pending(is_it) else {
+        return;
+    };
+    engine.rules().done(id);
+    let fault = &planned.fault;
+    let host = fault.host.as_deref().unwrap_or("all hosts");
+    let what = format!("{:?} at {} ({host})", fault.action, fault.point);
+    engine.timeline.injected(id, what);
 }
 
 /// A disk has injected a fault.

@@ -1,9 +1,11 @@
 //! What a scenario may say. Every error names file, line and key.
 
-use super::schema::{Action, Disk, DiskPlace, Expect, Fault, Scenario, Vm};
+use super::schema::{Action, Disk, DiskPlace, Expect, Fault, Link, Scenario, Vm, Who};
+use crate::network::HOSTS_MAX;
 use crate::points::{Point, can_be_short};
 use bulkhead_ipc::ident::ProcKind;
 use nix::errno::Errno;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// Longest workload in seconds.
@@ -91,6 +93,10 @@ impl Scenario {
             self.check_vm(vm)
                 .map_err(|w| wrong(table(text, "vm", n), w))?;
         }
+        for (n, link) in self.link.iter().enumerate() {
+            self.check_link(link)
+                .map_err(|w| wrong(table(text, "link", n), w))?;
+        }
         for (n, step) in self.step.iter().enumerate() {
             let checked = self.check_name("vm", step.vm.as_deref());
             checked.map_err(|w| wrong(table(text, "step", n), w))?;
@@ -108,6 +114,12 @@ impl Scenario {
         }
         if !(1..=SECONDS_MAX).contains(&self.seconds) {
             return Err(("seconds", format!("expected 1 to {SECONDS_MAX}")));
+        }
+        let hosts = self.host.iter();
+        let names: BTreeSet<&str> = hosts.map(|host| host.name.as_str()).collect();
+        if names.len() != self.host.len() || names.len() > HOSTS_MAX {
+            let what = format!("expected at most {HOSTS_MAX}, with names of their own");
+            return Err(("host", what));
         }
         if self.vm.is_empty() {
             return Err(("vm", "expected at least one machine".to_owned()));
@@ -185,6 +197,9 @@ impl Scenario {
         if point == Point::Host {
             self.check_host(fault)?;
         }
+        if point == Point::Network {
+            self.check_network(fault)?;
+        }
         self.check_disk(&point, fault)?;
         check_parameters(fault)
     }
@@ -203,6 +218,44 @@ impl Scenario {
                 let what = format!("`{}` of this host must have expect = \"lost\"", vm.name);
                 Err(("vm", what))
             }
+        }
+    }
+
+    /// Frames go from host to host, for a while.
+    fn check_network(&self, fault: &Fault) -> Result<(), Wrong> {
+        if self.host.len() < 2 {
+            return Err(("point", "a network has at least two hosts".to_owned()));
+        }
+        if fault.ms.is_none() {
+            return Err(("ms", "expected how long".to_owned()));
+        }
+        if fault.action == Action::Delay && fault.latency_ms.is_none() {
+            return Err(("latency_ms", "expected how late each frame is".to_owned()));
+        }
+        if fault.percent == Some(0) {
+            return Err(("percent", "expected 1 to 100".to_owned()));
+        }
+        match fault.who {
+            Some(_) if fault.host.is_none() => {
+                Err(("host", "expected the one that sends or receives".to_owned()))
+            }
+            Some(Who::Broker) => Err(("who", "expected sender or receiver".to_owned())),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_link(&self, link: &Link) -> Result<(), Wrong> {
+        for (key, name) in [("from", &link.from), ("to", &link.to)] {
+            if !self.host.iter().any(|host| host.name == *name) {
+                return Err((key, format!("there is no host `{name}` in this scenario")));
+            }
+        }
+        if link.from == link.to {
+            return Err(("to", "expected another host than `from`".to_owned()));
+        }
+        match self.link.iter().filter(|other| other.to == link.to).count() {
+            1 => Ok(()),
+            _ => Err(("to", format!("`{}` receives from another already", link.to))),
         }
     }
 
@@ -243,6 +296,7 @@ fn check_parameters(fault: &Fault) -> Result<(), Wrong> {
             | Action::Starve
             | Action::MemoryPressure
             | Action::Delay
+            | Action::Shake
             | Action::Hang
     );
     if takes_time && fault.ms.is_none() {
@@ -264,7 +318,8 @@ fn check_parameters(fault: &Fault) -> Result<(), Wrong> {
 }
 
 /// What can be done at a point.
-fn is_possible(point: &Point, action: Action) -> bool {
+#[must_use]
+pub fn is_possible(point: &Point, action: Action) -> bool {
     use crate::disk::DiskOp;
     use crate::points::When;
     match point {
@@ -288,12 +343,22 @@ fn is_possible(point: &Point, action: Action) -> bool {
             action,
             Action::Kill | Action::Stop | Action::Slow | Action::Starve
         ),
-        Point::Window(_) => action == Action::Corrupt,
+        Point::Window(ProcKind::Legacy) => action == Action::Corrupt,
+        Point::Window(_) => matches!(action, Action::Corrupt | Action::Shake),
         Point::Clock(_) => action == Action::Jump,
         Point::Guest => action == Action::Nmi,
         Point::Machine => matches!(action, Action::MemoryPressure | Action::Starve),
         Point::Broker => matches!(action, Action::Kill | Action::Stop | Action::Slow),
         Point::Host => action == Action::Kill,
+        Point::Network => matches!(
+            action,
+            Action::Drop
+                | Action::Delay
+                | Action::Duplicate
+                | Action::Reorder
+                | Action::Corrupt
+                | Action::Partition
+        ),
         Point::Disk(op) => match action {
             Action::Error | Action::Delay | Action::Hang => true,
             Action::Full | Action::Torn => *op == DiskOp::Write,

@@ -3,8 +3,8 @@
 mod check;
 mod schema;
 
-pub use check::ScenarioError;
+pub use check::{ScenarioError, is_possible};
 pub use schema::{
-    Action, Deed, Disk, DiskPlace, Expect, Family, Fault, Host, Random, Scenario, Step, Vm, Who,
-    Work, json_schema,
+    Action, Deed, Disk, DiskPlace, Expect, Family, Fault, Host, Link, Random, Scenario, Step, Vm,
+    Who, Work, json_schema,
 };

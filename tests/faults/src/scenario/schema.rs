@@ -21,6 +21,9 @@ pub struct Scenario {
     /// The hosts; one named `host` when none is given.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub host: Vec<Host>,
+    /// Traffic between hosts, which must arrive.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub link: Vec<Link>,
     /// The machines.
     pub vm: Vec<Vm>,
     /// What the operator does.
@@ -42,12 +45,22 @@ const fn three() -> u64 {
     3
 }
 
-/// A host: a daemon with directories of its own.
+/// A host: a daemon with directories and a network namespace of its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Host {
     /// Its name.
     pub name: String,
+}
+
+/// Traffic from one host to another: records over TCP, and datagrams that show how bad the network is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Link {
+    /// The host that sends.
+    pub from: String,
+    /// The host that receives; each receives from one other at most.
+    pub to: String,
 }
 
 /// A machine.
@@ -223,7 +236,10 @@ pub struct Fault {
     /// By how many milliseconds a clock jumps; negative: back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub jump_ms: Option<i64>,
-    /// Share in percent: of the CPU that is left.
+    /// By how many milliseconds each frame of a network is late.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_ms: Option<u64>,
+    /// Share in percent: of the CPU that is left, or of the frames of a network.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub percent: Option<u8>,
 }
@@ -256,16 +272,18 @@ pub enum Action {
     Starve,
     /// The machine may have no more memory than it has, for `ms`.
     MemoryPressure,
-    /// A message never arrives.
+    /// A message or frame never arrives.
     Drop,
     /// A message, call or disk request takes `ms` longer.
     Delay,
-    /// A message arrives twice.
+    /// A message or frame arrives twice.
     Duplicate,
-    /// A message arrives after the next one of its channel.
+    /// A message arrives after the next one of its channel, a frame after others.
     Reorder,
-    /// Bits of a message or of a window are flipped.
+    /// Bits of a message, a frame or of a window are flipped.
     Corrupt,
+    /// What stands in a window changes and changes back for `ms`, while it is read.
+    Shake,
     /// A message loses its end.
     Truncate,
     /// A system call fails with `errno`.
@@ -282,10 +300,40 @@ pub enum Action {
     Torn,
     /// A flush says yes and does nothing.
     Lie,
+    /// Nothing of a host's network arrives for `ms`, neither way.
+    Partition,
     /// A guest gets a non-maskable interrupt.
     Nmi,
     /// The time of day is `jump_ms` later, or earlier, from one moment to the next.
     Jump,
+}
+
+impl Action {
+    /// All of them.
+    pub const ALL: [Self; 22] = [
+        Self::Kill,
+        Self::Stop,
+        Self::Slow,
+        Self::Starve,
+        Self::MemoryPressure,
+        Self::Drop,
+        Self::Delay,
+        Self::Duplicate,
+        Self::Reorder,
+        Self::Corrupt,
+        Self::Shake,
+        Self::Truncate,
+        Self::Fail,
+        Self::Short,
+        Self::Error,
+        Self::Full,
+        Self::Hang,
+        Self::Torn,
+        Self::Lie,
+        Self::Partition,
+        Self::Nmi,
+        Self::Jump,
+    ];
 }
 
 /// Faults that the seed draws.

@@ -1,10 +1,13 @@
 //! What a soak has done and seen, and whether that is well.
 
+use super::draws::Draws;
 use super::faults::{Fault, Injected};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
 
+/// How often each kind of fault must have been injected.
+const FEWEST: u64 = 20;
 /// How much more memory a daemon may use than a fresh one without machines: what its machines need.
 const GROWTH_KIB_MAX: i64 = 4096;
 /// The same for descriptors, of which each process of a machine costs a few.
@@ -34,6 +37,7 @@ pub(super) struct Report {
     pub(super) daemon_growth_kib: i64,
     pub(super) daemon_descriptors_growth: i64,
     processes_left: usize,
+    draws: Draws,
 }
 
 impl Report {
@@ -52,6 +56,7 @@ impl Report {
             daemon_growth_kib: 0,
             daemon_descriptors_growth: 0,
             processes_left: 0,
+            draws: Draws::default(),
         }
     }
 
@@ -67,6 +72,11 @@ impl Report {
         self
     }
 
+    pub(super) fn with_draws(mut self, draws: Draws) -> Self {
+        self.draws = draws;
+        self
+    }
+
     /// Everything that is wrong; empty when all is well.
     pub(super) fn failures(&self) -> Vec<String> {
         let mut failures = self.vm_deaths.clone();
@@ -76,6 +86,10 @@ impl Report {
                 "no guest has verified anything".to_owned(),
             ),
             (self.injected.is_empty(), "nothing was injected".to_owned()),
+            (
+                self.draws.verified == 0,
+                "no drawn scenario has verified anything".to_owned(),
+            ),
             (
                 self.guest_errors > 0,
                 format!("{} guest errors", self.guest_errors),
@@ -96,8 +110,19 @@ impl Report {
                 ),
             ),
         ];
-        let never = self.injected.iter().filter(|(_, count)| **count == 0);
-        failures.extend(never.map(|(fault, _)| format!("{fault:?} was never possible")));
+        for (fault, count) in self.injected.iter().filter(|(_, count)| **count < FEWEST) {
+            failures.push(format!("{fault:?} was injected {count} times only"));
+        }
+        let drawn = self.draws.injected.iter();
+        for (kind, count) in drawn.filter(|(_, count)| **count < FEWEST) {
+            failures.push(format!("{kind} was injected {count} times only"));
+        }
+        failures.extend(
+            self.draws
+                .failed
+                .iter()
+                .map(|name| format!("{name} failed")),
+        );
         failures.extend(
             wrong
                 .into_iter()
@@ -127,7 +152,14 @@ impl fmt::Display for Report {
             "daemon has grown by     {:>6} KiB",
             self.daemon_growth_kib
         )?;
-        writeln!(f, "processes left          {:>6}", self.processes_left)
+        writeln!(f, "processes left          {:>6}", self.processes_left)?;
+        for (kind, count) in &self.draws.injected {
+            writeln!(f, "drawn                   {count:>6} {kind}")?;
+        }
+        let draws = &self.draws;
+        writeln!(f, "drawn scenarios         {:>6}", draws.runs)?;
+        writeln!(f, "of which failed         {:>6}", draws.failed.len())?;
+        writeln!(f, "things verified         {:>6}", draws.verified)
     }
 }
 
@@ -137,20 +169,35 @@ mod tests {
 
     fn injected() -> Injected {
         Injected {
-            counts: BTreeMap::from([(Fault::KillDevice, 3)]),
+            counts: BTreeMap::from([(Fault::KillDevice, FEWEST)]),
             daemon_back_ms: vec![3.0, 1.0, 2.0],
         }
     }
 
-    #[test]
-    fn soak_that_verified_nothing_or_lost_anything_fails() {
-        let mut report = Report::new(7, injected());
-        assert_eq!(report.failures(), ["no guest has verified anything"]);
+    fn draws(count: u64) -> Draws {
+        Draws {
+            runs: 1,
+            verified: 1,
+            failed: Vec::new(),
+            injected: BTreeMap::from([("host.kill".to_owned(), count)]),
+        }
+    }
+
+    fn sound() -> Report {
+        let mut report = Report::new(7, injected()).with_draws(draws(FEWEST));
         report.add(&Lived {
             lives: 1,
             rounds: 5,
             ..Lived::default()
         });
+        report
+    }
+
+    #[test]
+    fn soak_that_verified_nothing_or_lost_anything_fails() {
+        let idle = Report::new(7, injected()).with_draws(draws(FEWEST));
+        assert_eq!(idle.failures(), ["no guest has verified anything"]);
+        let mut report = sound();
         assert!(report.failures().is_empty());
         assert_eq!(report.daemon_back_ms_median, 2.0);
         report.add(&Lived {
@@ -159,11 +206,24 @@ mod tests {
             ..Lived::default()
         });
         assert_eq!(report.failures(), ["soak0: lost", "2 guest errors"]);
+        assert_eq!(sound().with_left(1).failures(), ["1 processes are left"]);
+    }
+
+    #[test]
+    fn soak_that_injected_too_little_or_whose_scenarios_fail_fails() {
+        let seldom = sound().with_draws(draws(FEWEST - 1)).failures();
+        assert_eq!(seldom, ["host.kill was injected 19 times only"]);
         let mut tried = injected();
         tried.counts.insert(Fault::Pause, 0);
         let failures = Report::new(7, tried).failures();
-        assert!(failures.contains(&"Pause was never possible".to_owned()));
-        let left = Report::new(7, Injected::default()).with_left(1);
-        assert!(left.failures().contains(&"1 processes are left".to_owned()));
+        assert!(failures.contains(&"Pause was injected 0 times only".to_owned()));
+        let failed = Draws {
+            failed: vec!["soak-1-2-lost".to_owned()],
+            ..draws(FEWEST)
+        };
+        let failures = sound().with_draws(failed).failures();
+        assert_eq!(failures, ["soak-1-2-lost failed"]);
+        let nothing = sound().with_draws(Draws::default()).failures();
+        assert_eq!(nothing, ["no drawn scenario has verified anything"]);
     }
 }
