@@ -28,6 +28,9 @@ use crate::wait;
 
 /// How often vCPUs that are waited for are kicked again.
 const KICK_AGAIN: Duration = Duration::from_millis(10);
+/// How long the broker may take to let go of a VM whose end it was told, and how often it is told again.
+const UNHEARD: Duration = Duration::from_secs(1);
+const TOLD_AGAIN_MAX: u32 = 5;
 /// Messages of the broker that are heard before the others have their turn.
 const MESSAGES_PER_TURN: usize = 16;
 
@@ -58,14 +61,44 @@ pub struct Control<'a> {
     pub ear: Ear,
 }
 
+/// When the end of the VM is told again.
+#[derive(Debug, Default)]
+struct End {
+    due: Option<Instant>,
+    told: u32,
+}
+
+impl End {
+    /// How long until it is, if the VM `has_ended`.
+    fn next(&mut self, has_ended: bool, now: Instant) -> Option<Duration> {
+        if !has_ended || self.told >= TOLD_AGAIN_MAX {
+            return None;
+        }
+        let due = self.due.get_or_insert(now + UNHEARD);
+        Some(due.saturating_duration_since(now))
+    }
+
+    /// Whether it is to be told again now.
+    fn is_unheard(&mut self, now: Instant) -> bool {
+        let is_due = self.due.is_some_and(|due| due <= now);
+        if is_due {
+            self.due = None;
+            self.told += 1;
+        }
+        is_due
+    }
+}
+
 impl Control<'_> {
     /// Serves while the guest runs, and returns when the process is to end.
     pub fn serve(&mut self) {
         let mut life = Lifecycle::default();
+        let mut end = End::default();
         loop {
             let again = life.is_waiting().then_some(KICK_AGAIN);
             let deaf = self.ear.closed(Instant::now);
-            let again = again.into_iter().chain(deaf).min();
+            let unheard = end.next(life.has_ended(), Instant::now());
+            let again = again.into_iter().chain(deaf).chain(unheard).min();
             let wake = self.group.wake().as_fd();
             let interrupt = match deaf {
                 Some(_) => wake,
@@ -96,6 +129,9 @@ impl Control<'_> {
                 self.outbox.tell(FromVcpu::LegacyFault { reason });
             }
             let mut events = self.look_at_vcpus();
+            if end.is_unheard(Instant::now()) {
+                events.push(Event::Unheard);
+            }
             if interrupts && deaf.is_none() {
                 events.extend(self.take_requests());
             }
@@ -214,5 +250,26 @@ impl Control<'_> {
         for fault in self.virtio.take_faults() {
             self.outbox.tell(fault);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn end_is_told_again_a_few_times_and_then_no_more() {
+        let mut end = End::default();
+        let mut now = Instant::now();
+        assert_eq!(end.next(false, now), None);
+        assert!(!end.is_unheard(now));
+        for _ in 0..TOLD_AGAIN_MAX {
+            assert_eq!(end.next(true, now), Some(UNHEARD));
+            assert!(!end.is_unheard(now));
+            now += UNHEARD;
+            assert!(end.is_unheard(now));
+        }
+        assert_eq!(end.next(true, now), None);
+        assert!(!end.is_unheard(now + UNHEARD));
     }
 }

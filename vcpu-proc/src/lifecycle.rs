@@ -26,6 +26,8 @@ pub enum Event {
     GuestEnded(Ending),
     /// Every vCPU thread has left its loop.
     AllStopped,
+    /// The broker has been told of the end and has not let go for a while.
+    Unheard,
 }
 
 /// What is to be done.
@@ -85,6 +87,12 @@ impl Lifecycle {
         matches!(self.phase, Phase::Pausing | Phase::Stopping(_))
     }
 
+    /// Whether the VM has ended and the broker is to let it go.
+    #[must_use]
+    pub const fn has_ended(&self) -> bool {
+        matches!(self.phase, Phase::Ended(_))
+    }
+
     /// Takes one event.
     pub fn step(&mut self, event: Event) -> Vec<Action> {
         match event {
@@ -96,6 +104,8 @@ impl Lifecycle {
             Event::AllHold => Vec::new(),
             Event::GuestEnded(ending) => self.stop(ending),
             Event::AllStopped => self.conclude(),
+            Event::Unheard if self.has_ended() => self.tell(),
+            Event::Unheard => Vec::new(),
         }
     }
 
@@ -235,6 +245,17 @@ mod tests {
         assert_eq!(life.step(kill), [Action::Exit]);
     }
 
+    #[test]
+    fn end_that_nobody_has_heard_of_is_told_again() {
+        let mut life = Lifecycle::default();
+        assert_eq!(life.step(Event::Unheard), []);
+        life.step(ended(Outcome::PowerOff));
+        assert_eq!(life.step(Event::Unheard), []);
+        life.step(Event::AllStopped);
+        let again = Action::Send(FromVcpu::Ended(Outcome::PowerOff));
+        assert_eq!(life.step(Event::Unheard), [again]);
+    }
+
     fn any_event() -> impl Strategy<Value = Event> {
         prop_oneof![
             Just(Event::Message(ToVcpu::Kill)),
@@ -243,6 +264,7 @@ mod tests {
             Just(Event::Message(ToVcpu::PowerButton)),
             Just(Event::AllHold),
             Just(Event::AllStopped),
+            Just(Event::Unheard),
             Just(ended(Outcome::Reset)),
         ]
     }
