@@ -74,6 +74,9 @@ struct MatrixArgs {
     /// Only each N-th of them
     #[arg(long, value_name = "N", default_value_t = 1)]
     every: usize,
+    /// Leave the first N out: with --every, one of several programs that share the work
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    skip: usize,
     /// Print the scenarios and run none
     #[arg(long)]
     list: bool,
@@ -331,7 +334,7 @@ fn run_matrix(args: &MatrixArgs) -> u8 {
     };
     let scenarios = matrix::all().into_iter().filter(wanted);
     let mut code = 0;
-    for scenario in scenarios.step_by(args.every.max(1)) {
+    for scenario in scenarios.skip(args.skip).step_by(args.every.max(1)) {
         if args.list {
             say(&scenario.name);
             continue;

@@ -332,8 +332,11 @@ fn of_brokers(phase: Phase, into: &mut Vec<Scenario>) {
         fault.ms = Some(TIME_MS);
         let name = format!("{}-{}", phase.name(), in_words(&fault));
         let mut made = scenario(name, phase, None, fault);
-        if matches!(point, "host" | "guest") || action == Action::MemoryPressure {
+        if point == "host" || action == Action::MemoryPressure {
             made.vm[0].expect = Expect::Lost;
+        }
+        if point == "guest" {
+            made.vm[0].expect = Expect::Errors;
         }
         into.push(made);
     }
@@ -471,7 +474,7 @@ pub fn all() -> Vec<Scenario> {
         let mut made = scenario(name, Phase::Io, None, fault);
         // The window of a disk holds what the guest writes and reads.
         made.vm[0].expect = match kind {
-            "blk" | "legacy" => Expect::Lost,
+            "blk" | "legacy" => Expect::Harmed,
             _ => Expect::Unharmed,
         };
         scenarios.push(made);

@@ -256,9 +256,9 @@ fn steps(dice: &mut Dice) -> Vec<Step> {
 fn with_errors(name: String, dice: &mut Dice) -> Scenario {
     let mut made = scenario(name, dice.roll());
     made.vm = vec![vm("web", DiskPlace::Tmpfs), vm("db", DiskPlace::Faulty)];
-    for vm in &mut made.vm {
-        vm.expect = Expect::Errors;
-    }
+    // One's window is spoiled, and with it what the guest has in flight there.
+    made.vm[0].expect = Expect::Harmed;
+    made.vm[1].expect = Expect::Errors;
     let any = ["disk.read", "disk.write", "disk.flush"];
     for (points, action) in [
         (&any[..], Action::Error),
@@ -275,6 +275,7 @@ fn with_errors(name: String, dice: &mut Dice) -> Scenario {
     }
     // After everything else: its guest says so and ends.
     let mut nmi = at("guest", Action::Nmi, dice);
+    nmi.vm = Some("web".to_owned());
     nmi.at_ms = Some(dice.between(FAULTS_MS[1] + 50, FAULTS_MS[1] + 200));
     let call = dice.pick(&["pread64", "pwrite64"]).copied();
     let call = format!("call.blk.{}:before", call.unwrap_or("pread64"));

@@ -55,16 +55,26 @@ impl Starved {
             group,
             from: Vec::new(),
         };
-        let quota = (PERIOD_US * u64::from(percent.max(5))) / 100;
+        let quota = (PERIOD_US * u64::from(percent)) / 100;
         let set = |file: &str, value: u64| fs::write(starved.group.join(file), value.to_string());
         set("cpu.cfs_period_us", PERIOD_US)?;
         set("cpu.cfs_quota_us", quota)?;
+        let mut dead = io::Error::other("there is no process");
         for &pid in pids {
-            let from = group_of(pid, &hierarchy)?;
-            fs::write(starved.group.join("cgroup.procs"), pid.to_string())?;
-            starved.from.push((pid, from));
+            // One of several may just have died.
+            let moved = group_of(pid, &hierarchy).and_then(|from| {
+                fs::write(starved.group.join("cgroup.procs"), pid.to_string())?;
+                Ok(from)
+            });
+            match moved {
+                Ok(from) => starved.from.push((pid, from)),
+                Err(error) => dead = error,
+            }
         }
-        Ok(starved)
+        match starved.from.is_empty() {
+            true => Err(dead),
+            false => Ok(starved),
+        }
     }
 }
 

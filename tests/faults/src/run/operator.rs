@@ -2,7 +2,7 @@
 
 use super::{Machine, PATIENCE, Run};
 use crate::hosts::{Done, Host};
-use crate::scenario::{Deed, Step};
+use crate::scenario::{Deed, Expect, Step};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::os::unix::fs::MetadataExt;
@@ -143,7 +143,8 @@ impl Run {
         }
         let why = done.errors.trim();
         // Of a machine that is gone nothing can be asked.
-        if self.may_be_lost(machine) {
+        let has_ended = machine.vm.expect != Expect::Unharmed && why.contains("is stopped");
+        if self.may_be_lost(machine) || has_ended {
             return self
                 .timeline
                 .note(format!("{:?} of {vm}: {why}", step.deed));

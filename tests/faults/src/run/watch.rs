@@ -185,9 +185,11 @@ impl<'a> Watched<'a> {
             return self.run.start(self.machine);
         }
         drop(inner);
-        let harmless = is_whole || was_ended || self.machine.vm.expect == Expect::Errors;
-        if !harmless {
-            let done = self.inner().done;
+        let done = self.inner().done;
+        let is_explained = matches!(self.machine.vm.expect, Expect::Errors | Expect::Harmed);
+        // Its process may be lost as well when its guest is done.
+        let is_done = lost && done == Some(0);
+        if !(is_whole || was_ended || is_explained || is_done) {
             self.run.error(format!(
                 "{} ended with {how} (errors of the guest: {done:?}): {last}",
                 self.name()
@@ -237,11 +239,17 @@ impl<'a> Watched<'a> {
             count,
             refused,
             errors,
+            told,
         } = checker.finish();
-        let explained = machine.vm.expect == Expect::Errors;
+        let expect = machine.vm.expect;
         let refused = (refused > 0).then(|| format!("{refused} requests were refused"));
-        for error in errors.into_iter().chain(refused) {
-            match explained {
+        let is_explained = matches!(expect, Expect::Errors | Expect::Harmed);
+        let told = told.into_iter().chain(refused);
+        let told = told.map(|error| (error, is_explained));
+        let errors = errors.into_iter();
+        let errors = errors.map(|error| (error, expect == Expect::Harmed));
+        for (error, is_explained) in told.chain(errors) {
+            match is_explained {
                 true => run.timeline.note(format!("{name}: {error}")),
                 false => run.error(format!("{name}: {error}")),
             }

@@ -232,9 +232,6 @@ impl Scenario {
         if fault.action == Action::Delay && fault.latency_ms.is_none() {
             return Err(("latency_ms", "expected how late each frame is".to_owned()));
         }
-        if fault.percent == Some(0) {
-            return Err(("percent", "expected 1 to 100".to_owned()));
-        }
         match fault.who {
             Some(_) if fault.host.is_none() => {
                 Err(("host", "expected the one that sends or receives".to_owned()))
@@ -311,8 +308,10 @@ fn check_parameters(fault: &Fault) -> Result<(), Wrong> {
     if fault.action == Action::Jump && fault.jump_ms.is_none() {
         return Err(("jump_ms", "expected by how much".to_owned()));
     }
-    if fault.percent.is_some_and(|percent| percent > 100) {
-        return Err(("percent", "expected 0 to 100".to_owned()));
+    // The kernel's smallest quota is a twentieth of the period that is used.
+    let least = if fault.action == Action::Starve { 5 } else { 1 };
+    if fault.percent.is_some_and(|p| !(least..=100).contains(&p)) {
+        return Err(("percent", format!("expected {least} to 100")));
     }
     Ok(())
 }
@@ -474,6 +473,14 @@ mod tests {
             (
                 "point = \"host\"\ndo = \"kill\"\nwhen = 1",
                 "s.toml:8: unknown field `when`",
+            ),
+            (
+                "point = \"process.blk\"\ndo = \"starve\"\nat_ms = 1\nms = 9\npercent = 4",
+                "s.toml:5: percent: expected 5 to 100",
+            ),
+            (
+                "point = \"network\"\ndo = \"partition\"\nat_ms = 1\nms = 9",
+                "s.toml:5: point: a network has",
             ),
             (
                 "point = \"host\"\ndo = \"explode\"",

@@ -108,8 +108,10 @@ pub enum Expect {
     /// Nothing: it does its whole work without an error.
     #[default]
     Unharmed,
-    /// It may see errors, and tells of them.
+    /// It may be told of errors, and tells of them. What is on its disk is right.
     Errors,
+    /// What a device holds of it may be spoiled, or its processor: anything may be wrong within it.
+    Harmed,
     /// It may end at any moment. What it said until then was true.
     Lost,
 }

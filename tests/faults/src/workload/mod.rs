@@ -77,6 +77,8 @@ pub struct Verified {
     pub refused: u64,
     /// What was wrong.
     pub errors: Vec<String>,
+    /// Exceptions that the guest has told of: wrong unless a fault explains them.
+    pub told: Vec<String>,
 }
 
 impl Verified {
@@ -84,17 +86,19 @@ impl Verified {
         if count == 0 {
             found.add("nothing was verified");
         }
+        let (errors, told) = found.into_errors();
         Self {
             count,
             refused,
-            errors: found.into_errors(),
+            errors,
+            told,
         }
     }
 
     /// Whether the guest did its work unharmed.
     #[must_use]
     pub fn held(&self) -> bool {
-        self.count > 0 && self.refused == 0 && self.errors.is_empty()
+        self.count > 0 && self.refused == 0 && self.errors.is_empty() && self.told.is_empty()
     }
 }
 

@@ -46,6 +46,8 @@ impl<'a> Record<'a> {
 pub(super) struct Findings {
     errors: Vec<String>,
     more: usize,
+    /// Exceptions that the guest has told of: it was not to get any.
+    told: Vec<String>,
 }
 
 impl Findings {
@@ -65,11 +67,19 @@ impl Findings {
         number
     }
 
-    pub(super) fn into_errors(mut self) -> Vec<String> {
+    /// Something that the guest tells of and that a fault may explain.
+    fn tell(&mut self, error: &str) {
+        if self.told.len() < ERRORS_MAX {
+            self.told.push(error.to_owned());
+        }
+    }
+
+    /// What is wrong, and what the guest has told of that a fault may explain.
+    pub(super) fn into_errors(mut self) -> (Vec<String>, Vec<String>) {
         if self.more > 0 {
             self.errors.push(format!("and {} more", self.more));
         }
-        self.errors
+        (self.errors, self.told)
     }
 }
 
@@ -101,7 +111,8 @@ impl Console {
         };
         match record.name {
             "hello" => self.lives += 1,
-            "error" | "exception" | "panic" => self.found.add(line),
+            "error" | "panic" => self.found.add(line),
+            "exception" => self.found.tell(line),
             _ => {}
         }
         if self.lives == 0 {
@@ -142,9 +153,11 @@ mod tests {
         console.take("BH hello version=1 mode=x");
         console.take("BH error mode=x kind=data");
         console.take("BH panic file=a line=1");
+        console.take("BH exception vector=2 error=0x0");
         console.take("kind=data sector=5");
         console.take("");
-        assert_eq!(console.found.into_errors().len(), 3);
+        let (found, told) = console.found.into_errors();
+        assert_eq!((found.len(), told.len()), (3, 1));
     }
 
     #[test]
@@ -158,7 +171,7 @@ mod tests {
         console.take("BH blocks.flushed round=1");
         console.take("BH hello version=1 mode=x");
         console.take("BH clock.ti n");
-        assert!(console.found.into_errors().is_empty());
+        assert!(console.found.into_errors().0.is_empty());
     }
 
     #[test]
@@ -167,21 +180,21 @@ mod tests {
         console.take("BH hello version=1 mode=x");
         console.take("BH blocks.flushed round=1");
         console.take("BH blocks.round round=13 whole=1");
-        assert_eq!(console.found.into_errors().len(), 1);
+        assert_eq!(console.found.into_errors().0.len(), 1);
     }
 
     #[test]
     fn output_that_begins_in_the_middle_is_an_error() {
         let mut console = Console::default();
         console.take("BH clock.tick n=3");
-        assert_eq!(console.found.into_errors().len(), 1);
+        assert_eq!(console.found.into_errors().0.len(), 1);
     }
 
     #[test]
     fn errors_without_end_are_counted() {
         let mut found = Findings::default();
         (0..100).for_each(|n| found.add(n.to_string()));
-        let errors = found.into_errors();
+        let (errors, _) = found.into_errors();
         assert_eq!(errors.len(), ERRORS_MAX + 1);
         assert_eq!(errors.last().unwrap(), "and 80 more");
     }
