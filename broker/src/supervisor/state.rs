@@ -169,6 +169,8 @@ pub struct Supervisor {
     entries: Vec<Entry>,
     ending: bool,
     all_locked: bool,
+    /// Whether a process was lost before it served: the machine is never up.
+    start_failed: bool,
     shutdown_timeout: Duration,
 }
 
@@ -180,6 +182,7 @@ impl Supervisor {
             entries: Vec::new(),
             ending: false,
             all_locked: false,
+            start_failed: false,
             shutdown_timeout,
         }
     }
@@ -244,6 +247,8 @@ impl Supervisor {
             Event::End => self.end(now, &mut actions),
             Event::Tick => self.tick(now, &mut actions),
         }
+        let failed = |action: &Action| matches!(action, Action::StartFailed { .. });
+        self.start_failed |= actions.iter().any(failed);
         self.may_be_up(&mut actions);
         actions
     }
@@ -253,6 +258,7 @@ impl Supervisor {
         let is_up = |entry: &Entry| matches!(entry.phase, Phase::Serving | Phase::Lost);
         let serves = |entry: &Entry| entry.phase == Phase::Serving;
         if !self.all_locked
+            && !self.start_failed
             && !self.ending
             && self.entries.iter().all(is_up)
             && self.entries.iter().any(serves)

@@ -126,6 +126,18 @@ fn process_that_is_not_ready_in_time_fails_the_start() {
 }
 
 #[test]
+fn machine_whose_start_has_failed_is_never_up() {
+    for device in [OnDeath::Degrade, OnDeath::Restart] {
+        let mut s = with(3, rule(device));
+        s.step(Event::Locked(id(0)), SECOND);
+        let actions = s.step(died(id(1)), SECOND);
+        assert!(matches!(actions[..], [Action::StartFailed { .. }]));
+        // Before it is ended.
+        assert_eq!(s.step(Event::Locked(id(2)), SECOND), []);
+    }
+}
+
+#[test]
 fn dead_device_degrades_and_dead_vcpu_ends() {
     let mut s = running(2, rule(OnDeath::Degrade));
     assert!(matches!(
@@ -477,6 +489,7 @@ struct World {
     restarts: HashMap<u16, Vec<Moment>>,
     ended: bool,
     told_lost: HashMap<ProcId, u32>,
+    start_failed: bool,
 }
 
 impl World {
@@ -507,7 +520,9 @@ impl World {
                     let told = self.told_lost.entry(*id).or_default();
                     *told += 1;
                     assert!(*told <= 1, "{id} is lost once");
+                    self.start_failed |= matches!(action, Action::StartFailed { .. });
                 }
+                Action::AllLocked => assert!(!self.start_failed, "up, and never started"),
                 _ => {}
             }
         }
