@@ -5,7 +5,7 @@ use crate::network::Namespace;
 use crate::notify::{NotifyError, serve, spawn};
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -168,6 +168,16 @@ impl Host {
         command.env("BULKHEAD_LIBEXEC_DIR", self.programs());
         command.stdin(Stdio::null());
         command
+    }
+
+    /// The history of a machine's serial port as it is on disk, with the inode that names it: each start
+    /// makes a new one. It stays readable when it is removed.
+    #[must_use]
+    pub fn serial_history(&self, vm: &str) -> Option<(u64, File)> {
+        let path = self.scratch.join("state/vms").join(vm);
+        let file = File::open(path.join("serial.ring")).ok()?;
+        let inode = file.metadata().ok()?.ino();
+        Some((inode, file))
     }
 
     /// What its brokers have said on standard error.

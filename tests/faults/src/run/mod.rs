@@ -19,7 +19,10 @@ use crate::scenario::{Deed, Disk, DiskPlace, Expect, Link as LinkOf, Scenario, V
 use crate::timeline::{Part, Timeline};
 use crate::verdict::Outcome;
 use crate::workload::{Guests, Workload, WorkloadError};
+use bulkhead_ipc::output_ring::OutputReader;
 use keeper::Keeper;
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -80,6 +83,14 @@ struct Machine {
     is_ended: AtomicBool,
     /// Whether it could not be started.
     is_unborn: AtomicBool,
+    /// What its guest said in starts that failed, and that nobody has heard yet.
+    unheard: Mutex<String>,
+}
+
+impl Machine {
+    fn unheard(&self) -> MutexGuard<'_, String> {
+        self.unheard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Everything of a run.
@@ -125,6 +136,11 @@ impl Run {
 
     /// Runs a command of the operator's, again when a fault came in between.
     fn command(&self, host: &Host, arguments: &[&str]) -> Done {
+        self.insist(host, arguments, || {})
+    }
+
+    /// The same; `failed` is called after each attempt that failed.
+    fn insist(&self, host: &Host, arguments: &[&str], failed: impl Fn()) -> Done {
         let until = Instant::now() + PATIENCE;
         let mut last = None;
         loop {
@@ -138,6 +154,7 @@ impl Run {
             if done.is_good() || !excused || is_gone || Instant::now() > until || self.is_over() {
                 return done;
             }
+            failed();
             let why = done.errors.trim().to_owned();
             if last.as_ref() != Some(&why) {
                 let command = arguments.join(" ");
@@ -249,6 +266,7 @@ fn machine(
         disk: None,
         is_ended: AtomicBool::new(false),
         is_unborn: AtomicBool::new(false),
+        unheard: Mutex::default(),
     };
     if vm
         .disk
@@ -418,10 +436,23 @@ impl Run {
             return;
         };
         self.timeline.note(format!("start {}", machine.vm.name));
-        let started = self.command(host, &["start", &machine.vm.name]);
+        let name = machine.vm.name.as_str();
+        // The guest may have begun before its start was given up, and its next console begins anew.
+        let histories = Mutex::new(BTreeMap::new());
+        let histories = || histories.lock().unwrap_or_else(PoisonError::into_inner);
+        let started = self.insist(host, &["start", name], || {
+            histories().extend(host.serial_history(name));
+        });
+        // One that was given up by a broker that died went on until the next one came.
+        let present = host.serial_history(name).map(|(inode, _)| inode);
+        for (inode, history) in std::mem::take(&mut *histories()) {
+            if Some(inode) != present {
+                machine.unheard().push_str(&all_of(history));
+            }
+        }
         if !started.is_good() && !started.errors.contains("already") {
             let why = started.errors.trim().to_owned();
-            self.error(format!("start {}: {why}", machine.vm.name));
+            self.error(format!("start {name}: {why}"));
             machine.is_unborn.store(true, Ordering::SeqCst);
         }
     }
@@ -456,6 +487,20 @@ impl Run {
         let ends = |deed| matches!(deed, Deed::Stop | Deed::Kill | Deed::Reset);
         machine.vm.expect == Expect::Lost || deeds.into_iter().any(|step| ends(step.deed))
     }
+}
+
+/// Everything that a history holds.
+fn all_of(history: File) -> String {
+    let mut all = Vec::new();
+    if let Ok(mut reader) = OutputReader::new(history) {
+        let mut buffer = [0; 4096];
+        while let Ok(got) = reader.read(&mut buffer)
+            && got.bytes > 0
+        {
+            all.extend_from_slice(buffer.get(..got.bytes).unwrap_or_default());
+        }
+    }
+    String::from_utf8_lossy(&all).into_owned()
 }
 
 /// A line of a guest's console that is worth a place on the time line: not each of the many that say how

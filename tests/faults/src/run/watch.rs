@@ -105,6 +105,15 @@ impl<'a> Watched<'a> {
             return;
         }
         let mut inner = self.inner();
+        let unheard = std::mem::take(&mut *self.machine.unheard());
+        if !unheard.is_empty() {
+            let at = self.run.timeline.now().unwrap_or_default();
+            for line in unheard.lines() {
+                self.hear(&mut inner, at, line);
+            }
+            // What its power was cut at is on its disk.
+            inner.position = 0;
+        }
         // A machine that was started again may begin with an empty console.
         if read.output.len() < inner.position {
             inner.position = 0;
