@@ -5,6 +5,7 @@
 //! notification, into processes by signals and cgroups, into the disk that it serves itself. Nothing
 //! of the code under test is changed, and nothing of the product depends on this crate.
 
+pub mod api;
 #[path = "../../guests/src/blocks.rs"]
 pub mod blocks;
 pub mod disk;

@@ -342,6 +342,73 @@ fn of_brokers(phase: Phase, into: &mut Vec<Scenario>) {
     }
 }
 
+/// What the operator asks for in a phase, and which time it is.
+const fn requests(phase: Phase) -> &'static [(&'static str, Option<u64>)] {
+    match phase {
+        Phase::Boot => &[("api.create", Some(1)), ("api.start", Some(1))],
+        Phase::Io => &[
+            ("api.list", None),
+            ("api.inspect", None),
+            ("api.stats", Some(1)),
+            ("api.output", None),
+            ("api.pause", Some(1)),
+            ("api.resume", Some(1)),
+            ("api.reset", Some(1)),
+        ],
+        Phase::Restart => &[("api.restart-device", Some(1))],
+        Phase::Upgrade => &[("api.upgrade-device", Some(1))],
+        Phase::BrokerRestart => &[],
+        // What is removed at the end is no matter of a fault any more.
+        Phase::Shutdown => &[("api.kill", Some(1))],
+    }
+}
+
+/// What happens to a request, and to its answer.
+const ON_REQUESTS: [(Action, bool); 12] = [
+    (Action::Kill, false),
+    (Action::Stop, false),
+    (Action::Drop, false),
+    (Action::Delay, false),
+    (Action::Duplicate, false),
+    (Action::Corrupt, false),
+    (Action::Truncate, false),
+    (Action::Kill, true),
+    (Action::Stop, true),
+    (Action::Drop, true),
+    (Action::Delay, true),
+    (Action::Truncate, true),
+];
+
+/// Scenarios of what the operator asks for.
+fn of_requests(phase: Phase, into: &mut Vec<Scenario>) {
+    for (request, nth) in requests(phase) {
+        for (action, is_after) in ON_REQUESTS {
+            let when = if is_after { "after" } else { "before" };
+            let mut fault = bare(&format!("{request}:{when}"), action);
+            fault.nth = *nth;
+            fault.at_ms = nth.is_none().then_some(AT_MS);
+            if matches!(action, Action::Stop | Action::Delay) {
+                fault.ms = Some(TIME_MS);
+            }
+            let name = format!("{}-{}", phase.name(), in_words(&fault));
+            let mut made = scenario(name, phase, None, fault);
+            let deeds: &[Deed] = match *request {
+                "api.list" | "api.stats" => &[Deed::Look],
+                "api.pause" | "api.resume" => &[Deed::Pause, Deed::Resume],
+                "api.reset" => &[Deed::Reset],
+                _ => &[],
+            };
+            for (deed, n) in deeds.iter().zip(0..) {
+                made.step.push(step(AT_MS + 10 + 200 * n, *deed));
+            }
+            if *request == "api.reset" {
+                made.vm[0].expect = Expect::Lost;
+            }
+            into.push(made);
+        }
+    }
+}
+
 /// Calls of the disk's process and of the broker, and what must be stood.
 const ON_CALLS: [(&str, Action, Option<&str>, Expect); 14] = [
     (
@@ -464,6 +531,7 @@ pub fn all() -> Vec<Scenario> {
         of_clocks(phase, None, &mut scenarios);
         of_brokers(phase, &mut scenarios);
         of_disks(phase, &mut scenarios);
+        of_requests(phase, &mut scenarios);
     }
     of_calls(&mut scenarios);
     for kind in ["blk", "console", "rng", "legacy"] {

@@ -1,5 +1,6 @@
 //! The named points: where faults can be injected.
 
+use crate::api;
 use crate::disk::DiskOp;
 use crate::messages::Boundary;
 use bulkhead_ipc::ident::ProcKind;
@@ -42,6 +43,8 @@ pub enum When {
 pub enum Point {
     /// A control message.
     Message(&'static str, When),
+    /// A request of the operator's to the broker.
+    Api(&'static str, When),
     /// A system call of a process, of the broker without a kind.
     Call(Option<ProcKind>, &'static str, When),
     /// A process, at any time.
@@ -125,6 +128,14 @@ pub fn all() -> Vec<Listed> {
             }
         }
     }
+    for name in api::names() {
+        for (when, step) in [
+            ("before", "before the broker gets the request"),
+            ("after", "before the operator gets the answer"),
+        ] {
+            points.push(listed(format!("{name}:{when}"), "broker", step));
+        }
+    }
     let kinds = ProcKind::ALL.map(|kind| (kind.name(), granted(kind)));
     let brokers = [("broker", BROKER_CALLS.to_vec())];
     for (kind, calls) in kinds.into_iter().chain(brokers) {
@@ -205,7 +216,9 @@ impl Point {
             Some(_) => return None,
             None => (name, When::Before),
         };
-        let has_moments = Self::message(base, when).or_else(|| Self::call(base, when));
+        let has_moments = Self::message(base, when)
+            .or_else(|| Self::call(base, when))
+            .or_else(|| Self::api(base, when));
         if has_moments.is_some() || name.contains(':') {
             return has_moments;
         }
@@ -237,6 +250,11 @@ impl Point {
         Some(Self::Message(name, when))
     }
 
+    fn api(base: &str, when: When) -> Option<Self> {
+        let name = api::names().find(|&name| name == base)?;
+        Some(Self::Api(name, when))
+    }
+
     fn call(base: &str, when: When) -> Option<Self> {
         let (kind, call) = base.strip_prefix("call.")?.split_once('.')?;
         let (kind, calls) = match kind {
@@ -262,7 +280,10 @@ impl Point {
     /// Whether it is reached again and again, and not a thing that is there all the time.
     #[must_use]
     pub fn is_reached(&self) -> bool {
-        matches!(self, Self::Message(..) | Self::Call(..) | Self::Disk(_))
+        matches!(
+            self,
+            Self::Message(..) | Self::Api(..) | Self::Call(..) | Self::Disk(_)
+        )
     }
 }
 

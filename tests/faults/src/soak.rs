@@ -24,6 +24,7 @@ const AT_ONCE: usize = 11;
 pub fn kind_of(fault: &Fault) -> String {
     let of = match Point::named(&fault.point) {
         Some(Point::Message(..)) => "message",
+        Some(Point::Api(..)) => "api",
         Some(Point::Call(..)) => "call",
         Some(Point::Process(_)) => "process",
         Some(Point::Window(_)) => "window",
@@ -208,6 +209,20 @@ fn harmless(dice: &mut Dice) -> Vec<Fault> {
         let mut fault = at("broker", action, dice);
         fault.vm = None;
         faults.push(fault);
+    }
+    for action in [
+        Action::Kill,
+        Action::Stop,
+        Action::Drop,
+        Action::Delay,
+        Action::Duplicate,
+        Action::Corrupt,
+        Action::Truncate,
+    ] {
+        // Both are asked for all the time.
+        let name = dice.pick(&["inspect", "output"]).copied();
+        let name = name.unwrap_or("inspect");
+        faults.push(at(&format!("api.{name}"), action, dice));
     }
     let mut shake = at("window.blk", Action::Shake, dice);
     shake.ms = Some(30);

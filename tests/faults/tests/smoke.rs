@@ -71,6 +71,7 @@ shipped! {
     messages_go_astray: "messages-go-astray",
     system_calls_fall_short: "system-calls-fall-short",
     programs_are_replaced: "programs-are-replaced",
+    requests_get_lost: "requests-get-lost",
     network_is_bad: "network-is-bad",
     broker_dies_while_it_asks: "broker-dies-while-it-asks",
     disk_gives_errors: "disk-gives-errors",

@@ -1,8 +1,10 @@
 //! One host: its broker, run under a filter that notifies, and the command line that talks to it.
 
+use super::front::Front;
 use crate::inject::Engine;
 use crate::network::Namespace;
 use crate::notify::{NotifyError, serve, spawn};
+use bulkhead::api::SOCKET_NAME;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -85,6 +87,8 @@ pub struct Host {
     scratch: PathBuf,
     calls: Vec<u32>,
     engine: Arc<Engine>,
+    /// Where the operator's requests are looked at, if a plan has faults of them.
+    front: Option<Front>,
     /// Its network, when it has one.
     namespace: Option<Arc<Namespace>>,
     broker: Mutex<Option<Child>>,
@@ -123,12 +127,18 @@ impl Host {
             let copied = linked.or_else(|_| fs::copy(&from, &to).map(|_| ()));
             copied.map_err(io(&format!("copying {}", from.display())))?;
         }
+        let front = engine.rules().knows_api().then(|| {
+            let daemon = Self::runtime_of(&places.scratch).join(SOCKET_NAME);
+            Front::open(places.scratch.join("front.sock"), daemon, index, engine)
+        });
+        let front = front.transpose().map_err(io("a socket before its broker's"))?;
         Ok(Self {
             index,
             name: name.to_owned(),
             scratch: places.scratch.clone(),
             calls: calls.to_vec(),
             engine: Arc::clone(engine),
+            front,
             namespace,
             broker: Mutex::new(None),
         })
@@ -166,6 +176,9 @@ impl Host {
         command.env("BULKHEAD_RUNTIME_DIR", self.runtime());
         command.env("BULKHEAD_CONFIG_DIR", self.scratch.join("etc"));
         command.env("BULKHEAD_LIBEXEC_DIR", self.programs());
+        if let Some(front) = &self.front {
+            command.env("BULKHEAD_HOST", front.path());
+        }
         command.stdin(Stdio::null());
         command
     }

@@ -210,7 +210,7 @@ impl Engine {
     }
 
     /// Counts an occurrence and returns the faults that it has.
-    fn meet(&self, occurrence: &Occurrence<'_>) -> Vec<Planned> {
+    pub fn meet(&self, occurrence: &Occurrence<'_>) -> Vec<Planned> {
         *locked(&self.seen)
             .entry(occurrence.name.to_owned())
             .or_default() += 1;

@@ -116,6 +116,13 @@ impl Rules {
         self.rules.iter().any(|r| r.point.as_ref() == Some(point))
     }
 
+    /// Whether any rule is about requests of the API.
+    #[must_use]
+    pub fn knows_api(&self) -> bool {
+        let mut points = self.rules.iter().map(|rule| &rule.point);
+        points.any(|point| matches!(point, Some(Point::Api(..))))
+    }
+
     /// The points of all faults.
     pub fn points(&self) -> impl Iterator<Item = String> + use<> {
         let points = self.rules.iter().map(|r| r.planned.fault.point.clone());

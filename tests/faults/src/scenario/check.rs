@@ -332,6 +332,11 @@ pub fn is_possible(point: &Point, action: Action) -> bool {
             | Action::Truncate => *when == When::Before,
             _ => false,
         },
+        Point::Api(_, when) => match action {
+            Action::Kill | Action::Stop | Action::Drop | Action::Delay | Action::Truncate => true,
+            Action::Duplicate | Action::Corrupt => *when == When::Before,
+            _ => false,
+        },
         Point::Call(_, call, when) => match action {
             Action::Kill | Action::Delay => true,
             Action::Fail => *when == When::Before,
