@@ -104,12 +104,21 @@ mod tests {
         assert_eq!(of("GET /v1/vms"), Some(("api.list", None)));
         assert_eq!(of("POST /v1/vms"), Some(("api.create", None)));
         assert_eq!(of("GET /v1/vms/web"), Some(("api.inspect", web())));
-        assert_eq!(of("DELETE /v1/vms/web?force=true"), Some(("api.remove", web())));
+        assert_eq!(
+            of("DELETE /v1/vms/web?force=true"),
+            Some(("api.remove", web()))
+        );
         assert_eq!(
             of("POST /v1/vms/web/devices/disk0/restart"),
             Some(("api.restart-device", web()))
         );
-        for wrong in ["GET /vms", "PUT /v1/vms", "GET /v1/vms/web/nothing", "GET", ""] {
+        for wrong in [
+            "GET /vms",
+            "PUT /v1/vms",
+            "GET /v1/vms/web/nothing",
+            "GET",
+            "",
+        ] {
             assert_eq!(of(wrong), None, "{wrong}");
         }
         assert_eq!(operation(&[0xff, 0xfe]), None);

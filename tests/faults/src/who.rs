@@ -96,6 +96,18 @@ impl Directory {
         Some(known)
     }
 
+    /// Other processes that are alive in the place of one: its predecessors must be dead when it is born.
+    #[must_use]
+    pub fn alive_beside(&self, one: &Known) -> Vec<Known> {
+        let inner = self.inner();
+        let others = inner.by_token.values().filter(|known| {
+            (known.host, &known.vm, known.place()) == (one.host, &one.vm, one.place())
+                && known.record.pid != one.record.pid
+                && known.record.is_alive()
+        });
+        others.cloned().collect()
+    }
+
     /// Whose channel the broker's end `inode` is.
     #[must_use]
     pub fn at(&self, inode: u64) -> Option<Known> {

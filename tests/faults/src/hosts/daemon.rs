@@ -131,7 +131,9 @@ impl Host {
             let daemon = Self::runtime_of(&places.scratch).join(SOCKET_NAME);
             Front::open(places.scratch.join("front.sock"), daemon, index, engine)
         });
-        let front = front.transpose().map_err(io("a socket before its broker's"))?;
+        let front = front
+            .transpose()
+            .map_err(io("a socket before its broker's"))?;
         Ok(Self {
             index,
             name: name.to_owned(),

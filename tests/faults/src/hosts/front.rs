@@ -145,7 +145,11 @@ impl Desk {
         let Some((operation, vm)) = asked else {
             return Vec::new();
         };
-        let moment = if when == When::Before { "before" } else { "after" };
+        let moment = if when == When::Before {
+            "before"
+        } else {
+            "after"
+        };
         let name = format!("{operation}:{moment}");
         let hits = self.engine.meet(&Occurrence {
             point: Point::Api(operation, when),
@@ -177,7 +181,10 @@ impl Desk {
 
 /// How much is left of `len` bytes: what the fault says, or half.
 fn length(planned: &Planned, len: usize) -> usize {
-    let bytes = planned.fault.bytes.and_then(|bytes| usize::try_from(bytes).ok());
+    let bytes = planned
+        .fault
+        .bytes
+        .and_then(|bytes| usize::try_from(bytes).ok());
     bytes.unwrap_or(len / 2).min(len)
 }
 

@@ -50,6 +50,8 @@ pub struct Engine {
     killed: Mutex<BTreeSet<i32>>,
     /// How often each message was seen.
     seen: Mutex<BTreeMap<String, u64>>,
+    /// What was seen and must never be.
+    wrongs: Mutex<Vec<String>>,
     /// How far the time of day of processes is off, in milliseconds.
     clocks: Mutex<BTreeMap<i32, i64>>,
     /// Threads that undo something.
@@ -91,6 +93,7 @@ impl Engine {
             doomed: Mutex::default(),
             killed: Mutex::default(),
             seen: Mutex::default(),
+            wrongs: Mutex::default(),
             clocks: Mutex::default(),
             undoing: Mutex::default(),
         })
@@ -192,6 +195,13 @@ impl Engine {
         let birth = decode::<Birth>(&packet.bytes)?;
         let runtime = self.runtimes.get(host)?;
         let known = self.directory.born(host, runtime, inode, &birth)?;
+        for other in self.directory.alive_beside(&known) {
+            let vm = &known.vm;
+            self.wrong(format!(
+                "{vm}/{} is born while {vm}/{} is alive",
+                known.id, other.id
+            ));
+        }
         Some((Boundary::Birth, known))
     }
 
@@ -216,6 +226,17 @@ impl Engine {
             .or_default() += 1;
         let now = self.timeline.now();
         self.rules().meet(occurrence, now)
+    }
+
+    fn wrong(&self, what: String) {
+        self.timeline.note(format!("ERROR {what}"));
+        locked(&self.wrongs).push(what);
+    }
+
+    /// What was seen and must never be, whoever is hurt by it.
+    #[must_use]
+    pub fn wrongs(&self) -> Vec<String> {
+        locked(&self.wrongs).clone()
     }
 
     /// SIGKILL for a process, which may be a broker.

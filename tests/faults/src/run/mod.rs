@@ -300,6 +300,7 @@ impl Run {
             let _panicked = keeping.join();
         });
         self.take_down(&keeper);
+        self.errors().extend(self.engine.wrongs());
         let rules = self.engine.rules();
         let (injected, missing) = (rules.injected(), rules.missing());
         drop(rules);

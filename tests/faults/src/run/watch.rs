@@ -108,7 +108,11 @@ impl<'a> Watched<'a> {
         let unheard = std::mem::take(&mut *self.machine.unheard());
         if !unheard.is_empty() {
             let at = self.run.timeline.now().unwrap_or_default();
-            for line in unheard.lines() {
+            // Devices that never came are an error of that start, and its guest may tell so.
+            for line in unheard
+                .lines()
+                .filter(|line| !line.starts_with("BH error "))
+            {
                 self.hear(&mut inner, at, line);
             }
             // What its power was cut at is on its disk.
