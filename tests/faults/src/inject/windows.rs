@@ -57,7 +57,11 @@ pub fn spoil(pid: i32, bytes: u64, seed: u64) -> io::Result<u64> {
         } - 1;
         let at = dice.between(first, last);
         let byte = u8::try_from(dice.between(0, 255)).unwrap_or(0);
-        memory.write_all_at(&[byte], at)?;
+        match memory.write_all_at(&[byte], at) {
+            // The first ones may end the process.
+            Err(_) if n > 0 => break,
+            written => written?,
+        }
     }
     Ok(end - first)
 }
