@@ -148,8 +148,8 @@ impl Vm {
     }
 
     pub(super) async fn pause(&self) -> Result<Changed, ApiError> {
-        if self.state() == State::Paused && !self.lacks_room().is_empty() {
-            // It stays paused when there is room, too.
+        if self.state() == State::Paused {
+            // It stays paused when there is room, too, and if it has just been told to go on.
             self.command(Command::Pause).await?;
         }
         self.turn(State::Running, State::Paused, Command::Pause)

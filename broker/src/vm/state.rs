@@ -89,6 +89,10 @@ pub struct Life {
     pause_wanted: bool,
     /// Whether it waits for room on the host.
     no_room: bool,
+    /// Whether the vCPUs were paused before every process was locked.
+    paused_early: bool,
+    /// Whether the vCPU process was told to resume and has not answered.
+    resuming: bool,
 }
 
 impl Life {
@@ -102,6 +106,8 @@ impl Life {
             off_wanted: false,
             pause_wanted: false,
             no_room: false,
+            paused_early: false,
+            resuming: false,
         }
     }
 
@@ -144,18 +150,34 @@ impl Life {
 
     /// Takes one input.
     pub fn step(&mut self, input: Input) -> Vec<Output> {
+        let outputs = self.decide(input);
+        let resumes = |output: &Output| *output == Output::Tell(ToVcpu::Resume);
+        self.resuming |= outputs.iter().any(resumes);
+        outputs
+    }
+
+    fn decide(&mut self, input: Input) -> Vec<Output> {
         match input {
             Input::AllLocked => {
                 if self.state == State::Starting {
-                    self.state = State::Running;
+                    self.state = match self.paused_early {
+                        true => State::Paused,
+                        false => State::Running,
+                    };
                 }
                 Vec::new()
             }
             Input::StartFailed(who, why) => self.stop(Verdict::StartFailed(who, why)),
             Input::Lost(reason) => self.lost(reason),
             Input::Ended(outcome) => self.ended(outcome),
-            Input::Paused => self.change(State::Running, State::Paused),
-            Input::Resumed => self.change(State::Paused, State::Running),
+            Input::Paused => {
+                self.paused_early = true;
+                self.change(State::Running, State::Paused)
+            }
+            Input::Resumed => {
+                (self.paused_early, self.resuming) = (false, false);
+                self.change(State::Paused, State::Running)
+            }
             Input::NoRoom => self.wait_for_room(),
             Input::HasRoom => self.go_on(),
             Input::Command(command) => self.command(command),
@@ -173,9 +195,18 @@ impl Life {
 
     fn wait_for_room(&mut self) -> Vec<Output> {
         self.no_room = true;
+        match self.may_run() {
+            true => vec![Output::Tell(ToVcpu::Pause)],
+            false => Vec::new(),
+        }
+    }
+
+    /// Whether the vCPUs run, or do so in a moment.
+    const fn may_run(&self) -> bool {
         match self.state {
-            State::Starting | State::Running => vec![Output::Tell(ToVcpu::Pause)],
-            _ => Vec::new(),
+            State::Starting | State::Running => true,
+            State::Paused => self.resuming,
+            _ => false,
         }
     }
 
@@ -258,9 +289,7 @@ impl Life {
                 Vec::new()
             }
             (Command::Reset, _) => self.stop(Verdict::Restart),
-            (Command::Pause, State::Starting | State::Running) => {
-                vec![Output::Tell(ToVcpu::Pause)]
-            }
+            (Command::Pause, _) if self.may_run() => vec![Output::Tell(ToVcpu::Pause)],
             (Command::Resume, State::Starting | State::Running | State::Paused)
                 if !self.no_room =>
             {
@@ -426,6 +455,36 @@ mod tests {
         };
         assert_eq!(found(false), [Output::Tell(ToVcpu::Resume)]);
         assert_eq!(found(true), []);
+    }
+
+    #[test]
+    fn pause_that_comes_before_the_answer_to_a_resume_is_told() {
+        let pause = [Output::Tell(ToVcpu::Pause)];
+        for again in [Input::NoRoom, Input::Command(Command::Pause)] {
+            let mut life = life(OnEnd::Restart, true);
+            assert_eq!(life.step(Input::NoRoom), pause);
+            life.step(Input::Paused);
+            assert_eq!(life.step(Input::HasRoom), [Output::Tell(ToVcpu::Resume)]);
+            // The vCPUs run, or are about to.
+            assert_eq!(life.step(again), pause);
+            life.step(Input::Resumed);
+            life.step(Input::Paused);
+            assert_eq!(life.step(Input::Command(Command::Pause)), []);
+        }
+    }
+
+    #[test]
+    fn machine_that_is_paused_before_every_process_is_up_is_paused_then() {
+        let mut life = Life::new(Lifecycle::default(), true);
+        life.step(Input::NoRoom);
+        life.step(Input::Paused);
+        life.step(Input::AllLocked);
+        assert_eq!(life.state, State::Paused);
+        let mut life = Life::new(Lifecycle::default(), true);
+        life.step(Input::Paused);
+        life.step(Input::Resumed);
+        life.step(Input::AllLocked);
+        assert_eq!(life.state, State::Running);
     }
 
     #[test]
