@@ -547,7 +547,72 @@ pub fn all() -> Vec<Scenario> {
         };
         scenarios.push(made);
     }
+    for phase in Phase::ALL {
+        of_waits(phase, &mut scenarios);
+        of_windows(phase, &mut scenarios);
+    }
     scenarios
+}
+
+/// What happens to the call in which a process waits, and whether it can go on.
+const ON_WAITS: [(Action, Option<&str>, bool); 4] = [
+    (Action::Fail, Some("EINTR"), true),
+    (Action::Fail, Some("EIO"), false),
+    (Action::Delay, None, true),
+    (Action::Kill, None, false),
+];
+
+/// Scenarios of the call in which each kind of process waits.
+fn of_waits(phase: Phase, into: &mut Vec<Scenario>) {
+    if matches!(phase, Phase::Boot | Phase::Shutdown) {
+        return;
+    }
+    for kind in ProcKind::ALL {
+        let is_vcpu = kind == ProcKind::Vcpu;
+        if is_vcpu && matches!(phase, Phase::Restart | Phase::Upgrade) {
+            continue;
+        }
+        let call = if is_vcpu { "ppoll" } else { "epoll_wait" };
+        for (action, errno, goes_on) in ON_WAITS {
+            let mut fault = bare(&format!("call.{kind}.{call}:before"), action);
+            fault.at_ms = Some(AT_MS);
+            fault.errno = errno.map(str::to_owned);
+            fault.ms = (action == Action::Delay).then_some(TIME_MS);
+            let errno = errno.map_or(String::new(), |e| format!("-{}", e.to_lowercase()));
+            let name = format!("{}-wait-{}{errno}", phase.name(), in_words(&fault));
+            let mut made = scenario(name, phase, Some(kind), fault);
+            if is_vcpu && !goes_on {
+                made.vm[0].expect = Expect::Lost;
+            }
+            into.push(made);
+        }
+    }
+}
+
+/// Scenarios of windows while processes follow each other, and of windows that change.
+fn of_windows(phase: Phase, into: &mut Vec<Scenario>) {
+    if matches!(phase, Phase::Boot | Phase::Shutdown) {
+        return;
+    }
+    for (kind, action) in [
+        (ProcKind::Blk, Action::Corrupt),
+        (ProcKind::Blk, Action::Shake),
+        (ProcKind::Console, Action::Corrupt),
+        (ProcKind::Rng, Action::Corrupt),
+        (ProcKind::Legacy, Action::Corrupt),
+    ] {
+        let mut fault = bare(&format!("window.{kind}"), action);
+        fault.at_ms = Some(phase.strike_ms());
+        let shakes = action == Action::Shake;
+        fault.ms = shakes.then_some(30);
+        fault.bytes = (!shakes).then_some(2048);
+        let name = format!("{}-while-{}", phase.name(), in_words(&fault));
+        let mut made = scenario(name, phase, Some(kind), fault);
+        if action == Action::Corrupt && matches!(kind, ProcKind::Blk | ProcKind::Legacy) {
+            made.vm[0].expect = Expect::Harmed;
+        }
+        into.push(made);
+    }
 }
 
 #[cfg(test)]

@@ -68,27 +68,8 @@ impl Run {
                 self.engine.act_on(known.record.pid, planned)?;
             }
             Point::Window(kind) => {
-                let known = self.process(machine, kind.name(), fault)?;
-                if fault.action == Action::Shake {
-                    let time = Duration::from_millis(fault.ms.unwrap_or(0));
-                    let times =
-                        windows::shake(known.record.pid, &known.queue_sizes, time, planned.seed)?;
-                    if times == 0 {
-                        return Err(lacking("nothing stood in its used ring"));
-                    }
-                    self.tell(
-                        planned,
-                        &format!("{}/{}, {times} times", known.vm, known.id),
-                    );
-                    self.engine.rules().done(planned.id);
-                    return Ok(());
-                }
-                let bytes = fault.bytes.unwrap_or(SPOILED);
-                let of = windows::spoil(known.record.pid, bytes, planned.seed)?;
-                self.tell(
-                    planned,
-                    &format!("{}/{}, {bytes} of {of} bytes", known.vm, known.id),
-                );
+                let what = self.spoil_window(machine, kind.name(), planned)?;
+                self.tell(planned, &what);
             }
             Point::Clock(kind) => {
                 let (pid, whom) = match kind {
@@ -191,6 +172,34 @@ impl Run {
             }
         }
         Ok(())
+    }
+
+    /// Spoils the window of a process; says which, and how much. One that is just ending has none any more.
+    fn spoil_window(&self, machine: &Machine, kind: &str, planned: &Planned) -> io::Result<String> {
+        let fault = &planned.fault;
+        let until = Instant::now() + MISSING;
+        loop {
+            let known = self.process(machine, kind, fault)?;
+            let (pid, of) = (known.record.pid, format!("{}/{}", known.vm, known.id));
+            let done = if fault.action == Action::Shake {
+                let time = Duration::from_millis(fault.ms.unwrap_or(0));
+                let shaken = windows::shake(pid, &known.queue_sizes, time, planned.seed);
+                shaken.and_then(|times| match times {
+                    0 => Err(io::Error::other("nothing stood in its used ring")),
+                    times => Ok(format!("{of}, {times} times")),
+                })
+            } else {
+                let bytes = fault.bytes.unwrap_or(SPOILED);
+                let spoiled = windows::spoil(pid, bytes, planned.seed);
+                spoiled.map(|whole| format!("{of}, {bytes} of {whole} bytes"))
+            };
+            match done {
+                Err(_) if Instant::now() < until && !self.is_over() => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                done => return done,
+            }
+        }
     }
 
     /// Gives the hosts' network a rule; the first frame that it hits is told.

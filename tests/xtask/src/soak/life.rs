@@ -48,10 +48,9 @@ impl<'a> Lives<'a> {
     fn one_life(&self, name: &str, seed: u64, lived: &mut Lived) -> Result<()> {
         let file = self.vm_file(name, seed)?;
         let file = file.to_str().context("a path that is not UTF-8")?;
-        // Its daemon may die after it has created the machine and before it says so.
-        if let Err(error) = self.place.run(&["create", file]) {
-            self.place.inspect(name).context(error)?;
-        }
+        // Its daemon may die before it has created the machine, or before it says so: the same machine is
+        // created once.
+        self.place.insist(&["create", file])?;
         self.place.insist(&["start", name])?;
         let started = Instant::now();
         let ended = loop {
