@@ -133,7 +133,8 @@ pub const ALWAYS: [&str; 4] = [
     "from-device.pong:before",
     "from-device.pong:after",
 ];
-const ON_MESSAGES: [Action; 8] = [
+/// What can be done to a message, or to who sends or gets it.
+pub const ON_MESSAGES: [Action; 8] = [
     Action::Kill,
     Action::Stop,
     Action::Drop,

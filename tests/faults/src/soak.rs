@@ -2,7 +2,7 @@
 //! however the dice fall. The same seed makes the same decks.
 
 use crate::points::Point;
-use crate::random::{ALWAYS, Dice, bare};
+use crate::random::{ALWAYS, Dice, ON_MESSAGES, bare};
 use crate::scenario::{
     Action, Deed, Disk, DiskPlace, Expect, Fault, Host, Link, Scenario, Step, Vm, Who, Work,
 };
@@ -178,16 +178,7 @@ fn message(action: Action, dice: &mut Dice) -> Fault {
 /// Everything that a guest must not notice.
 fn harmless(dice: &mut Dice) -> Vec<Fault> {
     let mut faults = Vec::new();
-    for action in [
-        Action::Kill,
-        Action::Stop,
-        Action::Drop,
-        Action::Delay,
-        Action::Duplicate,
-        Action::Reorder,
-        Action::Corrupt,
-        Action::Truncate,
-    ] {
+    for action in ON_MESSAGES {
         faults.push(message(action, dice));
     }
     for action in [Action::Kill, Action::Stop, Action::Slow, Action::Starve] {
@@ -210,15 +201,9 @@ fn harmless(dice: &mut Dice) -> Vec<Fault> {
         fault.vm = None;
         faults.push(fault);
     }
-    for action in [
-        Action::Kill,
-        Action::Stop,
-        Action::Drop,
-        Action::Delay,
-        Action::Duplicate,
-        Action::Corrupt,
-        Action::Truncate,
-    ] {
+    // A request comes alone on its connection: there is no other to come first.
+    let on_requests = ON_MESSAGES.into_iter();
+    for action in on_requests.filter(|action| *action != Action::Reorder) {
         // Both are asked for all the time.
         let name = dice.pick(&["inspect", "output"]).copied();
         let name = name.unwrap_or("inspect");
