@@ -155,7 +155,7 @@ fn wrong_usage_exits_with_2_and_one_reason() {
         ),
         (
             &["image", "create", "c.img", "1MiB", "--format", "qcow2"],
-            "not supported yet",
+            "expected raw",
         ),
         (
             &["policy", "show", "gpu"],

@@ -13,6 +13,7 @@ use bulkhead::vm::run;
 use bulkhead::vm::session::{Command, Ending, Event, Finished, RunError, RunOptions};
 use bulkhead::vm::spec::{DiskSpec, KernelSource, OnEnd, VmSpec};
 use bulkhead_ipc::ident::ProcKind;
+use bulkhead_ipc::protocol::birth::ImageFormat;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tiny_guest::Guest;
@@ -65,6 +66,9 @@ fn spec(directory: &Path, guest: Guest) -> VmSpec {
         read_only: false,
         ephemeral: false,
         serial: "serial".into(),
+        format: ImageFormat::Raw,
+        extents: Vec::new(),
+        backing: Vec::new(),
         queues: 1,
     });
     spec

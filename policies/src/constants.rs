@@ -132,6 +132,7 @@ pub const FLAGS: &[(&str, u32)] = &[
     ("PR_SET_TIMERSLACK", 29),
     ("SECCOMP_SET_MODE_FILTER", 1),
     ("FALLOC_FL_KEEP_SIZE", 1),
+    ("RLIMIT_FSIZE", 1),
     ("SIGSYS", 31),
     ("SIGUSR1", 10),
     ("SIGUSR2", 12),

@@ -1,16 +1,19 @@
-//! The value of `--disk`: `PATH[,readonly][,ephemeral][,format=raw][,name=N][,serial=S][,queues=N]`.
+//! The value of `--disk`: `PATH[,readonly][,ephemeral][,format=F][,backing=PATH:FORMAT][,extent=PATH][,name=N]
+//! [,serial=S][,queues=N]`.
 
 use crate::escape::excerpt;
 use crate::vm::spec::DISK_QUEUES_MAX;
-use crate::vmfile::{DraftDisk, Located, Place, Problem, check_format, nearest};
+use crate::vmfile::{DraftDisk, Located, Place, Problem, nearest, parse_format};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-const KEYS: [&str; 6] = [
+const KEYS: [&str; 8] = [
     "readonly",
     "ephemeral",
     "format",
+    "backing",
+    "extent",
     "name",
     "serial",
     "queues",
@@ -67,7 +70,21 @@ fn set(disk: &mut DraftDisk, text: &str) -> Result<(), String> {
         ("readonly", None) => disk.read_only = yes,
         ("ephemeral", None) => disk.ephemeral = yes,
         ("format", Some(format)) => {
-            check_format(format).map_err(|e| format!("format={}: {e}", excerpt(format, 20)))?;
+            let value =
+                parse_format(format).map_err(|e| format!("format={}: {e}", excerpt(format, 20)))?;
+            disk.format = Some(Located { value, place });
+        }
+        ("backing", Some(value)) => {
+            let wrong = || format!("backing={}: expected PATH:FORMAT", excerpt(value, 40));
+            let (path, format) = value.rsplit_once(':').ok_or_else(wrong)?;
+            let format =
+                parse_format(format).map_err(|e| format!("backing={}: {e}", excerpt(value, 40)))?;
+            let value = absolute(path).ok_or_else(wrong)?;
+            disk.backing.push((Located { value, place }, format));
+        }
+        ("extent", Some(path)) => {
+            let value = absolute(path).ok_or_else(|| "extent: expected a path".to_owned())?;
+            disk.extents.push(Located { value, place });
         }
         ("name", Some(name)) => disk.name = words(name),
         ("serial", Some(serial)) => disk.serial = words(serial),
@@ -87,6 +104,11 @@ fn set(disk: &mut DraftDisk, text: &str) -> Result<(), String> {
     Ok(())
 }
 
+fn absolute(path: &str) -> Option<PathBuf> {
+    let path = (!path.is_empty() && !path.contains('\0')).then(|| PathBuf::from(path))?;
+    Some(std::path::absolute(&path).unwrap_or(path))
+}
+
 /// Splits at single commas; two commas stand for one.
 fn split_commas(bytes: &[u8]) -> Vec<Vec<u8>> {
     let mut parts = vec![Vec::new()];
@@ -104,6 +126,7 @@ fn split_commas(bytes: &[u8]) -> Vec<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bulkhead_ipc::protocol::birth::ImageFormat;
     use proptest::prelude::*;
 
     #[test]
@@ -118,6 +141,26 @@ mod tests {
     }
 
     #[test]
+    fn files_below_and_beside_an_image_are_named() {
+        let text = "/a.qcow2,format=qcow2,backing=/m:n.qcow2:qcow2,backing=/b.img:raw,extent=/x";
+        let disk = parse_disk(text.as_ref()).unwrap();
+        assert_eq!(disk.format.unwrap().value, ImageFormat::Qcow2);
+        let backing: Vec<_> = disk
+            .backing
+            .iter()
+            .map(|(p, f)| (p.value.to_str().unwrap(), *f))
+            .collect();
+        assert_eq!(
+            backing,
+            [
+                ("/m:n.qcow2", ImageFormat::Qcow2),
+                ("/b.img", ImageFormat::Raw)
+            ]
+        );
+        assert_eq!(disk.extents[0].value, PathBuf::from("/x"));
+    }
+
+    #[test]
     fn wrong_options_are_named() {
         for (text, wanted) in [
             (
@@ -125,9 +168,14 @@ mod tests {
                 "unknown option `readonyl`; did you mean `readonly`?",
             ),
             (
-                "a,format=qcow2",
-                "format=qcow2: this image format is not supported yet",
+                "a,format=vhd",
+                "convert it with `bulkhead image convert --from vhd` first",
             ),
+            ("a,format=qcow", "expected \"raw\", \"qcow2\" or \"vmdk\""),
+            ("a,backing=b", "backing=b: expected PATH:FORMAT"),
+            ("a,backing=:raw", "expected PATH:FORMAT"),
+            ("a,backing=b:tar", "backing=b:tar: expected \"raw\""),
+            ("a,extent=", "extent: expected a path"),
             ("a,queues=9", "queues: expected 1 to 8"),
             ("a,readonly=yes", "unknown option `readonly=yes`"),
             ("a,", "unknown option ``"),

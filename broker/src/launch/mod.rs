@@ -113,12 +113,6 @@ impl<'a> Gift<'a> {
         Self { role, index: 0, fd }
     }
 
-    /// A disk.
-    #[must_use]
-    pub fn disk(file: &'a File) -> Self {
-        Self::new(FdRole::Disk, file.as_fd())
-    }
-
     /// One of several of its role.
     #[must_use]
     pub const fn numbered(role: FdRole, index: u16, fd: BorrowedFd<'a>) -> Self {
@@ -444,14 +438,18 @@ pub fn program_path(binaries: &Path, kind: ProcKind) -> PathBuf {
     binaries.join(format!("bulkhead-{kind}"))
 }
 
-/// The size of the disk image among the gifts; None for none or a block device.
+/// The size of the largest file of a disk among the gifts; None for none, for a block device, and for one
+/// that grows.
 fn image_bytes(gifts: &[Gift<'_>]) -> Result<Option<u64>, LaunchError> {
-    let Some(disk) = gifts.iter().find(|gift| gift.role == FdRole::Disk) else {
-        return Ok(None);
-    };
-    let stat = fstat(disk.fd).map_err(os("fstat"))?;
-    let is_file = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFREG;
-    Ok(is_file.then(|| u64::try_from(stat.st_size).unwrap_or(0)))
+    let mut largest = None;
+    for disk in gifts.iter().filter(|gift| gift.role == FdRole::Disk) {
+        let stat = fstat(disk.fd).map_err(os("fstat"))?;
+        let kind = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
+        if kind == SFlag::S_IFREG {
+            largest = largest.max(u64::try_from(stat.st_size).ok());
+        }
+    }
+    Ok(largest)
 }
 
 /// Kills the process of a pidfd.

@@ -12,7 +12,7 @@
 //!
 //! Meanwhile nobody else gets the disk: the broker holds a part of the lock by itself.
 
-use super::resources::{Part, lock};
+use super::resources::{DiskFiles, Part, lock};
 use super::spec::DiskSpec;
 use nix::errno::Errno;
 use std::fs::{File, OpenOptions};
@@ -23,39 +23,55 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 /// A disk of the machine, for as long as the machine lives.
 #[derive(Debug)]
 pub(super) struct DiskHold {
+    own: Vec<FileHold>,
+    below: Vec<FileHold>,
+    grows: bool,
+}
+
+/// One of its files.
+#[derive(Debug)]
+struct FileHold {
     /// By it the same file is found again, whatever its name has become.
     guard: File,
     writes: bool,
     block: bool,
 }
 
-/// A file description for the next process.
+/// File descriptions for the next process.
 #[derive(Debug)]
 pub(super) struct Claimed {
-    /// It.
-    pub(super) file: File,
-    /// The same again while its lock is still to be taken.
+    /// They.
+    pub(super) files: DiskFiles,
+    /// Those again whose locks are still to be taken.
     pub(super) unlocked: Option<Unlocked>,
 }
 
-/// A file description whose lock an old one still has.
+/// File descriptions whose locks old ones still have.
 #[derive(Debug)]
 pub(super) struct Unlocked {
-    file: File,
-    writes: bool,
+    files: Vec<File>,
 }
 
 impl Unlocked {
-    /// Tries to take the lock.
+    /// Tries to take the locks.
     ///
     /// # Errors
     /// The kernel's error, which will not go away.
     pub(super) fn lock(&self) -> io::Result<bool> {
-        match lock(&self.file, Part::Use, self.writes) {
-            Ok(()) => Ok(true),
-            Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
-            Err(errno) => Err(errno.into()),
+        for file in &self.files {
+            if !try_lock(file, true)? {
+                return Ok(false);
+            }
         }
+        Ok(true)
+    }
+}
+
+fn try_lock(file: &File, writes: bool) -> io::Result<bool> {
+    match lock(file, Part::Use, writes) {
+        Ok(()) => Ok(true),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+        Err(errno) => Err(errno.into()),
     }
 }
 
@@ -64,8 +80,48 @@ impl DiskHold {
     ///
     /// # Errors
     /// The kernel's error; EAGAIN when another machine has the disk.
-    pub(super) fn new(spec: &DiskSpec, file: &File) -> io::Result<Self> {
-        let writes = !spec.read_only;
+    pub(super) fn new(spec: &DiskSpec, files: &DiskFiles) -> io::Result<Self> {
+        let hold = |writes| move |file| FileHold::new(file, writes);
+        let own = files.own.iter().map(hold(!spec.read_only));
+        Ok(Self {
+            own: own.collect::<io::Result<_>>()?,
+            below: files
+                .below
+                .iter()
+                .map(hold(false))
+                .collect::<io::Result<_>>()?,
+            grows: files.grows,
+        })
+    }
+
+    /// Tries to have the disk for the next process. `None` while the last one may still reach it.
+    ///
+    /// # Errors
+    /// The kernel's error, which will not go away.
+    pub(super) fn claim(&self) -> io::Result<Option<Claimed>> {
+        let (mut own, mut below, mut unlocked) = (Vec::new(), Vec::new(), Vec::new());
+        for (holds, files) in [(&self.own, &mut own), (&self.below, &mut below)] {
+            for hold in holds {
+                let Some((file, late)) = hold.claim()? else {
+                    return Ok(None);
+                };
+                files.push(file);
+                unlocked.extend(late);
+            }
+        }
+        Ok(Some(Claimed {
+            files: DiskFiles {
+                own,
+                below,
+                grows: self.grows,
+            },
+            unlocked: (!unlocked.is_empty()).then_some(Unlocked { files: unlocked }),
+        }))
+    }
+}
+
+impl FileHold {
+    fn new(file: &File, writes: bool) -> io::Result<Self> {
         let guard = open(file, writes, 0)?;
         lock(&guard, Part::Guard, writes)?;
         Ok(Self {
@@ -75,11 +131,8 @@ impl DiskHold {
         })
     }
 
-    /// Tries to have the disk for the next process. `None` while the last one may still reach it.
-    ///
-    /// # Errors
-    /// The kernel's error, which will not go away.
-    pub(super) fn claim(&self) -> io::Result<Option<Claimed>> {
+    /// A file description, and the same again if its lock is still to be taken.
+    fn claim(&self) -> io::Result<Option<(File, Option<File>)>> {
         let exclusive = if self.block && self.writes {
             libc::O_EXCL
         } else {
@@ -90,16 +143,15 @@ impl DiskHold {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(None),
             opened => opened?,
         };
-        let unlocked = Unlocked {
-            file: file.try_clone()?,
-            writes: self.writes,
-        };
-        let unlocked = match unlocked.lock()? {
-            true => None,
-            false if self.block => return Ok(None),
-            false => Some(unlocked),
-        };
-        Ok(Some(Claimed { file, unlocked }))
+        // Readers share their locks, so only a writer's can still be with its predecessor.
+        match try_lock(&file, self.writes)? {
+            true => Ok(Some((file, None))),
+            false if self.block || !self.writes => Ok(None),
+            false => {
+                let again = file.try_clone()?;
+                Ok(Some((file, Some(again))))
+            }
+        }
     }
 }
 
@@ -125,14 +177,14 @@ mod tests {
     }
 
     /// A disk as its first process has it.
-    fn first(path: &Path, writes: bool) -> (File, DiskHold) {
+    fn first(path: &Path, writes: bool) -> (File, FileHold) {
         let file = OpenOptions::new()
             .read(true)
             .write(writes)
             .open(path)
             .unwrap();
         lock(&file, Part::Use, writes).unwrap();
-        let hold = DiskHold::new(&DiskSpec::for_test(path, !writes), &file).unwrap();
+        let hold = FileHold::new(&file, writes).unwrap();
         (file, hold)
     }
 
@@ -143,29 +195,31 @@ mod tests {
         // As a ring or an operation in progress would hold it.
         let in_flight = old.try_clone().unwrap();
         drop(old);
-        let claimed = hold.claim().unwrap().unwrap();
-        let unlocked = claimed.unlocked.unwrap();
+        let (claimed, unlocked) = hold.claim().unwrap().unwrap();
+        let unlocked = Unlocked {
+            files: vec![unlocked.unwrap()],
+        };
         assert!(!unlocked.lock().unwrap());
         drop(in_flight);
         assert!(unlocked.lock().unwrap());
         drop(unlocked);
-        let next = hold.claim().unwrap().unwrap();
-        assert!(next.unlocked.is_some(), "the new process has it");
-        claimed.file.write_all_at(&[2], 0).unwrap();
+        let (_, late) = hold.claim().unwrap().unwrap();
+        assert!(late.is_some(), "the new process has it");
+        claimed.write_all_at(&[2], 0).unwrap();
     }
 
     #[test]
     fn block_device_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let (old, hold) = first(&image(&dir), true);
-        let hold = DiskHold {
+        let hold = FileHold {
             block: true,
             ..hold
         };
         // O_EXCL means nothing for the file that plays the device.
         assert!(hold.claim().unwrap().is_none());
         drop(old);
-        assert!(hold.claim().unwrap().unwrap().unlocked.is_none());
+        assert!(hold.claim().unwrap().unwrap().1.is_none());
     }
 
     #[test]
@@ -181,7 +235,7 @@ mod tests {
                 .open(&path)
                 .unwrap();
             lock(&other, Part::Use, writes).unwrap();
-            assert!(DiskHold::new(&DiskSpec::for_test(&path, !writes), &other).is_err());
+            assert!(FileHold::new(&other, writes).is_err());
         }
         drop(hold);
         first(&path, true);
@@ -195,9 +249,9 @@ mod tests {
         drop(old);
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, [9; 512]).unwrap();
-        let new = hold.claim().unwrap().unwrap();
+        let (new, _) = hold.claim().unwrap().unwrap();
         let mut byte = [0];
-        new.file.read_exact_at(&mut byte, 0).unwrap();
+        new.read_exact_at(&mut byte, 0).unwrap();
         assert_eq!(byte, [7]);
     }
 
@@ -207,8 +261,8 @@ mod tests {
         let path = image(&dir);
         let (_old, hold) = first(&path, false);
         let (_other, _another_machine) = first(&path, false);
-        let new = hold.claim().unwrap().unwrap();
-        assert!(new.unlocked.is_none());
-        assert!(new.file.write_all_at(&[1], 0).is_err());
+        let (new, late) = hold.claim().unwrap().unwrap();
+        assert!(late.is_none());
+        assert!(new.write_all_at(&[1], 0).is_err());
     }
 }

@@ -11,7 +11,7 @@ use super::disk_hold::{Claimed, DiskHold};
 use super::group_limits::{self, group_name};
 use super::keeper::Keeper;
 use super::record::{ProcessRecord, start_time};
-use super::resources::Resources;
+use super::resources::{DiskFiles, Resources};
 use super::session::{Restart, RunError};
 use super::spec::{DiskSpec, HostShare, VmSpec};
 use crate::launch::cgroup::{Device, Group, GroupLimits, Place, Reach, device_of};
@@ -22,10 +22,13 @@ use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::legacy_page::{self, LEGACY_PAGE_BYTES};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
-use bulkhead_ipc::protocol::birth::{Birth, FdRole, KindConfig, LegacyConfig, VcpuConfig};
+use bulkhead_ipc::protocol::birth::{
+    Birth, FdRole, ImageFormat, KindConfig, LegacyConfig, VcpuConfig,
+};
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window;
 use bulkhead_policies::cache::Compiled;
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -86,7 +89,7 @@ pub(super) struct Nursery<'a> {
 #[derive(Debug)]
 struct Rest {
     wirings: Vec<DeviceWiring>,
-    disks: Vec<File>,
+    disks: Vec<DiskFiles>,
     generation: u32,
     console: Positions,
 }
@@ -231,15 +234,12 @@ impl Household {
                 "disk {name}: is in use by another machine: {cause}"
             ))
         };
-        let hold = |spec, file| DiskHold::new(spec, file).map_err(|cause| in_use(spec, cause));
-        let holds = holds.map(|(spec, file)| hold(spec, file).map(Some));
+        let hold = |spec, files| DiskHold::new(spec, files).map_err(|cause| in_use(spec, cause));
+        let holds = holds.map(|(spec, files)| hold(spec, files).map(Some));
         let serial = nursery.rings.serial.positions();
         let console = nursery.rings.console.as_ref();
         let console = console.map(Ring::positions).unwrap_or_default();
-        let disk_bytes = resources.disks.iter().map(|mut file| {
-            // The length of a block device is where its end is.
-            file.seek(SeekFrom::End(0)).unwrap_or(0)
-        });
+        let disk_bytes = resources.disks.iter().flat_map(bytes_in_memory);
         let mut household = Self {
             members: Vec::new(),
             machine_group: None,
@@ -252,7 +252,8 @@ impl Household {
             },
             place: None,
         };
-        let devices = resources.disks.iter().filter_map(device_of);
+        let devices = resources.disks.iter().flat_map(DiskFiles::all);
+        let devices = devices.filter_map(device_of);
         household.devices = devices.collect::<BTreeSet<_>>().into_iter().collect();
         let mut midwife = Midwife {
             nursery,
@@ -272,16 +273,8 @@ impl Household {
     /// The processes of a machine that another broker has started, those that are dead included.
     pub(super) fn adopt(nursery: &Nursery<'_>, found: Vec<Launched>) -> Result<Self, RunError> {
         let record = nursery.keeper.record();
-        let disks: Vec<_> = nursery
-            .spec
-            .disks
-            .iter()
-            .map(|disk| File::open(&disk.path).ok())
-            .collect();
-        let ends = disks
-            .iter()
-            .flatten()
-            .map(|mut file| file.seek(SeekFrom::End(0)).unwrap_or(0));
+        let disks: Vec<_> = nursery.spec.disks.iter().map(found_again).collect();
+        let ends = disks.iter().flatten().flat_map(bytes_in_memory);
         let disk_bytes = ends.fold(0, u64::saturating_add);
         let mut members = Vec::new();
         for launched in found {
@@ -312,12 +305,10 @@ impl Household {
                     .map(|p| Group::known(p.groups.clone())),
             });
         }
-        let hold = |spec: &DiskSpec| {
-            let mut options = File::options();
-            let file = options.read(true).write(!spec.read_only).open(&spec.path);
-            // The copy behind an ephemeral disk has no name: it lives and dies with its process.
-            let file = file.ok().filter(|_| !spec.ephemeral)?;
-            DiskHold::new(spec, &file)
+        let hold = |(spec, files): (&DiskSpec, &Option<DiskFiles>)| {
+            // What is written to an ephemeral disk has no name: it lives and dies with its process.
+            let files = files.as_ref().filter(|_| !spec.ephemeral)?;
+            DiskHold::new(spec, files)
                 .inspect_err(|error| tracing::warn!(disk = spec.name, %error, "not held"))
                 .ok()
         };
@@ -328,6 +319,7 @@ impl Household {
         let devices = disks
             .iter()
             .flatten()
+            .flat_map(DiskFiles::all)
             .filter_map(device_of)
             .collect::<BTreeSet<_>>();
         Ok(Self {
@@ -336,7 +328,7 @@ impl Household {
             devices: devices.into_iter().collect(),
             rest: None,
             standing: Standing {
-                disks: nursery.spec.disks.iter().map(hold).collect(),
+                disks: nursery.spec.disks.iter().zip(&disks).map(hold).collect(),
                 entropy,
                 disk_bytes,
             },
@@ -358,7 +350,6 @@ impl Household {
             let disk = (device.kind == VirtioKind::Blk)
                 .then(|| rest.disks.get(usize::from(device.index)))
                 .flatten();
-            let disk = disk.map(Gift::disk);
             midwife.device(device, rest.generation, wiring, disk, rest.console, None)?;
         }
         Ok(())
@@ -383,7 +374,7 @@ impl Household {
         nursery: &mut Nursery<'_>,
         id: ProcId,
         wiring: &DeviceWiring,
-        disk: Option<Gift<'_>>,
+        disk: Option<&DiskFiles>,
         positions: Positions,
         size: Option<(u16, u16)>,
     ) -> Result<(), RunError> {
@@ -593,7 +584,7 @@ impl Midwife<'_, '_> {
         device: &DevicePlan,
         generation: u32,
         wiring: &DeviceWiring,
-        disk: Option<Gift<'_>>,
+        disk: Option<&DiskFiles>,
         positions: Positions,
         size: Option<(u16, u16)>,
     ) -> Result<(), RunError> {
@@ -607,7 +598,7 @@ impl Midwife<'_, '_> {
             })?;
         let mut gifts = Vec::from(wiring.gifts(0));
         match (device.kind, &rings.console) {
-            (VirtioKind::Blk, _) => gifts.extend(disk),
+            (VirtioKind::Blk, _) => gifts.extend(disk.into_iter().flat_map(DiskFiles::gifts)),
             (VirtioKind::Rng, _) => gifts.push(Gift::new(FdRole::Entropy, entropy.as_fd())),
             (VirtioKind::Console, Some(ring)) => gifts.extend(ring.gifts()),
             (VirtioKind::Console, None) => {}
@@ -714,6 +705,37 @@ impl Midwife<'_, '_> {
         let sent = launched.bear(&birth);
         sent.map_err(|cause| fails(cause.into()))
     }
+}
+
+/// How much of the host's memory the files of a disk may take, which is charged to its process: each as
+/// long as it is, and one that grows on a file system in memory as much as that has.
+fn bytes_in_memory(files: &DiskFiles) -> Vec<u64> {
+    // The length of a block device is where its end is.
+    let bytes = |mut file: &File| file.seek(SeekFrom::End(0)).unwrap_or(0);
+    let mut all: Vec<_> = files.all().map(bytes).collect();
+    let growing = files.own.first().filter(|_| files.grows);
+    let growing = growing.and_then(|file| fstatfs(file).ok());
+    if let Some(place) = growing.filter(|place| place.filesystem_type() == TMPFS_MAGIC) {
+        let block = u64::try_from(place.block_size()).unwrap_or(0);
+        all.push(place.blocks().saturating_mul(block));
+    }
+    all
+}
+
+/// The files of a disk of a machine that another broker has started, where they can be found by name.
+fn found_again(spec: &DiskSpec) -> Option<DiskFiles> {
+    let writes = !spec.read_only && !spec.ephemeral;
+    let open = |path: &Path, writes: bool| {
+        let mut options = File::options();
+        options.read(true).write(writes).open(path).ok()
+    };
+    let own = std::iter::once(&spec.path).chain(spec.extents.iter().map(|extent| &extent.path));
+    let below = spec.backing.iter().map(|below| open(&below.path, false));
+    Some(DiskFiles {
+        own: own.map(|path| open(path, writes)).collect::<Option<_>>()?,
+        below: below.collect::<Option<_>>()?,
+        grows: spec.format == ImageFormat::Qcow2,
+    })
 }
 
 /// 256 bits that nobody can guess.

@@ -413,8 +413,9 @@ pub fn is_dead(pid: i32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::super::session::Ending;
-    use super::super::spec::{DiskSpec, KernelSource};
+    use super::super::spec::{BackingSpec, DiskSpec, FileSpec, KernelSource};
     use super::*;
+    use bulkhead_ipc::protocol::birth::ImageFormat;
     use proptest::prelude::*;
     use std::ffi::OsStr;
     use std::os::fd::AsFd;
@@ -449,6 +450,12 @@ mod tests {
             read_only: false,
             ephemeral: true,
             serial: "s".into(),
+            format: ImageFormat::Qcow2,
+            extents: vec![FileSpec { path: "/x".into() }],
+            backing: vec![BackingSpec {
+                path: odd.to_owned(),
+                format: ImageFormat::Raw,
+            }],
             queues: 2,
         });
         let options = RunOptions {

@@ -3,10 +3,14 @@
 //! A file that is missing, of the wrong kind or in use is an error here, before any process is
 //! started. The broker keeps none of it once the processes have it.
 
+use super::home::MACHINES;
+use super::record::Record;
 use super::session::{RunError, RunOptions};
 use super::spec::{DiskSpec, KernelSource, VmSpec};
 use crate::escape::escaped;
 use crate::image::ephemeral;
+use crate::launch::Gift;
+use bulkhead_ipc::protocol::birth::{FdRole, ImageFormat};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -27,12 +31,45 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// The core file.
     pub core: Option<File>,
-    /// The disks, in order, locked.
-    pub disks: Vec<File>,
+    /// The files of the disks, in order, locked.
+    pub disks: Vec<DiskFiles>,
     /// The host's random numbers.
     pub entropy: File,
     /// Whether the host's KVM is incomplete.
     pub quirks: bool,
+}
+
+/// The files of one disk.
+#[derive(Debug)]
+pub struct DiskFiles {
+    /// Those that are written, unless the disk is read only: its image with its extents, or what is
+    /// written to an ephemeral disk.
+    pub own: Vec<File>,
+    /// The images below, the one next to it first. Only read.
+    pub below: Vec<File>,
+    /// Whether the first of its own grows.
+    pub grows: bool,
+}
+
+impl DiskFiles {
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = &File> {
+        self.own.iter().chain(&self.below)
+    }
+
+    /// As they are handed over.
+    pub fn gifts(&self) -> impl Iterator<Item = Gift<'_>> {
+        let role = if self.grows {
+            FdRole::Image
+        } else {
+            FdRole::Disk
+        };
+        let own = self.own.iter().zip(0..);
+        let own = own.map(move |(file, index)| Gift::numbered(role, index, file.as_fd()));
+        let below = self.below.iter().zip(0..);
+        let below = below.map(|(file, index)| Gift::numbered(FdRole::Backing, index, file.as_fd()));
+        own.chain(below)
+    }
 }
 
 fn configuration(what: &str, path: &Path, cause: impl std::fmt::Display) -> RunError {
@@ -57,16 +94,7 @@ impl Resources {
         };
         let initrd = spec.initrd.as_deref();
         let initrd = initrd.map(|path| read_only("initrd", path)).transpose()?;
-        let open_disk = |spec: &DiskSpec| {
-            let file = disk(spec)?;
-            if !spec.ephemeral {
-                return Ok(file);
-            }
-            let copy = private_copy(spec, &file, &options.state)?;
-            lock(&copy, Part::Use, true)
-                .map_err(|e| configuration("copy of disk", &spec.path, e))?;
-            Ok(copy)
-        };
+        let open_disk = |spec: &DiskSpec| disk_files(spec, options);
         let disks: Result<_, _> = spec.disks.iter().map(open_disk).collect();
         Ok(Self {
             kernel,
@@ -96,9 +124,9 @@ impl Fence {
         let written = spec.disks.iter().zip(&resources.disks);
         let written = written.filter(|(spec, _)| !spec.read_only && !spec.ephemeral);
         // A file description of its own, without a lock.
-        let probe =
-            |(_, file): (_, &File)| File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        let probes = written.map(probe).collect::<io::Result<_>>()?;
+        let probe = |file: &File| File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let probes = written.flat_map(|(_, files)| &files.own).map(probe);
+        let probes = probes.collect::<io::Result<_>>()?;
         Ok(Self { probes })
     }
 
@@ -107,7 +135,11 @@ impl Fence {
     #[must_use]
     pub fn around(spec: &VmSpec) -> Self {
         let written = spec.disks.iter().filter(|d| !d.read_only && !d.ephemeral);
-        let probes = written.filter_map(|disk| File::open(&disk.path).ok());
+        let paths = written.flat_map(|disk| {
+            let extents = disk.extents.iter().map(|extent| &extent.path);
+            std::iter::once(&disk.path).chain(extents)
+        });
+        let probes = paths.filter_map(|path| File::open(path).ok());
         Self {
             probes: probes.collect(),
         }
@@ -211,18 +243,46 @@ fn core_file(path: &Path) -> Result<File, RunError> {
     opened.map_err(|e| configuration("core", path, plain(&e)))
 }
 
-/// Opens a disk and takes its lock: one writer, or any number of readers, on the whole host.
-fn disk(spec: &DiskSpec) -> Result<File, RunError> {
+/// Opens everything that a disk is made of and takes the locks.
+fn disk_files(spec: &DiskSpec, options: &RunOptions) -> Result<DiskFiles, RunError> {
     let what = format!("disk {}", spec.name);
-    let path = spec.path.as_path();
-    let fault = |e: io::Error| configuration(&what, path, plain(&e));
+    let writes = !spec.read_only && !spec.ephemeral;
+    let image = |path: &Path, writes| image_file(&what, path, writes, &options.runtime);
+    let paths = std::iter::once(&spec.path).chain(spec.extents.iter().map(|extent| &extent.path));
+    let mut own: Vec<File> = paths
+        .map(|path| image(path, writes))
+        .collect::<Result<_, _>>()?;
+    let mut below = Vec::new();
+    if spec.ephemeral {
+        below = own;
+        let state = &options.state;
+        let fault =
+            |e: io::Error| configuration("directory for what is written to", state, plain(&e));
+        fs::create_dir_all(state).map_err(fault)?;
+        let scratch = ephemeral::unnamed_file(state).map_err(fault)?;
+        lock(&scratch, Part::Use, true).map_err(|e| fault(e.into()))?;
+        own = vec![scratch];
+    }
+    for layer in &spec.backing {
+        below.push(image(&layer.path, false)?);
+    }
+    Ok(DiskFiles {
+        own,
+        below,
+        grows: spec.ephemeral || spec.format == ImageFormat::Qcow2,
+    })
+}
+
+/// Opens a file of a disk and takes its lock: one writer, or any number of readers, on the whole host.
+fn image_file(what: &str, path: &Path, writes: bool, runtime: &Path) -> Result<File, RunError> {
+    let read_only = !writes;
+    let fault = |e: io::Error| configuration(what, path, plain(&e));
     let about = fs::metadata(path).map_err(fault)?;
     let block = about.file_type().is_block_device();
     if !about.is_file() && !block {
         let expected = "expected a regular file or a block device";
-        return Err(configuration(&what, path, expected));
+        return Err(configuration(what, path, expected));
     }
-    let read_only = spec.read_only || spec.ephemeral;
     // O_EXCL refuses a block device that is mounted or otherwise taken.
     let exclusive = if block && !read_only { libc::O_EXCL } else { 0 };
     let file = OpenOptions::new()
@@ -237,7 +297,7 @@ fn disk(spec: &DiskSpec) -> Result<File, RunError> {
     let now = file.metadata().map_err(fault)?;
     if (now.dev(), now.ino()) != (about.dev(), about.ino()) {
         return Err(configuration(
-            &what,
+            what,
             path,
             "was replaced while it was opened",
         ));
@@ -245,29 +305,37 @@ fn disk(spec: &DiskSpec) -> Result<File, RunError> {
     match lock(&file, Part::Use, !read_only) {
         Ok(()) => Ok(file),
         Err(Errno::EAGAIN | Errno::EACCES) => {
-            let holder = holder(now.dev(), now.ino()).map_or_else(
-                || "another process".to_owned(),
-                |who| format!("process {who}"),
-            );
+            let holder = holder(now.dev(), now.ino(), runtime);
             let how = if read_only { "write to" } else { "use" };
             let cause = format!("is in use: {holder} may {how} it");
-            Err(configuration(&what, path, cause))
+            Err(configuration(what, path, cause))
         }
         Err(errno) => Err(fault(errno.into())),
     }
 }
 
-/// A copy of a disk in a file without a name, which is gone with the last process that has it.
-fn private_copy(spec: &DiskSpec, from: &File, directory: &Path) -> Result<File, RunError> {
-    let what = format!("copy of disk {}", spec.name);
-    fs::create_dir_all(directory).map_err(|e| configuration(&what, directory, plain(&e)))?;
-    ephemeral::private_copy(from, directory)
-        .map_err(|e| configuration(&what, directory, e.to_string()))
+/// Who has the file open: the machine whose process that is, or a process as "pid (name)", a device
+/// process rather than its broker.
+fn holder(device: u64, inode: u64, runtime: &Path) -> String {
+    let Some((pid, name)) = holding_process(device, inode) else {
+        return "another process".to_owned();
+    };
+    match machine_of(pid, runtime) {
+        Some(vm) => format!("machine {vm} (its process {pid}, {name})"),
+        None => format!("process {pid} ({name})"),
+    }
 }
 
-/// A process that has the file open, as "pid (name)", where `/proc` tells: a device process rather
-/// than its broker.
-fn holder(device: u64, inode: u64) -> Option<String> {
+/// The machine of this runtime directory that a process belongs to, where its record can be read.
+fn machine_of(pid: u32, runtime: &Path) -> Option<String> {
+    let pid = i32::try_from(pid).ok()?;
+    let homes = fs::read_dir(runtime.join(MACHINES)).ok()?.flatten();
+    let mut records = homes.filter_map(|home| Record::read(&home.path()).ok());
+    let record = records.find(|record| record.processes.iter().any(|p| p.pid == pid))?;
+    Some(record.spec.name)
+}
+
+fn holding_process(device: u64, inode: u64) -> Option<(u32, String)> {
     let me = std::process::id();
     let mut found = None;
     for entry in fs::read_dir("/proc").ok()?.flatten() {
@@ -286,7 +354,7 @@ fn holder(device: u64, inode: u64) -> Option<String> {
         if fds.flatten().any(|fd| same(&fd.path())) {
             let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let command = command.split(|&b| b == 0).next().unwrap_or_default();
-            let holder = format!("{pid} ({})", escaped(command));
+            let holder = (pid, escaped(command).to_string());
             if command.starts_with(b"bulkhead-") {
                 return Some(holder);
             }
@@ -298,59 +366,93 @@ fn holder(device: u64, inode: u64) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::spec::BackingSpec;
     use super::*;
-    use std::os::unix::fs::FileExt;
+
+    fn open(path: &Path, writes: bool) -> Result<File, RunError> {
+        image_file("disk d", path, writes, Path::new("/nowhere"))
+    }
 
     #[test]
     fn second_writer_is_refused_and_readers_share() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("d.img");
         fs::write(&path, [0; 512]).unwrap();
-        let first = disk(&DiskSpec::for_test(&path, false)).unwrap();
-        for read_only in [false, true] {
-            let error = disk(&DiskSpec::for_test(&path, read_only))
-                .unwrap_err()
-                .to_string();
+        let first = open(&path, true).unwrap();
+        for writes in [true, false] {
+            let error = open(&path, writes).unwrap_err().to_string();
             assert!(error.contains("is in use"), "{error}");
         }
         drop(first);
-        let reader = disk(&DiskSpec::for_test(&path, true)).unwrap();
-        assert!(disk(&DiskSpec::for_test(&path, true)).is_ok());
-        assert!(disk(&DiskSpec::for_test(&path, false)).is_err());
+        let reader = open(&path, false).unwrap();
+        assert!(open(&path, false).is_ok());
+        assert!(open(&path, true).is_err());
         drop(reader);
-        assert!(disk(&DiskSpec::for_test(&path, false)).is_ok());
+        assert!(open(&path, true).is_ok());
     }
 
     #[test]
-    fn ephemeral_disk_is_a_copy_and_leaves_the_original_alone() {
+    fn ephemeral_disk_is_a_layer_and_leaves_the_original_to_others() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("d.img");
-        let original = File::create(&path).unwrap();
-        original.set_len(3 << 20).unwrap();
-        original.write_all_at(b"data", 2 << 20).unwrap();
+        fs::write(&path, [7; 512]).unwrap();
         let spec = DiskSpec {
             ephemeral: true,
             ..DiskSpec::for_test(&path, false)
         };
-        let copy = private_copy(&spec, &disk(&spec).unwrap(), dir.path()).unwrap();
-        copy.write_all_at(b"DATA", 2 << 20).unwrap();
-        let read = fs::read(&path).unwrap();
-        assert_eq!((read.len(), &read[2 << 20..][..4]), (3 << 20, &b"data"[..]));
-        assert!(copy.metadata().unwrap().blocks() < 4096, "holes stay holes");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        let options = RunOptions {
+            state: dir.path().join("state"),
+            ..RunOptions::for_test("/nowhere".as_ref())
+        };
+        let files = disk_files(&spec, &options).unwrap();
+        let _another = disk_files(&spec, &options).unwrap();
+        let roles: Vec<_> = files.gifts().map(|gift| (gift.role, gift.index)).collect();
+        assert_eq!(roles, [(FdRole::Image, 0), (FdRole::Backing, 0)]);
+        assert!((&files.own[0]).write_all(b"x").is_ok());
+        assert!((&files.below[0]).write_all(b"x").is_err());
+    }
+
+    #[test]
+    fn files_of_a_chain_are_handed_over_in_its_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, name).unwrap();
+            path
+        };
+        let below = |path, format| BackingSpec { path, format };
+        let spec = DiskSpec {
+            format: ImageFormat::Qcow2,
+            backing: vec![
+                below(file("middle"), ImageFormat::Qcow2),
+                below(file("base"), ImageFormat::Raw),
+            ],
+            ..DiskSpec::for_test(&file("top"), false)
+        };
+        let options = RunOptions::for_test("/nowhere".as_ref());
+        let files = disk_files(&spec, &options).unwrap();
+        let names: Vec<_> = files
+            .all()
+            .map(|mut file| {
+                let mut text = String::new();
+                io::Read::read_to_string(&mut file, &mut text).unwrap();
+                text
+            })
+            .collect();
+        assert_eq!(names, ["top", "middle", "base"]);
+        // Whoever writes to an image below would change this disk.
+        assert!(open(&spec.backing[1].path, true).is_err());
+        let error = open(&spec.path, false).unwrap_err().to_string();
+        assert!(error.contains("is in use"), "{error}");
     }
 
     #[test]
     fn what_is_no_disk_is_refused_with_a_reason() {
         let dir = tempfile::tempdir().unwrap();
-        let error = disk(&DiskSpec::for_test(dir.path(), true))
-            .unwrap_err()
-            .to_string();
+        let error = open(dir.path(), false).unwrap_err().to_string();
         assert!(error.contains("expected a regular file or a block device"));
         let missing = dir.path().join("missing\n.img");
-        let error = disk(&DiskSpec::for_test(&missing, true))
-            .unwrap_err()
-            .to_string();
+        let error = open(&missing, false).unwrap_err().to_string();
         assert!(error.contains("missing\\n.img"), "{error}");
         assert!(read_only("kernel", dir.path()).is_err());
     }

@@ -6,7 +6,7 @@
 
 use super::any_path;
 use bulkhead_ipc::platform::{MEMORY_BYTES_MIN, VCPUS_MAX, VIRTIO_MMIO_SLOTS};
-use bulkhead_ipc::protocol::birth::HugePages;
+use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::path::PathBuf;
@@ -20,6 +20,8 @@ pub const CMDLINE_BYTES_MAX: usize = 4096;
 pub const SERIAL_BYTES_MAX: usize = 20;
 /// Most queues of one disk.
 pub const DISK_QUEUES_MAX: u8 = 8;
+/// Most files of one disk: its image and extents, and as many below it.
+pub const FILES_MAX: usize = 32;
 /// Most disks of one VM: every slot but console's and rng's.
 pub const DISKS_MAX: usize = VIRTIO_MMIO_SLOTS - 2;
 /// Smallest and largest history of a console in bytes.
@@ -70,7 +72,25 @@ pub enum KernelSource {
     },
 }
 
-/// A disk: a raw image file or a block device.
+/// A file by its name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileSpec {
+    /// Where it is.
+    #[serde(with = "any_path")]
+    pub path: PathBuf,
+}
+
+/// An image below another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackingSpec {
+    /// Where it is.
+    #[serde(with = "any_path")]
+    pub path: PathBuf,
+    /// Its format.
+    pub format: ImageFormat,
+}
+
+/// A disk: an image or a block device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
     /// Name in messages, as [`VmSpec::name`].
@@ -78,14 +98,27 @@ pub struct DiskSpec {
     /// The image.
     #[serde(with = "any_path")]
     pub path: PathBuf,
+    /// Its format.
+    #[serde(default = "raw")]
+    pub format: ImageFormat,
+    /// The files with the data of a VMDK image, in the order of its descriptor.
+    #[serde(default)]
+    pub extents: Vec<FileSpec>,
+    /// The images below it, the one next to it first.
+    #[serde(default)]
+    pub backing: Vec<BackingSpec>,
     /// Whether the guest's writes are refused.
     pub read_only: bool,
-    /// Whether the guest's writes go to a private copy that is gone at the end.
+    /// Whether the guest's writes go to a private layer that is gone at the end.
     pub ephemeral: bool,
     /// What the guest reads as the disk's identifier, at most [`SERIAL_BYTES_MAX`] bytes.
     pub serial: String,
     /// Number of virtqueues, 1 to [`DISK_QUEUES_MAX`].
     pub queues: u8,
+}
+
+const fn raw() -> ImageFormat {
+    ImageFormat::Raw
 }
 
 #[cfg(test)]
@@ -95,6 +128,9 @@ impl DiskSpec {
         Self {
             name: "d".into(),
             path: path.into(),
+            format: ImageFormat::Raw,
+            extents: Vec::new(),
+            backing: Vec::new(),
             read_only,
             ephemeral: false,
             serial: String::new(),
@@ -417,6 +453,9 @@ mod tests {
             read_only: false,
             ephemeral: false,
             serial: "s".into(),
+            format: ImageFormat::Raw,
+            extents: Vec::new(),
+            backing: Vec::new(),
             queues: 1,
         }
     }
@@ -439,6 +478,9 @@ mod tests {
             ("disk[1].name", |s| s.disks = vec![disk("a"), disk("a")]),
             ("disk[0].queues", |s| {
                 s.disks = vec![DiskSpec {
+                    format: ImageFormat::Raw,
+                    extents: Vec::new(),
+                    backing: Vec::new(),
                     queues: 9,
                     ..disk("a")
                 }];

@@ -6,11 +6,11 @@ use super::host::{Facts, HostMemory, inspect};
 use super::problem::{Located, Place, Problem, Problems};
 use super::quantity::show_size;
 use crate::vm::spec::{
-    CMDLINE_BYTES_MAX, ConsoleChoice, DISKS_MAX, DiskSpec, HISTORY_BYTES, KernelSource,
-    NAME_BYTES_MAX, SERIAL_BYTES_MAX, VmSpec,
+    BackingSpec, CMDLINE_BYTES_MAX, ConsoleChoice, DISKS_MAX, DiskSpec, FILES_MAX, FileSpec,
+    HISTORY_BYTES, KernelSource, NAME_BYTES_MAX, SERIAL_BYTES_MAX, VmSpec,
 };
 use bulkhead_ipc::platform::MEMORY_BYTES_MIN;
-use bulkhead_ipc::protocol::birth::HugePages;
+use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
 use std::path::PathBuf;
 
 const PAGE_BYTES: u64 = 4096;
@@ -266,10 +266,16 @@ impl Checker {
         let read_only = draft.read_only.as_ref().is_some_and(|on| on.value);
         let ephemeral = draft.ephemeral.as_ref().is_some_and(|on| on.value);
         let writes = !read_only && !ephemeral;
-        let expected = "a raw image file or a block device";
+        let format = draft
+            .format
+            .as_ref()
+            .map_or(ImageFormat::Raw, |format| format.value);
+        let expected = "an image file or a block device";
         if let Some(facts) = self.file(path, expected, true, writes) {
             self.expect(
-                facts.is_block || facts.bytes.is_multiple_of(SECTOR_BYTES),
+                facts.is_block
+                    || format != ImageFormat::Raw
+                    || facts.bytes.is_multiple_of(SECTOR_BYTES),
                 path,
                 format!(
                     "expected an image of whole 512-byte sectors, found {} bytes",
@@ -277,6 +283,7 @@ impl Checker {
                 ),
             );
         }
+        self.chain(draft, format, ephemeral, writes);
         if let Some(name) = &draft.name {
             self.expect(is_name(&name.value), name, NAME_RULE);
         }
@@ -294,6 +301,22 @@ impl Checker {
             .map_or_else(|| default_name(n, all), |name| name.value.clone());
         DiskSpec {
             path: path.value.clone(),
+            format,
+            extents: draft
+                .extents
+                .iter()
+                .map(|extent| FileSpec {
+                    path: extent.value.clone(),
+                })
+                .collect(),
+            backing: draft
+                .backing
+                .iter()
+                .map(|(path, format)| BackingSpec {
+                    path: path.value.clone(),
+                    format: *format,
+                })
+                .collect(),
             read_only,
             ephemeral,
             serial: draft.serial.as_ref().map_or_else(
@@ -302,6 +325,38 @@ impl Checker {
             ),
             queues: draft.queues.as_ref().map_or(1, |queues| queues.value),
             name,
+        }
+    }
+
+    /// Checks the files that a disk has besides its image.
+    fn chain(&mut self, draft: &DraftDisk, format: ImageFormat, ephemeral: bool, writes: bool) {
+        for extent in &draft.extents {
+            self.file(extent, "a file with data of the image", false, writes);
+        }
+        for (below, _) in &draft.backing {
+            self.file(below, "an image file or a block device", true, false);
+        }
+        if let Some(extent) = draft.extents.first() {
+            let fits = format == ImageFormat::Vmdk && draft.extents.len() < FILES_MAX;
+            let rule = "expected at most 31 extents, of an image with format = \"vmdk\"";
+            self.expect(fits, extent, rule);
+        }
+        for (n, (below, format_below)) in draft.backing.iter().enumerate() {
+            let last = n + 1 == draft.backing.len();
+            let fits = match format_below {
+                ImageFormat::Qcow2 => true,
+                ImageFormat::Raw => last,
+                ImageFormat::Vmdk => false,
+            };
+            let rule = "expected qcow2 images, and below them at most one raw image";
+            self.expect(fits && n + 1 < FILES_MAX, below, rule);
+            let rule = "expected backing images only for a disk with format = \"qcow2\"";
+            self.expect(format == ImageFormat::Qcow2, below, rule);
+        }
+        if let Some(on) = draft.ephemeral.as_ref().filter(|_| ephemeral) {
+            let rule = "expected a raw or qcow2 image for an ephemeral disk; \
+                        convert it with `bulkhead image convert` first";
+            self.expect(format != ImageFormat::Vmdk, on, rule);
         }
     }
 

@@ -5,7 +5,7 @@
 
 use super::problem::{Located, Place};
 use crate::vm::spec::{ConsoleChoice, HostShare, OnDiskFull, OnEnd};
-use bulkhead_ipc::protocol::birth::HugePages;
+use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
 use std::path::PathBuf;
 
 /// A machine, perhaps with gaps. Paths are as good as absolute: relative ones start at the
@@ -44,6 +44,9 @@ pub struct DraftDisk {
     pub place: Place,
     pub name: Option<Located<String>>,
     pub path: Option<Located<PathBuf>>,
+    pub format: Option<Located<ImageFormat>>,
+    pub extents: Vec<Located<PathBuf>>,
+    pub backing: Vec<(Located<PathBuf>, ImageFormat)>,
     pub read_only: Option<Located<bool>>,
     pub ephemeral: Option<Located<bool>>,
     pub serial: Option<Located<String>>,
@@ -58,6 +61,9 @@ impl DraftDisk {
             place,
             name: None,
             path: None,
+            format: None,
+            extents: Vec::new(),
+            backing: Vec::new(),
             read_only: None,
             ephemeral: None,
             serial: None,

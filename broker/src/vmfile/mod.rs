@@ -22,7 +22,7 @@ pub use check::{Surroundings, check, is_name};
 pub use draft::{Draft, DraftDisk};
 pub use host::{HostMemory, meminfo_bytes};
 pub use nearest::nearest;
-pub use parse::{FILE_BYTES_MAX, check_format, parse, parse_console_size};
+pub use parse::{FILE_BYTES_MAX, parse, parse_console_size, parse_format};
 pub use print::{PrintError, json_schema, print};
 pub use problem::{Located, Place, Problem, Problems};
 pub use quantity::{QuantityError, parse_duration, parse_size, show_size};

@@ -5,9 +5,9 @@ use super::problem::{Located, Problem, Problems};
 use super::section::{Key, Section, Source, key, later};
 use crate::vm::spec::{ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnDiskFull, OnEnd};
 use bulkhead_ipc::platform::VCPUS_MAX;
-use bulkhead_ipc::protocol::birth::HugePages;
+use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
 use std::path::{Path, PathBuf};
-use toml::de::DeTable;
+use toml::de::{DeTable, DeValue};
 
 /// Least bytes a second of a disk: one page, or the kernel would never let one through.
 const RATE_MIN: u64 = 4096;
@@ -45,6 +45,8 @@ pub(super) const DISK_KEYS: &[Key] = &[
     key("name"),
     key("path"),
     key("format"),
+    key("extents"),
+    key("backing"),
     key("readonly"),
     key("ephemeral"),
     key("serial"),
@@ -103,17 +105,20 @@ pub fn parse_console_size(text: &str) -> Result<(u16, u16), String> {
         .ok_or_else(|| "expected columns and rows, such as \"80x25\"".to_owned())
 }
 
-/// Whether a disk's format is one that works; formats are never probed.
+/// The format of an image; formats are never probed.
 ///
 /// # Errors
 /// What was expected.
-pub fn check_format(format: &str) -> Result<(), String> {
+pub fn parse_format(format: &str) -> Result<ImageFormat, String> {
     match format {
-        "raw" => Ok(()),
-        "qcow2" | "vmdk" | "vhd" | "vhdx" | "vdi" => {
-            Err("this image format is not supported yet; expected \"raw\"".to_owned())
-        }
-        _ => Err("expected \"raw\"".to_owned()),
+        "raw" => Ok(ImageFormat::Raw),
+        "qcow2" => Ok(ImageFormat::Qcow2),
+        "vmdk" => Ok(ImageFormat::Vmdk),
+        "vhd" | "vpc" | "vhdx" | "vdi" => Err(format!(
+            "images of this format are not used as they are; convert it with \
+             `bulkhead image convert --from {format}` first"
+        )),
+        _ => Err("expected \"raw\", \"qcow2\" or \"vmdk\"".to_owned()),
     }
 }
 
@@ -220,12 +225,29 @@ fn read_limits(limits: &Section<'_>, problems: &mut Vec<Problem>) -> HostShare {
 
 fn read_disk(disk: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) -> DraftDisk {
     disk.check_keys(DISK_KEYS, problems);
-    disk.get("format", problems, |value| {
-        value
-            .as_str()
-            .map_or_else(|| Err("expected \"raw\"".to_owned()), check_format)
+    let format = disk.get("format", problems, |value| {
+        parse_format(value.as_str().unwrap_or_default())
     });
+    let extents = disk.get("extents", problems, |value| read_extents(value, directory));
+    let backing = disk.get("backing", problems, |value| read_backing(value, directory));
     DraftDisk {
+        format,
+        extents: extents.map_or_else(Vec::new, |extents| {
+            let place = extents.place;
+            let located = |value| Located {
+                value,
+                place: place.clone(),
+            };
+            extents.value.into_iter().map(located).collect()
+        }),
+        backing: backing.map_or_else(Vec::new, |backing| {
+            let place = backing.place;
+            let located = |(value, format)| {
+                let place = place.clone();
+                (Located { value, place }, format)
+            };
+            backing.value.into_iter().map(located).collect()
+        }),
         place: disk.place(),
         name: disk.string("name", problems),
         path: path(disk, "path", directory, problems),
@@ -236,6 +258,40 @@ fn read_disk(disk: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
     }
 }
 
+fn read_extents(value: &DeValue<'_>, directory: &Path) -> Result<Vec<PathBuf>, String> {
+    let expected = || "expected a list of paths, such as [\"disk-flat.vmdk\"]".to_owned();
+    let read = |value: &DeValue<'_>| {
+        let path = value.as_str().filter(|path| is_path(path));
+        path.map(|path| directory.join(path)).ok_or_else(expected)
+    };
+    let values = value.as_array().ok_or_else(expected)?;
+    values.iter().map(|value| read(value.get_ref())).collect()
+}
+
+fn read_backing(
+    value: &DeValue<'_>,
+    directory: &Path,
+) -> Result<Vec<(PathBuf, ImageFormat)>, String> {
+    let expected =
+        || "expected a list such as [{ path = \"base.img\", format = \"raw\" }]".to_owned();
+    let read = |value: &DeValue<'_>| {
+        let table = value.as_table().filter(|table| table.len() == 2);
+        let field = |name: &str| table?.get(name)?.get_ref().as_str();
+        match (field("path").filter(|path| is_path(path)), field("format")) {
+            (Some(path), Some(format)) => {
+                parse_format(format).map(|format| (directory.join(path), format))
+            }
+            _ => Err(expected()),
+        }
+    };
+    let values = value.as_array().ok_or_else(expected)?;
+    values.iter().map(|value| read(value.get_ref())).collect()
+}
+
+fn is_path(text: &str) -> bool {
+    !text.is_empty() && !text.contains('\0')
+}
+
 fn path(
     section: &Section<'_>,
     key: &str,
@@ -243,7 +299,7 @@ fn path(
     problems: &mut Vec<Problem>,
 ) -> Option<Located<PathBuf>> {
     let path = section.string(key, problems)?;
-    if path.value.is_empty() || path.value.contains('\0') {
+    if !is_path(&path.value) {
         problems.push(path.problem("expected the path of a file"));
         return None;
     }

@@ -81,8 +81,17 @@ struct Disk {
     /// Image file or block device.
     path: String,
     /// Image format. It is never probed, since a guest can write any header. Default: "raw".
-    #[schemars(extend("enum" = ["raw"]))]
-    format: Option<&'static str>,
+    #[schemars(extend("enum" = ["raw", "qcow2", "vmdk"]))]
+    format: Option<String>,
+    /// Files with the data of a VMDK image, in the order of its descriptor. Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(default)]
+    extents: Vec<String>,
+    /// Images below a qcow2 image, the one next to it first. Nothing is opened only because an image
+    /// names it. Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(default)]
+    backing: Vec<Backing>,
     /// Whether the guest's writes are refused. Default: false.
     readonly: Option<bool>,
     /// Whether the guest's writes are discarded at the end. Default: false.
@@ -93,6 +102,16 @@ struct Disk {
     /// Number of queues. Default: 1.
     #[schemars(range(min = 1, max = 8))]
     queues: Option<u8>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Backing {
+    /// Image file or block device; it is only read.
+    path: String,
+    /// Its format.
+    #[schemars(extend("enum" = ["raw", "qcow2"]))]
+    format: String,
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -243,7 +262,22 @@ fn disk(disk: &DiskSpec) -> Result<Disk, PrintError> {
     Ok(Disk {
         name: Some(disk.name.clone()),
         path: utf8(&disk.path)?,
-        format: Some("raw"),
+        format: Some(disk.format.to_string()),
+        extents: disk
+            .extents
+            .iter()
+            .map(|e| utf8(&e.path))
+            .collect::<Result<_, PrintError>>()?,
+        backing: disk
+            .backing
+            .iter()
+            .map(|below| {
+                Ok(Backing {
+                    path: utf8(&below.path)?,
+                    format: below.format.to_string(),
+                })
+            })
+            .collect::<Result<_, PrintError>>()?,
         readonly: Some(disk.read_only),
         ephemeral: Some(disk.ephemeral),
         serial: Some(disk.serial.clone()),

@@ -2,7 +2,7 @@ use super::*;
 use crate::vm::spec::{
     ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits, OnEnd, VmSpec,
 };
-use bulkhead_ipc::protocol::birth::HugePages;
+use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
 use proptest::prelude::*;
 use std::fs;
 use std::path::PathBuf;
@@ -86,6 +86,9 @@ fn every_key_reaches_the_specification() {
         read_only: false,
         ephemeral: false,
         serial: name.into(),
+        format: ImageFormat::Raw,
+        extents: Vec::new(),
+        backing: Vec::new(),
         queues: 1,
     };
     let kernel = KernelSource::File(dir.path().join("vmlinuz"));
@@ -276,8 +279,26 @@ fn wrong_types_and_values_are_named() {
     );
     fault(
         "serial = \"D4\"",
-        "format = \"qcow2\"",
-        "vm.toml:20:10: disk.format = \"qcow2\": this image format is not supported yet",
+        "format = \"vdi\"",
+        "vm.toml:20:10: disk.format = \"vdi\": images of this format are not used as they are; \
+         convert it with `bulkhead image convert --from vdi` first",
+    );
+    let below = "backing = [{ path = \"initrd\", format = \"raw\" }]";
+    fault(
+        "serial = \"D4\"",
+        below,
+        "vm.toml:20:11: disk.backing = [{ path = \"initrd\", format = \"raw\" }]: \
+         expected backing images only for a disk with format = \"qcow2\"",
+    );
+    fault(
+        "serial = \"D4\"",
+        "backing = [\"root.img\"]",
+        "vm.toml:20:11: disk.backing = [\"root.img\"]: expected a list such as [{ path = \"base.img\", format = \"raw\" }]",
+    );
+    fault(
+        "serial = \"D4\"",
+        "extents = [\"initrd\"]",
+        "vm.toml:20:11: disk.extents = [\"initrd\"]: expected at most 31 extents, of an image with format = \"vmdk\"",
     );
     fault(
         "attach = \"virtio\"",
@@ -301,17 +322,17 @@ fn files_are_looked_at_before_anything_starts() {
     fault(
         "\"root.img\"",
         "\"none.img\"",
-        "vm.toml:15:8: disk.path = \"none.img\": expected a raw image file or a block device: No such file or directory",
+        "vm.toml:15:8: disk.path = \"none.img\": expected an image file or a block device: No such file or directory",
     );
     fault(
         "\"root.img\"",
         "\"dir\"",
-        "vm.toml:15:8: disk.path = \"dir\": expected a raw image file or a block device, found a directory",
+        "vm.toml:15:8: disk.path = \"dir\": expected an image file or a block device, found a directory",
     );
     fault(
         "\"root.img\"",
         "\"/dev/null\"",
-        "vm.toml:15:8: disk.path = \"/dev/null\": expected a raw image file or a block device, found a character device",
+        "vm.toml:15:8: disk.path = \"/dev/null\": expected an image file or a block device, found a character device",
     );
     fault(
         "\"root.img\"",
@@ -469,7 +490,17 @@ prop_compose! {
         read_only: bool, ephemeral: bool,
         serial in "[!-~]{0,20}", queues in 1u8..=8,
     ) -> DiskSpec {
-        DiskSpec { name, path: PathBuf::new(), read_only, ephemeral, serial, queues }
+        DiskSpec {
+            name,
+            path: PathBuf::new(),
+            format: ImageFormat::Raw,
+            extents: Vec::new(),
+            backing: Vec::new(),
+            read_only,
+            ephemeral,
+            serial,
+            queues,
+        }
     }
 }
 

@@ -1,12 +1,14 @@
 //! The block device: takes requests, keeps them as jobs while the ring works on them, answers them.
 
-use crate::backend::{self, Disk};
+use crate::backend::{self, Begun, Commit, Disk, TOKEN_COMMIT};
 use crate::job::{How, Job, Next};
 use crate::request::{self, Geometry, ID_BYTES, Operation, Parsed, Status};
+use bulkhead_image::Use;
 use bulkhead_ipc::device_kind::VirtioKind;
-use bulkhead_ipc::protocol::birth::{DeviceOwn, FdRole};
+use bulkhead_ipc::protocol::birth::DeviceOwn;
 use bulkhead_runtime::device::FIRST_TOKEN;
 use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Room, Setup, Span, Stillbirth};
+use nix::errno::Errno;
 
 const F_SIZE_MAX: u64 = 1 << 1;
 const F_SEG_MAX: u64 = 1 << 2;
@@ -40,6 +42,12 @@ pub struct Blk {
     free: Vec<usize>,
     /// Jobs that wait for room.
     waiting: Vec<usize>,
+    /// Jobs that have written everything, and are answered when the image is committed.
+    uncommitted: Vec<usize>,
+    /// Jobs that would change the image while it is being committed.
+    held: Vec<usize>,
+    /// Whether the host has no room for what is to be committed.
+    commit_waits: bool,
     room: RoomTold,
     batch_bytes: u32,
     batch_bytes_max: u32,
@@ -66,10 +74,19 @@ impl Device for Blk {
             read_only,
             serial,
             waits_for_room,
+            ephemeral,
+            layers,
         } = &setup.config.own
         else {
             return Err(Stillbirth::setup("no configuration of a disk"));
         };
+        let (read_only, waits_for_room) = (*read_only, *waits_for_room);
+        let how = match (read_only, *ephemeral) {
+            (_, true) => Use::Scratch,
+            (true, false) => Use::Read,
+            (false, false) => Use::Write,
+        };
+        let layers = layers.clone();
         let mut id = [0; ID_BYTES];
         if serial.len() > ID_BYTES {
             return Err(Stillbirth::Field {
@@ -87,25 +104,27 @@ impl Device for Blk {
             .iter()
             .map(|&s| usize::from(s))
             .sum();
-        let fd = setup.grants.take(FdRole::Disk, 0)?;
         let entries = u32::try_from(jobs).map_err(Stillbirth::setup)?;
-        let (disk, sectors) = Disk::open(fd, entries, setup, TOKEN_RING)?;
-        let offered = offered(setup.config.features, *read_only);
+        let disk = Disk::open(&layers, how, entries, setup, TOKEN_RING)?;
+        let offered = offered(setup.config.features, read_only);
         let mut config = setup.config.config.clone();
         config.resize(VirtioKind::Blk.config_bytes(), 0);
         Ok(Self {
+            geometry: backend::geometry(disk.sectors(), read_only, offered, &config),
             disk,
-            geometry: backend::geometry(sectors, *read_only, offered, &config),
             config,
             id,
             offered,
             how: How {
                 write_through: false,
-                waits_for_room: *waits_for_room,
+                waits_for_room,
             },
             jobs: vec![None; jobs],
             free: (0..jobs).rev().collect(),
             waiting: Vec::new(),
+            uncommitted: Vec::new(),
+            held: Vec::new(),
+            commit_waits: false,
             room: RoomTold::There,
             batch_bytes: 0,
             batch_bytes_max: if setup.cpus < CPUS_SIDE_BY_SIDE {
@@ -169,19 +188,26 @@ impl Device for Blk {
             call: "io_uring_enter",
             errno,
         })?;
-        let in_ring = self.in_flight();
+        let in_ring = self.in_ring();
         if in_ring > 0 {
             self.at_once = self.disk.count_done() == in_ring;
         }
         let mut busy = false;
         while let Some(done) = self.disk.done() {
             busy = true;
+            if done.token == TOKEN_COMMIT {
+                self.disk.synced(done.result);
+                continue;
+            }
             let place = usize::try_from(done.token).unwrap_or(usize::MAX);
-            let job = self.jobs.get_mut(place).and_then(Option::take);
-            if let Some(mut job) = job {
-                let next = job.advance(done.result, queues, &self.geometry);
+            if let Some(mut job) = self.take(place) {
+                let ended = job.ended(done.result, &self.disk, queues);
+                let next = job.advance(ended, self.disk.files_written(), queues, &self.geometry);
                 self.go_on(place, job, next, queues)?;
             }
+        }
+        if !self.commit_waits {
+            busy |= self.commit(queues)?;
         }
         Ok(busy)
     }
@@ -197,8 +223,13 @@ impl Device for Blk {
             return Ok(());
         }
         // Nobody wants what waited for room any more.
-        for place in std::mem::take(&mut self.waiting) {
-            if let Some(job) = self.jobs.get_mut(place).and_then(Option::take) {
+        let mut unwanted = std::mem::take(&mut self.waiting);
+        if std::mem::take(&mut self.commit_waits) {
+            unwanted.append(&mut self.uncommitted);
+            unwanted.append(&mut self.held);
+        }
+        for place in unwanted {
+            if let Some(job) = self.take(place) {
                 self.go_on(place, job, Next::Answer(Status::IoError, 0), queues)?;
             }
         }
@@ -207,17 +238,13 @@ impl Device for Blk {
 
     fn try_again(&mut self, queues: &mut Queues) -> Result<(), DeviceFault> {
         self.room = RoomTold::Asked;
-        for place in std::mem::take(&mut self.waiting) {
-            if let Some(job) = self.jobs.get_mut(place).and_then(Option::take) {
-                let next = job.again();
-                self.go_on(place, job, next, queues)?;
-            }
-        }
-        Ok(())
+        self.commit_waits = false;
+        let waiting = std::mem::take(&mut self.waiting);
+        self.go_on_again(waiting, queues)
     }
 
     fn room_news(&mut self) -> Option<Room> {
-        let lacks = !self.waiting.is_empty();
+        let lacks = self.commit_waits || !self.waiting.is_empty();
         let told = match self.room {
             RoomTold::There | RoomTold::Asked if lacks => RoomTold::Lacking,
             // What is tried again may still fail.
@@ -240,11 +267,83 @@ impl Device for Blk {
     }
 
     fn in_flight(&self) -> usize {
-        self.jobs.len() - self.free.len() - self.waiting.len()
+        let waits = self.waiting.len() + self.held_up();
+        self.jobs.len() - self.free.len() - waits
     }
 }
 
 impl Blk {
+    fn take(&mut self, place: usize) -> Option<Job> {
+        self.jobs.get_mut(place).and_then(Option::take)
+    }
+
+    fn keep(&mut self, place: usize, job: Job) {
+        if let Some(slot) = self.jobs.get_mut(place) {
+            *slot = Some(job);
+        }
+    }
+
+    /// Jobs that wait for room because the image cannot be committed.
+    const fn held_up(&self) -> usize {
+        if self.commit_waits {
+            self.uncommitted.len() + self.held.len()
+        } else {
+            0
+        }
+    }
+
+    /// Jobs that the ring has.
+    const fn in_ring(&self) -> usize {
+        let elsewhere = self.waiting.len() + self.uncommitted.len() + self.held.len();
+        self.jobs.len() - self.free.len() - elsewhere
+    }
+
+    /// Commits what has changed of the image, and answers those who waited for that. Returns whether
+    /// anything was answered.
+    fn commit(&mut self, queues: &mut Queues) -> Result<bool, DeviceFault> {
+        if !self.disk.is_changed() {
+            return Ok(false);
+        }
+        let result = match self.disk.commit() {
+            Commit::Waits => {
+                self.disk.submit().map_err(|errno| DeviceFault::Os {
+                    call: "io_uring_enter",
+                    errno,
+                })?;
+                return Ok(false);
+            }
+            Commit::Failed(Errno::ENOSPC | Errno::EDQUOT) if self.how.waits_for_room => {
+                self.commit_waits = true;
+                return Ok(false);
+            }
+            Commit::Failed(errno) => {
+                tracing::error!(%errno, "what was written could not be put in its place");
+                Err(errno)
+            }
+            Commit::Done => Ok(()),
+        };
+        let answered = !self.uncommitted.is_empty() || !self.held.is_empty();
+        for place in std::mem::take(&mut self.uncommitted) {
+            if let Some(mut job) = self.take(place) {
+                let next = job.committed(result);
+                self.go_on(place, job, next, queues)?;
+            }
+        }
+        let held = std::mem::take(&mut self.held);
+        self.go_on_again(held, queues)?;
+        Ok(answered)
+    }
+
+    fn go_on_again(&mut self, places: Vec<usize>, queues: &mut Queues) -> Result<(), DeviceFault> {
+        for place in places {
+            if let Some(job) = self.take(place) {
+                let next = job.again();
+                self.go_on(place, job, next, queues)?;
+            }
+        }
+        Ok(())
+    }
+
     fn go_on(
         &mut self,
         place: usize,
@@ -252,31 +351,41 @@ impl Blk {
         mut next: Next,
         queues: &mut Queues,
     ) -> Result<(), DeviceFault> {
-        while let Next::Step(step) = next
-            && let Some(result) = self.disk.at_once(step, queues)
-        {
-            self.at_once = true;
-            next = job.advance(result, queues, &self.geometry);
-        }
-        match next {
-            Next::Step(step) => {
-                self.disk.prepare(step, place as u64);
-                if let Some(slot) = self.jobs.get_mut(place) {
-                    *slot = Some(job);
+        loop {
+            match next {
+                Next::Step(step) => match self.disk.begin(step, place as u64, queues) {
+                    Begun::Ended(ended) => {
+                        self.at_once = true;
+                        let files = self.disk.files_written();
+                        next = job.advance(ended, files, queues, &self.geometry);
+                    }
+                    Begun::InRing(bytes) => {
+                        job.in_ring(bytes);
+                        self.keep(place, job);
+                        return Ok(());
+                    }
+                    Begun::Held => {
+                        self.held.push(place);
+                        self.keep(place, job);
+                        return Ok(());
+                    }
+                },
+                Next::Commit if self.disk.is_changed() => {
+                    self.uncommitted.push(place);
+                    self.keep(place, job);
+                    return Ok(());
                 }
-                Ok(())
-            }
-            Next::Wait => {
-                self.waiting.push(place);
-                if let Some(slot) = self.jobs.get_mut(place) {
-                    *slot = Some(job);
+                Next::Commit => next = job.committed(Ok(())),
+                Next::Wait => {
+                    self.waiting.push(place);
+                    self.keep(place, job);
+                    return Ok(());
                 }
-                Ok(())
-            }
-            Next::Answer(status, written) => {
-                self.free.push(place);
-                let name = (job.queue, job.head);
-                answer(name, job.status_at, status, written, queues)
+                Next::Answer(status, written) => {
+                    self.free.push(place);
+                    let name = (job.queue, job.head);
+                    return answer(name, job.status_at, status, written, queues);
+                }
             }
         }
     }
@@ -307,3 +416,7 @@ fn offered(by_policy: u64, read_only: bool) -> u64 {
 #[cfg(test)]
 #[path = "device_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "image_tests.rs"]
+mod image_tests;

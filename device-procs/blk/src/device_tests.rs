@@ -1,24 +1,24 @@
 //! Claims about the block device, on a temporary file.
 
 use super::*;
-use bulkhead_ipc::protocol::birth::{DeviceConfig, UringGrant};
+use bulkhead_ipc::protocol::birth::{DeviceConfig, FdRole, ImageFormat, ImageLayer, UringGrant};
 use bulkhead_ipc::ring::{RequestLayout, Span as RawSpan};
 use bulkhead_runtime::testing::Rig;
 use proptest::prelude::*;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-const OK: u8 = 0;
-const IO_ERROR: u8 = 1;
+pub(super) const OK: u8 = 0;
+pub(super) const IO_ERROR: u8 = 1;
 const UNSUPPORTED: u8 = 2;
-const SECTORS: u64 = 2048;
+pub(super) const SECTORS: u64 = 2048;
 const OFFERED: u64 = 0xffff_ffff;
 /// READ, WRITE, FSYNC, FALLOCATE.
-const OPCODES: [u8; 4] = [22, 23, 3, 17];
+pub(super) const OPCODES: [u8; 4] = [22, 23, 3, 17];
 
-struct Bench {
-    rig: Rig<Blk>,
-    file: File,
+pub(super) struct Bench {
+    pub(super) rig: Rig<Blk>,
+    pub(super) file: File,
 }
 
 fn config_image() -> Vec<u8> {
@@ -28,7 +28,13 @@ fn config_image() -> Vec<u8> {
     config
 }
 
-fn bench_on(file: File, read_only: bool, opcodes: &[u8]) -> Result<Bench, Stillbirth> {
+/// A device on a chain; the roles and files of its grants in the order of the layers.
+pub(super) fn bench_of(
+    layers: Vec<ImageLayer>,
+    files: &[(FdRole, u16, &File)],
+    read_only: bool,
+    opcodes: &[u8],
+) -> Result<Bench, Stillbirth> {
     let config = DeviceConfig {
         kind: VirtioKind::Blk,
         queue_sizes: vec![16, 16],
@@ -39,23 +45,36 @@ fn bench_on(file: File, read_only: bool, opcodes: &[u8]) -> Result<Bench, Stillb
             read_only,
             serial: "disk-0001".to_owned(),
             waits_for_room: true,
+            ephemeral: false,
+            layers,
         },
     };
-    let held = vec![(FdRole::Disk, 0, file.try_clone().unwrap().into())];
+    let held = files
+        .iter()
+        .map(|&(role, index, file)| (role, index, file.try_clone().unwrap().into()));
     let uring = UringGrant {
         opcodes: opcodes.to_vec(),
     };
-    let rig = Rig::new(&config, held, &uring)?;
+    let rig = Rig::new(&config, held.collect(), &uring)?;
+    let file = files[0].2.try_clone().unwrap();
     Ok(Bench { rig, file })
 }
 
-fn disk_file() -> File {
+fn bench_on(file: File, read_only: bool, opcodes: &[u8]) -> Result<Bench, Stillbirth> {
+    let layers = vec![ImageLayer {
+        format: ImageFormat::Raw,
+        files: vec!["disk.img".to_owned()],
+    }];
+    bench_of(layers, &[(FdRole::Disk, 0, &file)], read_only, opcodes)
+}
+
+pub(super) fn disk_file() -> File {
     let file = tempfile::tempfile().unwrap();
     file.set_len(SECTORS * 512).unwrap();
     file
 }
 
-fn memory_file() -> File {
+pub(super) fn memory_file() -> File {
     let name = "disk";
     let fd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::empty()).unwrap();
     let file = File::from(fd);
@@ -83,7 +102,7 @@ fn header(kind: u32, sector: u64) -> Vec<u8> {
     bytes
 }
 
-fn range(sector: u64, count: u32, flags: u32) -> Vec<u8> {
+pub(super) fn range(sector: u64, count: u32, flags: u32) -> Vec<u8> {
     let mut bytes = sector.to_le_bytes().to_vec();
     bytes.extend(count.to_le_bytes());
     bytes.extend(flags.to_le_bytes());
@@ -92,7 +111,7 @@ fn range(sector: u64, count: u32, flags: u32) -> Vec<u8> {
 
 impl Bench {
     /// One request; returns status, data that the device says it wrote.
-    fn ask(&mut self, kind: u32, sector: u64, out: &[u8], into: usize) -> (u8, Vec<u8>) {
+    pub(super) fn ask(&mut self, kind: u32, sector: u64, out: &[u8], into: usize) -> (u8, Vec<u8>) {
         let mut readable = header(kind, sector);
         readable.extend(out);
         self.rig.submit(0, None, &readable, into + 1).unwrap();
@@ -112,7 +131,7 @@ impl Bench {
     }
 }
 
-fn pattern(bytes: usize, seed: u8) -> Vec<u8> {
+pub(super) fn pattern(bytes: usize, seed: u8) -> Vec<u8> {
     let byte = |n: usize| u8::try_from((n / 512 + n) % 256).unwrap() ^ seed;
     (0..bytes).map(byte).collect()
 }
@@ -286,7 +305,7 @@ fn full_queues_are_answered_completely() {
 }
 
 #[derive(Debug, Clone)]
-enum Act {
+pub(super) enum Act {
     Read(u64, u32),
     Write(u64, u32, u8),
     Discard(u64, u32),
@@ -294,7 +313,7 @@ enum Act {
     Flush,
 }
 
-fn act() -> impl Strategy<Value = Act> {
+pub(super) fn act() -> impl Strategy<Value = Act> {
     let place = || (0..SECTORS + 4, 0u32..40);
     prop_oneof![
         place().prop_map(|(s, n)| Act::Read(s, n)),

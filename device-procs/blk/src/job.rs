@@ -1,11 +1,12 @@
 //! One request on its way: which step is next, decided from how the last one ended. Pure.
 //!
 //! ```text
-//!   read, write: again for the rest while short ── (write through: sync) ── answered
-//!   discard, write zeroes: for each range: punch or zero ── (not supported: write zeroes) ── answered
+//!   read: again for the rest while short ── answered
+//!   write: the same ── committed ── (write through: sync) ── answered
+//!   discard, write zeroes: for each range: punch or zero ── (not supported: write zeroes) ── as write
 //! ```
 
-use crate::backend::Step;
+use crate::backend::{Disk, Ended, Step};
 use crate::request::{self, Geometry, Operation, RANGE_BYTES, Range, Status};
 use bulkhead_runtime::{Queues, Span};
 use nix::errno::Errno;
@@ -16,8 +17,10 @@ const RETRIES_MAX: u8 = 16;
 /// What comes next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Next {
-    /// The ring does this.
+    /// This is done.
     Step(Step),
+    /// Everything is written; what that has changed of the image is committed before [`Job::committed`].
+    Commit,
     /// The host's disk has no room; the same step is to be tried again later.
     Wait,
     /// The request is answered; this many data bytes were written to the window.
@@ -46,6 +49,8 @@ pub(crate) struct Job {
     step: Step,
     /// Ranges of the request that have been begun.
     ranges_begun: u32,
+    /// Bytes of the step that the ring has.
+    asked: u64,
     how: How,
     retries: u8,
 }
@@ -65,15 +70,16 @@ impl Job {
             head,
             status_at,
             operation,
-            step: Step::Sync,
+            step: Step::Sync(0),
             ranges_begun: 0,
+            asked: 0,
             how,
             retries: 0,
         };
         let next = match operation {
             Operation::Read { at, to } => job.go(Step::Read { at, to }),
             Operation::Write { at, from } => job.go(Step::Write { at, from }),
-            Operation::Flush => job.go(Step::Sync),
+            Operation::Flush => job.go(Step::Sync(0)),
             Operation::Discard { .. } | Operation::WriteZeroes { .. } => {
                 job.next_range(queues, disk)
             }
@@ -82,14 +88,42 @@ impl Job {
         (job, next)
     }
 
+    /// The ring has been given `bytes` bytes of the step.
+    pub(crate) const fn in_ring(&mut self, bytes: u64) {
+        self.asked = bytes;
+    }
+
+    /// What the ring's result for the step means.
+    pub(crate) fn ended(
+        &self,
+        result: Result<u32, Errno>,
+        backend: &Disk,
+        queues: &Queues,
+    ) -> Ended {
+        match self.step {
+            Step::Read { to, .. } => {
+                let asked = u32::try_from(self.asked).unwrap_or(u32::MAX);
+                backend.after_read(result, to.part(0, asked), queues)
+            }
+            Step::Punch { .. } | Step::Zero { .. } => Ended {
+                result: result.map(|_| self.asked),
+            },
+            Step::Write { .. } | Step::WriteZeroes { .. } | Step::Sync(_) => Ended {
+                result: result.map(u64::from),
+            },
+        }
+    }
+
     /// Decides what comes after a step.
     pub(crate) fn advance(
         &mut self,
-        result: Result<u32, Errno>,
+        ended: Ended,
+        files_written: usize,
         queues: &Queues,
         disk: &Geometry,
     ) -> Next {
-        match (self.step, result) {
+        let narrow = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        match (self.step, ended.result) {
             (step, Err(Errno::EINTR | Errno::EAGAIN)) if self.retries < RETRIES_MAX => {
                 self.retries += 1;
                 self.go(step)
@@ -99,22 +133,24 @@ impl Job {
             {
                 Next::Wait
             }
-            (Step::Read { at, to }, Ok(n)) if n > 0 => match to.part(n, u32::MAX) {
+            (Step::Read { at, to }, Ok(n)) if n > 0 => match to.part(narrow(n), u32::MAX) {
                 rest if rest.is_empty() => Next::Answer(Status::Ok, self.data_bytes()),
-                to => self.go(Step::Read {
-                    at: at + u64::from(n),
-                    to,
-                }),
+                to => self.go(Step::Read { at: at + n, to }),
             },
-            (Step::Write { at, from }, Ok(n)) if n > 0 => match from.part(n, u32::MAX) {
-                rest if rest.is_empty() => self.written(),
-                from => self.go(Step::Write {
-                    at: at + u64::from(n),
-                    from,
-                }),
+            (Step::Write { at, from }, Ok(n)) if n > 0 => match from.part(narrow(n), u32::MAX) {
+                rest if rest.is_empty() => Next::Commit,
+                from => self.go(Step::Write { at: at + n, from }),
             },
-            (Step::Sync, Ok(_)) => Next::Answer(Status::Ok, 0),
-            (Step::Punch { .. } | Step::Zero { .. }, Ok(_)) => self.next_range(queues, disk),
+            (Step::Sync(n), Ok(_)) if n + 1 < files_written => self.go(Step::Sync(n + 1)),
+            (Step::Sync(_), Ok(_)) => Next::Answer(Status::Ok, 0),
+            (Step::Punch { at, bytes }, Ok(n)) if n > 0 => match bytes.saturating_sub(n) {
+                0 => self.next_range(queues, disk),
+                bytes => self.go(Step::Punch { at: at + n, bytes }),
+            },
+            (Step::Zero { at, bytes }, Ok(n)) if n > 0 => match bytes.saturating_sub(n) {
+                0 => self.next_range(queues, disk),
+                bytes => self.go(Step::Zero { at: at + n, bytes }),
+            },
             (Step::Punch { at, bytes } | Step::Zero { at, bytes }, Err(Errno::EOPNOTSUPP)) => {
                 if matches!(self.operation, Operation::Discard { .. }) {
                     // A discard is advice; this file system does not take it.
@@ -123,15 +159,10 @@ impl Job {
                     self.go(Step::WriteZeroes { at, bytes })
                 }
             }
-            (Step::WriteZeroes { at, bytes }, Ok(n)) if n > 0 => {
-                match bytes.saturating_sub(n.into()) {
-                    0 => self.next_range(queues, disk),
-                    bytes => self.go(Step::WriteZeroes {
-                        at: at + u64::from(n),
-                        bytes,
-                    }),
-                }
-            }
+            (Step::WriteZeroes { at, bytes }, Ok(n)) if n > 0 => match bytes.saturating_sub(n) {
+                0 => self.next_range(queues, disk),
+                bytes => self.go(Step::WriteZeroes { at: at + n, bytes }),
+            },
             (step, Err(Errno::EACCES)) => {
                 let operation = step.operation();
                 tracing::error!(
@@ -145,6 +176,15 @@ impl Job {
         }
     }
 
+    /// What comes after the image's changes are committed, or why that failed.
+    pub(crate) const fn committed(&mut self, result: Result<(), Errno>) -> Next {
+        match result {
+            Err(_) => Next::Answer(Status::IoError, 0),
+            Ok(()) if self.how.write_through => self.go(Step::Sync(0)),
+            Ok(()) => Next::Answer(Status::Ok, 0),
+        }
+    }
+
     /// The step that was last begun, to be done again.
     pub(crate) const fn again(&self) -> Next {
         Next::Step(self.step)
@@ -153,14 +193,6 @@ impl Job {
     const fn go(&mut self, step: Step) -> Next {
         self.step = step;
         Next::Step(step)
-    }
-
-    const fn written(&mut self) -> Next {
-        if self.how.write_through {
-            self.go(Step::Sync)
-        } else {
-            Next::Answer(Status::Ok, 0)
-        }
     }
 
     const fn data_bytes(&self) -> u32 {
@@ -193,7 +225,7 @@ impl Job {
                 Range { at, bytes, .. } => return self.go(Step::Zero { at, bytes }),
             }
         }
-        self.written()
+        Next::Commit
     }
 }
 
@@ -215,7 +247,8 @@ mod tests {
         let queues = Queues::over(memory, 4096, Vec::new());
         let status_at = Span::default();
         let (mut job, _) = Job::begin((0, 0), status_at, operation, how, &queues, &DISK);
-        job.advance(Err(errno), &queues, &DISK)
+        let ended = Ended { result: Err(errno) };
+        job.advance(ended, 1, &queues, &DISK)
     }
 
     #[test]

@@ -7,7 +7,9 @@
 
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::ProcKind;
-use bulkhead_ipc::protocol::birth::{DeviceConfig, DeviceOwn, FdRole, KindConfig};
+use bulkhead_ipc::protocol::birth::{
+    DeviceConfig, DeviceOwn, FdRole, ImageFormat, ImageLayer, KindConfig,
+};
 use bulkhead_runtime::testing::Gate;
 use bulkhead_runtime::testing::process::{Process, Upbringing, gate_grants};
 use std::fs::File;
@@ -32,6 +34,11 @@ fn process_on(file: &File) -> (Gate, Process) {
             read_only: false,
             serial: "s".to_owned(),
             waits_for_room: true,
+            ephemeral: false,
+            layers: vec![ImageLayer {
+                format: ImageFormat::Raw,
+                files: vec!["disk.img".to_owned()],
+            }],
         },
     };
     let upbringing = Upbringing::new(ProcKind::Blk, KindConfig::Device(config));

@@ -55,8 +55,13 @@ pub enum FdRole {
     LegacyInterrupt,
     /// Doorbell legacy to vCPU: replies to calls.
     LegacyReply,
-    /// The disk image or block device.
+    /// The disk image or block device that ends where the disk ends; the extents of a VMDK image
+    /// follow its descriptor.
     Disk,
+    /// A disk image that grows: qcow2.
+    Image,
+    /// Backing images of a qcow2 disk, read only, the one next to it first.
+    Backing,
     /// The console output ring file, writable.
     Output,
     /// Doorbell to readers of the output ring.
@@ -225,6 +230,38 @@ pub struct DeviceConfig {
     pub own: DeviceOwn,
 }
 
+/// Format of a disk image. It is told, never found out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// The disk's bytes as they are, in a file or a block device.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+    /// A VMDK descriptor and its flat extents.
+    Vmdk,
+}
+
+impl std::fmt::Display for ImageFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Vmdk => "vmdk",
+        })
+    }
+}
+
+/// One image of a disk's chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageLayer {
+    /// Its format.
+    pub format: ImageFormat,
+    /// Names of its files without directories, for messages; at most 255 bytes each. There is one more
+    /// than it has extents.
+    pub files: Vec<String>,
+}
+
 /// Configuration of one kind of virtio device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceOwn {
@@ -236,6 +273,11 @@ pub enum DeviceOwn {
         serial: String,
         /// Whether a write waits that the host's disk has no room for; else it fails.
         waits_for_room: bool,
+        /// Whether the first image is an empty file that ends with the machine, and is to be made an image
+        /// on top of the others; nothing of it has to be durable.
+        ephemeral: bool,
+        /// The images, the writable one first.
+        layers: Vec<ImageLayer>,
     },
     /// Console.
     Console {

@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 use bulkhead_blk::Blk;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{
-    DeviceConfig, DeviceOwn, FIRST_GRANT_FD, FdRole, Grant, UringGrant, VirtioSlot,
+    DeviceConfig, DeviceOwn, FIRST_GRANT_FD, FdRole, Grant, ImageFormat, ImageLayer, UringGrant,
+    VirtioSlot,
 };
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_runtime::spin::Spin;
@@ -98,6 +99,11 @@ pub(crate) fn serve(boundary: &Ungated, mut grants: Grants, memory_bytes: u32) -
             read_only: false,
             serial: String::new(),
             waits_for_room: false,
+            ephemeral: false,
+            layers: vec![ImageLayer {
+                format: ImageFormat::Raw,
+                files: vec!["disk".to_owned()],
+            }],
         },
     };
     let operations = UringGrant {

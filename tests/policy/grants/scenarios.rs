@@ -5,7 +5,7 @@ use bulkhead::launch::users::UserRange;
 use bulkhead::vm::session::{Command, EVENTS_CAPACITY, Ending, Event};
 use bulkhead::vm::take_over;
 use bulkhead_ipc::ident::ProcKind;
-use bulkhead_tests::{Machine, kill};
+use bulkhead_tests::{Machine, kill, tool};
 use nix::sys::signal::Signal;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -28,6 +28,7 @@ pub(crate) struct Scenario {
 pub(crate) const SCENARIOS: &[Scenario] = &[
     plain("a disk served by a ring", disk_on_a_ring),
     plain("a disk in memory", disk_in_memory),
+    plain("a disk that is an image", disk_image),
     plain(
         "entropy, legacy devices, consoles, several CPUs",
         other_devices,
@@ -157,6 +158,20 @@ fn disk_in_memory(stage: &Stage) {
     good(stage.guest("mode=blk", &["--disk", path(&disk)]));
 }
 
+/// Clusters so large that their tables do not fit the heap that a process starts with.
+fn disk_image(stage: &Stage) {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("d.qcow2");
+    let image = image.to_str().unwrap();
+    let options = ["-o", "cluster_size=1M", image, "64M"];
+    tool(
+        "qemu-img",
+        &[&["create", "-q", "-f", "qcow2"], &options[..]].concat(),
+    );
+    let disk = format!("{image},format=qcow2");
+    good(stage.guest("mode=blk", &["--disk", &disk]));
+}
+
 fn other_devices(stage: &Stage) {
     good(stage.guest("mode=rng,legacy,console,smp,memory,hello", &["-c", "4"]));
 }
@@ -203,9 +218,9 @@ fn assembled(directory: &TempDir) -> String {
     let object = directory.path().join("kernel.o");
     let kernel = directory.path().join("kernel.elf");
     let (object, kernel) = (object.to_str().unwrap(), kernel.to_str().unwrap());
-    bulkhead_tests::tool("as", &["--32", "-o", object, source.to_str().unwrap()]);
+    tool("as", &["--32", "-o", object, source.to_str().unwrap()]);
     let place = ["-m", "elf_i386", "-N", "-Ttext=0x100000", "-e", "_start"];
-    bulkhead_tests::tool("ld", &[&place[..], &["-o", kernel, object]].concat());
+    tool("ld", &[&place[..], &["-o", kernel, object]].concat());
     kernel.to_owned()
 }
 

@@ -51,7 +51,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
     require_kvm()?;
-    // What the tests themselves call: they look into disk images after the guest is done, have a
+    // What the tests themselves call: they look into disk images after the guest is done (qemu-img reads what
+    // we write, and writes what we read), have a
     // debugger open cores, assemble kernels of a few instructions, and disassemble ACPI tables.
     stages.run("packages", || {
         packages::ensure(&[
@@ -61,6 +62,7 @@ fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
             "cpio",
             "e2fsprogs",
             "gdb",
+            "qemu-utils",
         ])
     })?;
     if options.filter.is_none() {

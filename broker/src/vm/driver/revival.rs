@@ -8,10 +8,11 @@
 //! Each step has a deadline, and none is waited for: the machine's other events go on.
 
 use super::{GROUPS_AFTER, Machine};
-use crate::launch::{Before, Gift};
+use crate::launch::Before;
 use crate::supervisor::state::Event;
 use crate::vm::disk_hold::{Claimed, Unlocked};
 use crate::vm::household::{DeviceWiring, LegacyWiring, Positions};
+use crate::vm::resources::DiskFiles;
 use crate::vm::session::{self as vm, RESTARTS_KEPT_MAX, Restart, RunError};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::vcpu::ToVcpu;
@@ -212,8 +213,8 @@ impl Machine<'_> {
         let Stage::Preparing(disk) = stage else {
             return;
         };
-        let (disk, unlocked) = disk.map(|d| (d.file, d.unlocked)).unzip();
-        let disk = disk.as_ref().map(Gift::disk);
+        let (disk, unlocked) = disk.map(|d| (d.files, d.unlocked)).unzip();
+        let disk = disk.as_ref();
         let launched = match slot {
             Some(_) => self.launch_device(id, descriptors, disk, positions),
             None => self.launch_legacy(id, descriptors, positions),
@@ -243,7 +244,7 @@ impl Machine<'_> {
         &mut self,
         id: ProcId,
         descriptors: Vec<OwnedFd>,
-        disk: Option<Gift<'_>>,
+        disk: Option<&DiskFiles>,
         positions: Positions,
     ) -> Result<(), RunError> {
         let descriptors = <[OwnedFd; 3]>::try_from(descriptors).map_err(|_| unexpected(id))?;
