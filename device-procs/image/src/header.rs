@@ -7,7 +7,7 @@ use std::fs::File;
 
 const MAGIC: &[u8] = b"QFI\xfb";
 const V2_BYTES: usize = 72;
-const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(crate) const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const NAME_BYTES_MAX: usize = 1023;
 /// Refcounts are being changed without being written at once.

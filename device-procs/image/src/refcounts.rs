@@ -7,7 +7,7 @@
 use crate::ImageError;
 use crate::header::{Header, read_at};
 use nix::errno::Errno;
-use nix::sys::uio::pwrite;
+use crate::offline::write_all;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 
@@ -314,24 +314,6 @@ fn set(block: &mut [u8], index: usize, bits: u32, value: u64) -> bool {
         field.copy_from_slice(low);
     }
     true
-}
-
-fn write_all(file: &File, at: u64, from: &[u8]) -> Result<(), Errno> {
-    let mut done = 0;
-    while let Some(rest) = from.get(done..)
-        && !rest.is_empty()
-    {
-        let to = at
-            .checked_add(done as u64)
-            .and_then(|at| i64::try_from(at).ok());
-        match pwrite(file, rest, to.ok_or(Errno::EIO)?) {
-            Ok(0) => return Err(Errno::EIO),
-            Ok(n) => done += n,
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

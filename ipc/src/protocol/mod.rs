@@ -4,6 +4,7 @@
 pub mod adopt;
 pub mod birth;
 pub mod device;
+pub mod image;
 pub mod vcpu;
 
 /// Version of all control messages; both sides must have the same one.
