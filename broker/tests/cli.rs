@@ -154,8 +154,8 @@ fn wrong_usage_exits_with_2_and_one_reason() {
             "expected a multiple of 512",
         ),
         (
-            &["image", "create", "c.img", "1MiB", "--format", "qcow2"],
-            "expected raw",
+            &["image", "create", "c.img", "1MiB", "--format", "vdi"],
+            "convert it with `bulkhead image convert --from vdi` first",
         ),
         (
             &["policy", "show", "gpu"],

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// The kinds of process that a virtual machine consists of. One policy file each.
+/// The kinds of sandboxed process. One policy file each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ProcKind {
@@ -18,11 +18,23 @@ pub enum ProcKind {
     Blk,
     /// One virtio entropy source.
     Rng,
+    /// One piece of work on disk images. It belongs to no VM.
+    Image,
 }
 
 impl ProcKind {
     /// Every kind, in the order in which tables show them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
+        Self::Vcpu,
+        Self::Legacy,
+        Self::Console,
+        Self::Blk,
+        Self::Rng,
+        Self::Image,
+    ];
+
+    /// The kinds that a virtual machine consists of: all but [`Self::Image`].
+    pub const OF_MACHINES: [Self; 5] = [
         Self::Vcpu,
         Self::Legacy,
         Self::Console,
@@ -39,6 +51,7 @@ impl ProcKind {
             Self::Console => "console",
             Self::Blk => "blk",
             Self::Rng => "rng",
+            Self::Image => "image",
         }
     }
 }

@@ -38,6 +38,7 @@ pub const fn built_in(kind: ProcKind) -> &'static str {
         ProcKind::Console => include_str!("../console.toml"),
         ProcKind::Blk => include_str!("../blk.toml"),
         ProcKind::Rng => include_str!("../rng.toml"),
+        ProcKind::Image => include_str!("../image.toml"),
     }
 }
 
@@ -82,11 +83,12 @@ mod tests {
     }
 
     #[test]
-    fn only_vcpu_is_granted_kvm_and_only_blk_a_disk() {
+    fn only_vcpu_is_granted_kvm_and_only_blk_and_image_a_disk() {
         for kind in ProcKind::ALL {
             let policy = load(kind, None, false).unwrap();
             assert_eq!(policy.fd(FdRole::Kvm).is_some(), kind == ProcKind::Vcpu);
-            assert_eq!(policy.fd(FdRole::Disk).is_some(), kind == ProcKind::Blk);
+            let has_disk = matches!(kind, ProcKind::Blk | ProcKind::Image);
+            assert_eq!(policy.fd(FdRole::Disk).is_some(), has_disk);
             assert_eq!(policy.fd(FdRole::Entropy).is_some(), kind == ProcKind::Rng);
         }
     }

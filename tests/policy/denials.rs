@@ -45,7 +45,7 @@ fn filters_of_living_processes_decide_every_call_as_the_policies_say() {
     let disk = bulkhead_tests::disk(1 << 20);
     let machine = machine(&disk);
     let mut decided = 0;
-    for kind in ProcKind::ALL {
+    for kind in ProcKind::OF_MACHINES {
         let policy = load(kind, None, false).unwrap();
         let pid = i32::try_from(machine.process(kind.name())).unwrap();
         let measured = filters::measure(pid).unwrap();
@@ -89,7 +89,7 @@ struct Forbidden {
 
 fn everything() -> Vec<Forbidden> {
     let mut all = Vec::new();
-    for kind in ProcKind::ALL {
+    for kind in ProcKind::OF_MACHINES {
         let policy = load(kind, None, false).unwrap();
         for thread in threads(&policy) {
             let stopped = policy.stopped(&thread).into_iter();

@@ -203,6 +203,7 @@ fn users_that_do_not_exist_for_the_broker_are_told() {
     let arguments = ["--kernel", guest.to_str().unwrap(), "--timeout=1s"];
     // Root of a user namespace that has one user.
     let unshare = Path::new("/usr/bin/unshare");
+    let arguments = [&["run"], &arguments[..]].concat();
     let machine = Machine::followed(scratch, unshare, &["--user", "--map-root-user"], &arguments);
     machine.expect_error("user ids 1879048192-1883242495 do not exist in this user namespace");
 }

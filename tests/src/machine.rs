@@ -172,7 +172,7 @@ impl Machine {
     ) -> Self {
         let run = bulkhead(scratch.path());
         let mut command = Command::new(follower);
-        command.args(before).arg(run.get_program()).arg("run");
+        command.args(before).arg(run.get_program());
         command.args(arguments);
         command.envs(run.get_envs().filter_map(|(k, v)| Some((k, v?))));
         let mut machine = Self::start(command, scratch);
@@ -186,8 +186,17 @@ impl Machine {
     /// When it cannot be started.
     #[must_use]
     pub fn run_in(scratch: tempfile::TempDir, arguments: &[&str]) -> Self {
+        Self::verb_in(scratch, &[&["run"], arguments].concat())
+    }
+
+    /// As [`Machine::run_in`], of any other command of `bulkhead`.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn verb_in(scratch: tempfile::TempDir, arguments: &[&str]) -> Self {
         let mut command = bulkhead(scratch.path());
-        command.arg("run").args(arguments);
+        command.args(arguments);
         Self::start(command, scratch)
     }
 

@@ -13,7 +13,9 @@ mod doctor_command;
 mod failure;
 mod fault_command;
 mod generate;
+mod image_args;
 mod image_command;
+mod image_target;
 mod machine_commands;
 mod paths;
 mod policy_command;
@@ -116,9 +118,9 @@ enum Command {
     /// Check, show, learn and compare what processes are granted
     #[command(subcommand)]
     Policy(policy_command::PolicyCommand),
-    /// Make and inspect disk images
+    /// Make, inspect, convert and check disk images
     #[command(subcommand)]
-    Image(image_command::ImageCommand),
+    Image(image_args::ImageCommand),
     Fault(fault_command::FaultArgs),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
@@ -198,7 +200,7 @@ pub fn main() -> ExitCode {
         Command::ShutdownHost(args) => serve_command::shutdown_host(&args, &cli.paths),
         Command::Doctor(args) => doctor_command::run(&args, &cli.paths),
         Command::Policy(command) => policy_command::run(&command, &cli.paths),
-        Command::Image(command) => image_command::run(&command),
+        Command::Image(command) => image_command::run(&command, &cli.paths),
         Command::Fault(args) => fault_command::run(&args, &cli.paths),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),

@@ -122,7 +122,7 @@ fn prepare(args: &RunArgs, paths: &Paths, spec: &VmSpec) -> Result<RunOptions, F
 }
 
 /// The users of processes that the host's configuration file says.
-fn users(paths: &Paths) -> Result<UserRange, Failure> {
+pub(super) fn users(paths: &Paths) -> Result<UserRange, Failure> {
     let config = Config::load(&paths.config).map_err(|e| Failure::because(USAGE, "", &e))?;
     let users = config.host.users;
     if let Some(lacking) = users.lacking() {
@@ -132,7 +132,7 @@ fn users(paths: &Paths) -> Result<UserRange, Failure> {
 }
 
 /// Makes a directory that only this user can enter.
-fn make_private(directory: &Path) -> std::io::Result<()> {
+pub(super) fn make_private(directory: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new()
         .recursive(true)

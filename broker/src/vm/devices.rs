@@ -4,11 +4,10 @@
 use super::household::Positions;
 use super::session::default_name;
 use super::spec::{ConsoleSpec, DiskSpec, OnDiskFull, VmSpec};
-use crate::escape::escaped;
+use crate::image::chain::name_of;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{DeviceConfig, DeviceOwn, ImageFormat, ImageLayer, VirtioSlot};
 use bulkhead_ipc::window::WindowLayout;
-use std::path::Path;
 
 /// Slot of the virtio console.
 const CONSOLE_SLOT: u8 = 0;
@@ -18,8 +17,6 @@ const RNG_SLOT: u8 = 1;
 const DISK_SLOT: u8 = 2;
 
 const SMALL_QUEUE: u16 = 64;
-/// Longest name of an image in messages of its process, in bytes.
-const FILE_NAME_BYTES_MAX: usize = 255;
 /// Size of each queue of a disk.
 pub const DISK_QUEUE: u16 = 256;
 /// A console's window holds every receive buffer that a driver keeps posted, and output besides.
@@ -168,17 +165,11 @@ fn disk(slot: u8, index: u16, spec: &DiskSpec, waits_for_room: bool) -> DevicePl
 
 /// The images of a disk as its process is told of them, in the order of their descriptors.
 fn layers(spec: &DiskSpec) -> Vec<ImageLayer> {
-    let name = |path: &Path| {
-        let name = path.file_name().unwrap_or(path.as_os_str());
-        let mut name = escaped(name.as_encoded_bytes()).to_string();
-        name.truncate(name.floor_char_boundary(FILE_NAME_BYTES_MAX));
-        name
-    };
     let layer = |format, files| ImageLayer { format, files };
     let own = std::iter::once(&spec.path).chain(spec.extents.iter().map(|extent| &extent.path));
-    let own = layer(spec.format, own.map(|path| name(path)).collect());
+    let own = layer(spec.format, own.map(|path| name_of(path)).collect());
     let below = spec.backing.iter();
-    let below = below.map(|below| layer(below.format, vec![name(&below.path)]));
+    let below = below.map(|below| layer(below.format, vec![name_of(&below.path)]));
     let scratch = spec.ephemeral.then(|| {
         layer(
             ImageFormat::Qcow2,

@@ -247,7 +247,10 @@ fn core_file(path: &Path) -> Result<File, RunError> {
 fn disk_files(spec: &DiskSpec, options: &RunOptions) -> Result<DiskFiles, RunError> {
     let what = format!("disk {}", spec.name);
     let writes = !spec.read_only && !spec.ephemeral;
-    let image = |path: &Path, writes| image_file(&what, path, writes, &options.runtime);
+    let image = |path: &Path, writes| {
+        let hold = if writes { Hold::Write } else { Hold::Read };
+        image_file(&what, path, hold, &options.runtime)
+    };
     let paths = std::iter::once(&spec.path).chain(spec.extents.iter().map(|extent| &extent.path));
     let mut own: Vec<File> = paths
         .map(|path| image(path, writes))
@@ -273,9 +276,22 @@ fn disk_files(spec: &DiskSpec, options: &RunOptions) -> Result<DiskFiles, RunErr
     })
 }
 
+/// What a file of a disk is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    /// Reading, beside others who read.
+    Read,
+    /// Reading and writing, alone.
+    Write,
+}
+
 /// Opens a file of a disk and takes its lock: one writer, or any number of readers, on the whole host.
-fn image_file(what: &str, path: &Path, writes: bool, runtime: &Path) -> Result<File, RunError> {
-    let read_only = !writes;
+/// `runtime` is where machines are looked for that may have it.
+///
+/// # Errors
+/// What cannot be had, and who has it.
+pub fn image_file(what: &str, path: &Path, hold: Hold, runtime: &Path) -> Result<File, RunError> {
+    let read_only = hold == Hold::Read;
     let fault = |e: io::Error| configuration(what, path, plain(&e));
     let about = fs::metadata(path).map_err(fault)?;
     let block = about.file_type().is_block_device();
@@ -370,7 +386,8 @@ mod tests {
     use super::*;
 
     fn open(path: &Path, writes: bool) -> Result<File, RunError> {
-        image_file("disk d", path, writes, Path::new("/nowhere"))
+        let hold = if writes { Hold::Write } else { Hold::Read };
+        image_file("disk d", path, hold, Path::new("/nowhere"))
     }
 
     #[test]

@@ -228,6 +228,12 @@ impl Life {
         vec![Output::End]
     }
 
+    /// Stops where it was about to start again.
+    fn stop_instead(&mut self, ending: Ending) -> Vec<Output> {
+        self.state = State::Stopping(Verdict::Finished(ending));
+        vec![Output::End]
+    }
+
     /// Stops; a machine that was preserved has ended as it ended.
     fn stop_as(&mut self, ending: Ending) -> Vec<Output> {
         let ending = match &self.state {
@@ -278,6 +284,11 @@ impl Life {
             _ => {}
         }
         match (command, &self.state) {
+            // Between two lives, too: the next one is not wanted any more.
+            (Command::Kill, State::Stopping(Verdict::Restart)) => self.stop_instead(Ending::Killed),
+            (Command::Interrupt, State::Stopping(Verdict::Restart)) => {
+                self.stop_instead(Ending::Interrupted)
+            }
             (Command::Kill, _) => self.stop_as(Ending::Killed),
             (Command::Interrupt, _) => self.stop_as(Ending::Interrupted),
             (Command::PowerButton, State::Starting | State::Running | State::Paused) => {
@@ -394,6 +405,20 @@ mod tests {
             life.step(Input::AllGone),
             [Output::Over(finished(Ending::PoweredOff))]
         );
+    }
+
+    #[test]
+    fn machine_that_is_killed_between_two_lives_stays_dead() {
+        for (command, ending) in [
+            (Command::Kill, Ending::Killed),
+            (Command::Interrupt, Ending::Interrupted),
+        ] {
+            let inputs = [Input::Ended(Outcome::Reset), Input::Command(command)];
+            assert_eq!(
+                verdict(life(OnEnd::Restart, true), &inputs),
+                finished(ending)
+            );
+        }
     }
 
     #[test]
@@ -538,13 +563,18 @@ mod tests {
             let mut life = life(on_reboot, true);
             let mut ends = 0;
             for input in inputs {
+                let restarts = life.verdict() == Some(&Verdict::Restart);
                 let outputs = life.step(input);
-                if ends > 0 {
+                let changed = restarts && life.verdict() != Some(&Verdict::Restart);
+                if ends > 0 && changed {
+                    // The owner does not want the next life any more; that is to be on record.
+                    prop_assert_eq!(&outputs, &[Output::End]);
+                } else if ends > 0 {
                     prop_assert!(outputs.is_empty(), "{outputs:?}");
                 }
                 ends += outputs.iter().filter(|o| **o == Output::End).count();
             }
-            prop_assert!(ends <= 1);
+            prop_assert!(ends <= 2);
             let over = life.step(Input::AllGone);
             prop_assert!(matches!(over.as_slice(), [Output::Over(_)]));
             prop_assert!(life.step(Input::AllGone).is_empty());

@@ -8,8 +8,8 @@
 //! ```
 
 use crate::request::{Geometry, SECTOR_BYTES};
-use bulkhead_image::{Allocated, Image, ImageFormat, Layer, Place, Source, Use};
-use bulkhead_ipc::protocol::birth::{FdRole, ImageLayer, UringGrant};
+use bulkhead_image::{Allocated, Image, ImageFormat, Place, Use, granted};
+use bulkhead_ipc::protocol::birth::{ImageLayer, UringGrant};
 use bulkhead_runtime::device::Setup;
 use bulkhead_runtime::uring::{Done, FixedFile, Uring, ZEROES_BYTES};
 use bulkhead_runtime::{Queues, Span, Stillbirth};
@@ -143,37 +143,17 @@ impl Disk {
         setup: &mut Setup<'_>,
         token: u8,
     ) -> Result<Self, Stillbirth> {
-        let (mut files, mut chain) = (Vec::new(), Vec::new());
-        let mut role = match layers.first().map(|layer| layer.format) {
-            Some(ImageFormat::Qcow2) => FdRole::Image,
-            _ => FdRole::Disk,
-        };
-        let mut written = Vec::new();
-        for layer in layers {
-            let mut sources = Vec::new();
-            for (place, name) in layer.files.iter().enumerate() {
-                let number = u32::try_from(files.len()).map_err(Stillbirth::setup)?;
-                let index = match role {
-                    FdRole::Backing => chain.len() - 1,
-                    _ => place,
-                };
-                let index = u16::try_from(index).map_err(Stillbirth::setup)?;
-                let file = File::from(setup.grants.take(role, index)?);
-                files.push(file.try_clone().map_err(Stillbirth::setup)?);
+        let chain = granted(layers, |role, index| setup.grants.take(role, index))?;
+        let (mut files, mut written) = (Vec::new(), Vec::new());
+        for (depth, layer) in chain.iter().enumerate() {
+            for (place, source) in layer.files.iter().enumerate() {
+                files.push(source.file.try_clone().map_err(Stillbirth::setup)?);
                 // The descriptor of a VMDK image is never written, and what is scratch need not last.
                 let is_data = place > 0 || layer.format != ImageFormat::Vmdk;
-                if role != FdRole::Backing && is_data && how == Use::Write {
-                    written.push(number);
+                if depth == 0 && is_data && how == Use::Write {
+                    written.push(source.number);
                 }
-                let name = name.clone();
-                sources.push(Source { file, number, name });
             }
-            let format = layer.format;
-            chain.push(Layer {
-                format,
-                files: sources,
-            });
-            role = FdRole::Backing;
         }
         let image = Image::open(chain, how).map_err(Stillbirth::setup)?;
         if let Some(bytes) = image.file_bytes_max() {

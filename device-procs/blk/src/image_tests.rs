@@ -31,7 +31,7 @@ fn empty(in_memory: bool) -> File {
 
 fn qcow2(file: &File, bytes: u64, backing: Option<(&str, ImageFormat)>) {
     let source = Source {
-        file: file.try_clone().unwrap(),
+        file: file.try_clone().unwrap().into(),
         number: 0,
         name: "top.qcow2".to_owned(),
     };

@@ -16,12 +16,13 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// One file of a chain.
 #[derive(Debug)]
 pub(crate) struct Extent {
-    file: File,
+    file: Arc<File>,
     /// [`super::Source::number`].
     pub(crate) number: u32,
     name: String,
@@ -36,12 +37,8 @@ impl Extent {
     /// # Errors
     /// The kernel's error; a block device's size is asked by seeking.
     pub(crate) fn new(source: super::Source) -> io::Result<Self> {
-        let super::Source {
-            mut file,
-            number,
-            name,
-        } = source;
-        let bytes = AtomicU64::new(file.seek(SeekFrom::End(0))?);
+        let super::Source { file, number, name } = source;
+        let bytes = AtomicU64::new(file.as_ref().seek(SeekFrom::End(0))?);
         Ok(Self {
             file,
             number,
@@ -92,7 +89,7 @@ impl Storage for Extent {
         for mut part in bufv.into_inner() {
             let mut part: &mut [u8] = &mut part;
             while !part.is_empty() {
-                match pread(&self.file, part, offset(at)?) {
+                match pread(self.file.as_ref(), part, offset(at)?) {
                     Ok(0) => {
                         part.fill(0);
                         at += part.len() as u64;
@@ -115,7 +112,7 @@ impl Storage for Extent {
         for part in bufv.into_inner() {
             let mut part: &[u8] = &part;
             while !part.is_empty() {
-                match pwrite(&self.file, part, offset(at)?) {
+                match pwrite(self.file.as_ref(), part, offset(at)?) {
                     Ok(0) => return Err(Errno::EIO.into()),
                     Ok(n) => {
                         at += n as u64;

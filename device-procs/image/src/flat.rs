@@ -2,7 +2,9 @@
 
 use crate::vmdk::{Access, Backing, Descriptor};
 use crate::{ImageError, ImageFormat, Layer, Place, name_of};
+use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::sync::Arc;
 
 /// A range of the disk.
 #[derive(Debug, Clone, Copy)]
@@ -17,8 +19,8 @@ struct Piece {
 #[derive(Debug)]
 pub struct Flat {
     pieces: Vec<Piece>,
-    // Kept open for whoever uses their numbers.
-    _files: Vec<std::fs::File>,
+    /// Of a raw image, its file.
+    files: Vec<Arc<File>>,
 }
 
 impl Flat {
@@ -31,7 +33,7 @@ impl Flat {
 
     fn raw(layer: Layer, writable: bool) -> Result<Self, ImageError> {
         let mut files = layer.files.into_iter();
-        let (Some(mut source), None) = (files.next(), files.next()) else {
+        let (Some(source), None) = (files.next(), files.next()) else {
             return Err(ImageError::Field {
                 file: "disk".to_owned(),
                 field: "extents",
@@ -40,7 +42,7 @@ impl Flat {
             });
         };
         // The end of a block device is its size, too.
-        let end = source.file.seek(SeekFrom::End(0));
+        let end = source.file.as_ref().seek(SeekFrom::End(0));
         let bytes = end.map_err(|e| ImageError::io(&source.name, e))?;
         let place = Place::File {
             number: source.number,
@@ -53,7 +55,7 @@ impl Flat {
                 bytes,
                 place,
             }],
-            _files: vec![source.file],
+            files: vec![source.file],
         })
     }
 
@@ -65,7 +67,7 @@ impl Flat {
             what: "no descriptor file".to_owned(),
         })?;
         let descriptor = Descriptor::read(&descriptor.file, &name)?;
-        let (mut pieces, mut kept) = (Vec::new(), Vec::new());
+        let mut pieces = Vec::new();
         let mut end = 0u64;
         for extent in &descriptor.extents {
             let bytes = extent.bytes;
@@ -78,11 +80,11 @@ impl Flat {
             let place = match &extent.backing {
                 Backing::Zero => Place::Zeroes,
                 Backing::Flat { name: wanted, at } => {
-                    let mut source = files.next().ok_or_else(|| ImageError::Chain {
+                    let source = files.next().ok_or_else(|| ImageError::Chain {
                         file: name.clone(),
                         what: format!("its extent {wanted:?} was not given; name it in `extents`"),
                     })?;
-                    let has = source.file.seek(SeekFrom::End(0));
+                    let has = source.file.as_ref().seek(SeekFrom::End(0));
                     let has = has.map_err(|e| ImageError::io(&source.name, e))?;
                     if at.checked_add(bytes).is_none_or(|needed| needed > has) {
                         return Err(ImageError::Field {
@@ -92,7 +94,6 @@ impl Flat {
                             expected: format!("{bytes} bytes from byte {at} on"),
                         });
                     }
-                    kept.push(source.file);
                     Place::File {
                         number: source.number,
                         at: *at,
@@ -112,8 +113,22 @@ impl Flat {
         }
         Ok(Self {
             pieces,
-            _files: kept,
+            files: Vec::new(),
         })
+    }
+
+    /// Gives a raw image another size.
+    pub(crate) fn resize(&mut self, bytes: u64) -> Result<(), ImageError> {
+        let (Some(file), [piece]) = (self.files.first(), self.pieces.as_mut_slice()) else {
+            return Err(ImageError::Chain {
+                file: "image".to_owned(),
+                what: "only raw and qcow2 images are resized; convert it first".to_owned(),
+            });
+        };
+        file.set_len(bytes)
+            .map_err(|e| ImageError::io("image", e))?;
+        (piece.bytes, piece.end) = (bytes, bytes);
+        Ok(())
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -150,7 +165,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
         Source {
-            file,
+            file: file.into(),
             number,
             name: format!("file-{number}"),
         }

@@ -12,16 +12,21 @@
 //!
 //! Blocking: metadata of a qcow2 image is read and written with plain system calls, a table at a time.
 
+mod backing_name;
 mod create;
 mod extent;
 mod flat;
 pub mod header;
+mod import;
+mod offline;
+mod process;
 mod qcow2;
 mod refcounts;
 mod vmdk;
 
 pub use bulkhead_ipc::protocol::birth::ImageFormat;
 pub use create::{CLUSTER_BYTES, create_qcow2};
+pub use process::{granted, run};
 pub use qcow2::Allocated;
 pub use refcounts::{Count, Repair, check, repair};
 pub use vmdk::Descriptor;
@@ -31,6 +36,7 @@ use nix::errno::Errno;
 use qcow2::Qcow2Image;
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 /// Most layers of a chain, the writable one included.
 pub const LAYERS_MAX: usize = 32;
@@ -52,8 +58,9 @@ pub enum Use {
 /// An open file of an image.
 #[derive(Debug)]
 pub struct Source {
-    /// It. Read only where nothing may be written.
-    pub file: File,
+    /// It. Read only where nothing may be written. Several parts of an image use it, and a locked
+    /// process makes no second descriptor.
+    pub file: Arc<File>,
     /// Its number among all files of the chain, by which [`Place`] names it.
     pub number: u32,
     /// Its name without directories, for messages and to compare with what images say.
@@ -250,6 +257,17 @@ impl Image {
         match self {
             Self::Flat(_) => Ok(()),
             Self::Qcow2(image) => image.commit(),
+        }
+    }
+
+    /// Whether the first layer itself says what is at `at`, and for how many of `bytes` bytes that holds.
+    ///
+    /// # Errors
+    /// As [`Image::locate`].
+    pub fn has_own(&self, at: u64, bytes: u64) -> Result<(bool, u64), Errno> {
+        match self {
+            Self::Flat(_) => Ok((true, bytes)),
+            Self::Qcow2(image) => image.has_own(at, bytes),
         }
     }
 

@@ -7,12 +7,15 @@ use crate::refcounts::{self, Repair};
 use crate::{
     ImageError, ImageFormat, Layer, Place, Source, TABLES_BYTES_MAX, Use, errno_of, name_of,
 };
+use imago::format::PreallocateMode;
 use imago::format::access::Mapping;
+use imago::format::drivers::ShallowMapping;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess};
 use nix::errno::Errno;
 use std::cell::Cell;
+use std::sync::Arc;
 
 /// Tables of one layer that imago keeps in memory: L2 tables, and blocks of refcounts.
 const TABLES_PER_LAYER: u64 = 128 + 32;
@@ -108,6 +111,27 @@ impl Qcow2Image {
             return Err(Errno::EIO);
         }
         Ok((place, has.min(bytes)))
+    }
+
+    pub(crate) fn has_own(&self, at: u64, bytes: u64) -> Result<(bool, u64), Errno> {
+        let (mapping, has) = self.told(self.access.get_shallow_mapping(at, bytes))?;
+        let own = match mapping {
+            ShallowMapping::Indirect { .. }
+            | ShallowMapping::Zero {
+                explicit: false, ..
+            } => false,
+            ShallowMapping::Eof { .. } => return Err(Errno::EIO),
+            _ => true,
+        };
+        match has {
+            0 => Err(Errno::EIO),
+            has => Ok((own, has.min(bytes))),
+        }
+    }
+
+    pub(crate) fn resize(&mut self, bytes: u64) -> Result<(), ImageError> {
+        let done = self.access.resize(bytes, PreallocateMode::None);
+        done.map_err(|e| ImageError::io(&self.name, e))
     }
 
     pub(crate) fn read(&self, at: u64, to: &mut [u8]) -> Result<(), Errno> {
@@ -213,7 +237,7 @@ fn format(
         return Ok(());
     }
     let source = Source {
-        file: file.try_clone().map_err(|e| ImageError::io(name, e))?,
+        file: Arc::clone(file),
         number: source.number,
         name: name.clone(),
     };

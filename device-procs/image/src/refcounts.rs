@@ -6,8 +6,8 @@
 
 use crate::ImageError;
 use crate::header::{Header, read_at};
-use nix::errno::Errno;
 use crate::offline::write_all;
+use nix::errno::Errno;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 
@@ -160,6 +160,14 @@ fn table(file: &File, at: u64, entries: usize) -> Result<Vec<u64>, Errno> {
         .iter()
         .map(|&entry| u64::from_be_bytes(entry))
         .collect())
+}
+
+/// The same, however long it takes.
+///
+/// # Errors
+/// As [`repair`].
+pub(crate) fn repair_all(file: &File, header: &Header, name: &str) -> Result<Repair, ImageError> {
+    scan(file, header, true, usize::MAX).map_err(|errno| ImageError::io(name, errno))
 }
 
 fn scan(file: &File, header: &Header, fix: bool, tables_max: usize) -> Result<Repair, Errno> {

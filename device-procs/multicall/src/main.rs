@@ -18,12 +18,13 @@ fn main() -> ExitCode {
     match name {
         Some("bulkhead-blk") => bulkhead_blk::run(),
         Some("bulkhead-console") => bulkhead_console::run(),
+        Some("bulkhead-image") => bulkhead_image::run(),
         Some("bulkhead-legacy") => bulkhead_legacy::run(),
         Some("bulkhead-rng") => bulkhead_rng::run(),
         _ => {
             bulkhead_runtime::log::line(
                 "this program serves devices under the names bulkhead-blk, bulkhead-console, \
-                 bulkhead-legacy and bulkhead-rng, and is started by `bulkhead`, not by hand",
+                 bulkhead-image, bulkhead-legacy and bulkhead-rng, and is started by `bulkhead`, not by hand",
             );
             bulkhead_runtime::leave(EXIT_STILLBORN)
         }

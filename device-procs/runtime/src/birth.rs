@@ -307,6 +307,7 @@ fn check(birth: &Birth, kind: ProcKind) -> Result<(), Stillbirth> {
     let config_kind = match &birth.config {
         KindConfig::Vcpu(_) => ProcKind::Vcpu,
         KindConfig::Legacy(_) => ProcKind::Legacy,
+        KindConfig::Image(_) => ProcKind::Image,
         KindConfig::Device(device) => device.kind.proc_kind(),
     };
     if birth.id.kind != kind || config_kind != kind {

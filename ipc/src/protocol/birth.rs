@@ -13,6 +13,7 @@
 
 use crate::device_kind::VirtioKind;
 use crate::ident::ProcId;
+use crate::protocol::image::ImageConfig;
 use serde::{Deserialize, Serialize};
 
 /// Descriptor of the control socket at exec.
@@ -62,6 +63,8 @@ pub enum FdRole {
     Image,
     /// Backing images of a qcow2 disk, read only, the one next to it first.
     Backing,
+    /// The files of an image that is made.
+    Target,
     /// The console output ring file, writable.
     Output,
     /// Doorbell to readers of the output ring.
@@ -140,6 +143,8 @@ pub enum KindConfig {
     Legacy(LegacyConfig),
     /// A virtio device.
     Device(DeviceConfig),
+    /// Work on disk images.
+    Image(ImageConfig),
 }
 
 /// Size of the pages that back guest memory.

@@ -136,7 +136,7 @@ pub fn all() -> Vec<Listed> {
             points.push(listed(format!("{name}:{when}"), "broker", step));
         }
     }
-    let kinds = ProcKind::ALL.map(|kind| (kind.name(), granted(kind)));
+    let kinds = ProcKind::OF_MACHINES.map(|kind| (kind.name(), granted(kind)));
     let brokers = [("broker", BROKER_CALLS.to_vec())];
     for (kind, calls) in kinds.into_iter().chain(brokers) {
         for call in calls {
@@ -154,7 +154,7 @@ pub fn all() -> Vec<Listed> {
             }
         }
     }
-    for kind in ProcKind::ALL {
+    for kind in ProcKind::OF_MACHINES {
         points.push(listed(
             format!("process.{kind}"),
             kind.name(),
@@ -168,7 +168,7 @@ pub fn all() -> Vec<Listed> {
             "what it shares with vcpu",
         ));
     }
-    for kind in ProcKind::ALL
+    for kind in ProcKind::OF_MACHINES
         .map(ProcKind::name)
         .into_iter()
         .chain(["broker"])
@@ -203,7 +203,9 @@ pub fn all() -> Vec<Listed> {
 }
 
 fn kind_named(name: &str) -> Option<ProcKind> {
-    ProcKind::ALL.into_iter().find(|kind| kind.name() == name)
+    ProcKind::OF_MACHINES
+        .into_iter()
+        .find(|kind| kind.name() == name)
 }
 
 impl Point {
@@ -311,7 +313,7 @@ mod tests {
 
     #[test]
     fn every_call_of_every_policy_is_a_point() {
-        for kind in ProcKind::ALL {
+        for kind in ProcKind::OF_MACHINES {
             let policy = bulkhead_policies::load(kind, None, false).unwrap();
             for permit in policy.locked.iter().flat_map(|thread| &thread.permits) {
                 let name = format!("call.{kind}.{}:before", permit.name);

@@ -24,7 +24,7 @@ fuzz_target!(|data: &[u8]| {
         return;
     };
     let source = |file: &File, number| Source {
-        file: file.try_clone().unwrap(),
+        file: file.try_clone().unwrap().into(),
         number,
         name: "image".to_owned(),
     };

@@ -5,8 +5,9 @@ use bulkhead::launch::users::UserRange;
 use bulkhead::vm::session::{Command, EVENTS_CAPACITY, Ending, Event};
 use bulkhead::vm::take_over;
 use bulkhead_ipc::ident::ProcKind;
-use bulkhead_tests::{Machine, kill, tool};
+use bulkhead_tests::{Ended, Machine, kill, tool};
 use nix::sys::signal::Signal;
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use tempfile::{NamedTempFile, TempDir};
@@ -29,6 +30,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     plain("a disk served by a ring", disk_on_a_ring),
     plain("a disk in memory", disk_in_memory),
     plain("a disk that is an image", disk_image),
+    plain("an image is converted", image_is_converted),
+    plain("a damaged image is not converted", damaged_image_is_not),
     plain(
         "entropy, legacy devices, consoles, several CPUs",
         other_devices,
@@ -49,6 +52,10 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     starved("console cannot start", ProcKind::Console, 17),
     starved("rng cannot start", ProcKind::Rng, 14),
     denied("blk reports a denial", ProcKind::Blk, "main", "epoll_wait"),
+    Scenario {
+        denies: Some((ProcKind::Image, "main", "fdatasync")),
+        ..plain("work on images reports a denial", conversion_is_denied)
+    },
     denied(
         "console reports a denial",
         ProcKind::Console,
@@ -172,6 +179,66 @@ fn disk_image(stage: &Stage) {
     good(stage.guest("mode=blk", &["--disk", &disk]));
 }
 
+/// A directory with an image `a.qcow2` that is compressed, and its path and that of `b.img` beside it.
+fn packed_image() -> (TempDir, String, String) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (packed, made) = (path("a.qcow2"), path("b.img"));
+    // What deflate makes smaller, and what takes a heap of some size.
+    let bytes: Vec<u8> = (0..4u32 << 20).map(|n| (n >> 9).to_le_bytes()[0]).collect();
+    fs::write(&made, bytes).unwrap();
+    tool(
+        "qemu-img",
+        &[
+            "convert",
+            "-c",
+            "-O",
+            "qcow2",
+            "-o",
+            "cluster_size=1M",
+            &made,
+            &packed,
+        ],
+    );
+    fs::remove_file(&made).unwrap();
+    (directory, packed, made)
+}
+
+fn convert(stage: &Stage, packed: &str, made: &str) -> Ended {
+    let arguments = [
+        "image", "convert", packed, made, "--from", "qcow2", "--to", "raw",
+    ];
+    stage.verb(&arguments).wait()
+}
+
+fn image_is_converted(stage: &Stage) {
+    let (_directory, packed, made) = packed_image();
+    let ended = convert(stage, &packed, &made);
+    assert_eq!(ended.code, 0, "{ended:?}");
+}
+
+fn damaged_image_is_not(stage: &Stage) {
+    let (_directory, packed, made) = packed_image();
+    let mut bytes = fs::read(&packed).unwrap();
+    // Behind the tables: compressed data.
+    let from = bytes.len() - 2000;
+    bytes[from..].fill(0xff);
+    fs::write(&packed, bytes).unwrap();
+    let ended = convert(stage, &packed, &made);
+    assert_eq!(ended.code, 2, "{ended:?}");
+    assert!(ended.errors.contains("Input/output error"), "{ended:?}");
+}
+
+fn conversion_is_denied(stage: &Stage) {
+    let (_directory, packed, made) = packed_image();
+    let ended = convert(stage, &packed, &made);
+    assert_eq!(ended.code, 6, "{ended:?}");
+    assert!(
+        ended.errors.contains("is not granted to thread"),
+        "{ended:?}"
+    );
+}
+
 fn other_devices(stage: &Stage) {
     good(stage.guest("mode=rng,legacy,console,smp,memory,hello", &["-c", "4"]));
 }
@@ -256,7 +323,7 @@ fn next_broker(stage: &Stage) {
     let more = ["--disk", path(&disk), "--name=web"];
     let mut machine = stage.guest("mode=button", &more);
     machine.expect("BH button.ready");
-    for kind in ProcKind::ALL {
+    for kind in ProcKind::OF_MACHINES {
         let _locked = machine.process(kind.name());
     }
     machine.expect_phase("running");

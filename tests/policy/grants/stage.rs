@@ -68,6 +68,11 @@ impl Stage {
 
     /// Starts `bulkhead run`. A scenario starts one machine.
     pub(crate) fn run(&self, arguments: &[&str]) -> Machine {
+        self.verb(&[&["run"], arguments].concat())
+    }
+
+    /// Starts `bulkhead` with any command, instead.
+    pub(crate) fn verb(&self, arguments: &[&str]) -> Machine {
         let scratch = tempfile::Builder::new()
             .prefix("bulkhead-test-")
             .tempdir()
@@ -88,7 +93,7 @@ impl Stage {
         let follower = Path::new(env!("CARGO_BIN_EXE_policy-follow"));
         let machine = match self.is_followed {
             true => Machine::followed(scratch, follower, &before, arguments),
-            false => Machine::run_in(scratch, arguments),
+            false => Machine::verb_in(scratch, arguments),
         };
         let errors = File::open(errors).unwrap();
         self.seen.lock().unwrap().machine = Some((machine.outermost(), errors));

@@ -275,7 +275,8 @@ impl Scenario {
 fn check_process(name: &str) -> Result<(), Wrong> {
     let digits = name.trim_start_matches(|c: char| c.is_ascii_alphabetic());
     let kind = name.strip_suffix(digits).unwrap_or(name);
-    let known = ProcKind::ALL.iter().any(|k| k.name() == kind) && digits.parse::<u16>().is_ok();
+    let known =
+        ProcKind::OF_MACHINES.iter().any(|k| k.name() == kind) && digits.parse::<u16>().is_ok();
     match known {
         true => Ok(()),
         false => Err((
