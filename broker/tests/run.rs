@@ -69,6 +69,7 @@ fn spec(directory: &Path, guest: Guest) -> VmSpec {
         format: ImageFormat::Raw,
         extents: Vec::new(),
         backing: Vec::new(),
+        shareable: false,
         queues: 1,
     });
     spec

@@ -309,6 +309,32 @@ fn name_inside_of_an_image_opens_nothing() {
 }
 
 #[test]
+fn disk_is_shared_by_the_machines_that_say_so() {
+    let home = tempfile::tempdir().unwrap();
+    let shared = base(&home);
+    let argument = format!("{shared},shareable");
+    let load = "mode=blk-load seconds=3 timeout=60";
+    let mut machine = Machine::test_guest(load, &["--name", "first", "--disk", &argument]);
+    machine.expect("BH blk-load.begin");
+    let second = machine.another(&["--name", "second", "--disk", &argument]);
+    assert_eq!(second.code, 0, "{second:?}");
+    for other in [
+        shared.clone(),
+        format!("{shared},readonly"),
+        format!("{shared},ephemeral"),
+    ] {
+        let refused = machine.another(&["--name", "other", "--disk", &other]);
+        assert_ne!(refused.code, 0, "{refused:?}");
+        assert!(refused.errors.contains("machine first"), "{refused:?}");
+    }
+    kill(machine.process("blk"));
+    machine.expect_restarts(1);
+    assert_done(&machine.wait());
+    let alone = Machine::test_guest("mode=blk sectors=64", &["--disk", &shared]).wait();
+    assert_done(&alone);
+}
+
+#[test]
 fn machine_that_has_an_image_is_named_to_the_next_who_wants_it() {
     let disk = Disk::qcow2("cluster_size=65536");
     let load = "mode=blk-load seconds=3 timeout=60";

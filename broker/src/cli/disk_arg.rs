@@ -1,4 +1,4 @@
-//! The value of `--disk`: `PATH[,readonly][,ephemeral][,format=F][,backing=PATH:FORMAT][,extent=PATH][,name=N]
+//! The value of `--disk`: `PATH[,readonly][,ephemeral][,shareable][,format=F][,backing=PATH:FORMAT][,extent=PATH][,name=N]
 //! [,serial=S][,queues=N]`.
 
 use crate::escape::excerpt;
@@ -8,7 +8,8 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-const KEYS: [&str; 8] = [
+const KEYS: [&str; 9] = [
+    "shareable",
     "readonly",
     "ephemeral",
     "format",
@@ -69,6 +70,7 @@ fn set(disk: &mut DraftDisk, text: &str) -> Result<(), String> {
     match (key, value) {
         ("readonly", None) => disk.read_only = yes,
         ("ephemeral", None) => disk.ephemeral = yes,
+        ("shareable", None) => disk.shareable = yes,
         ("format", Some(format)) => {
             let value =
                 parse_format(format).map_err(|e| format!("format={}: {e}", excerpt(format, 20)))?;

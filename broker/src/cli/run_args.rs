@@ -73,7 +73,8 @@ pub(super) struct MachineArgs {
     cpus: Option<u8>,
     /// Disk image or block device; may be given several times
     ///
-    /// PATH[,readonly][,ephemeral][,format=raw][,name=NAME][,serial=TEXT][,queues=N]. A comma in
+    /// PATH[,readonly][,ephemeral][,shareable][,format=raw|qcow2|vmdk][,backing=PATH:FORMAT][,extent=PATH]
+    /// [,name=NAME][,serial=TEXT][,queues=N]. A comma in
     /// PATH is written twice. The format is never probed, since a guest can write any header.
     #[arg(
         long = "disk",

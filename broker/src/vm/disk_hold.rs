@@ -12,7 +12,7 @@
 //!
 //! Meanwhile nobody else gets the disk: the broker holds a part of the lock by itself.
 
-use super::resources::{DiskFiles, Part, lock};
+use super::resources::{DiskFiles, Hold, Part, lock};
 use super::spec::DiskSpec;
 use nix::errno::Errno;
 use std::fs::{File, OpenOptions};
@@ -33,7 +33,7 @@ pub(super) struct DiskHold {
 struct FileHold {
     /// By it the same file is found again, whatever its name has become.
     guard: File,
-    writes: bool,
+    hold: Hold,
     block: bool,
 }
 
@@ -59,7 +59,7 @@ impl Unlocked {
     /// The kernel's error, which will not go away.
     pub(super) fn lock(&self) -> io::Result<bool> {
         for file in &self.files {
-            if !try_lock(file, true)? {
+            if !try_lock(file, Hold::Write)? {
                 return Ok(false);
             }
         }
@@ -67,8 +67,8 @@ impl Unlocked {
     }
 }
 
-fn try_lock(file: &File, writes: bool) -> io::Result<bool> {
-    match lock(file, Part::Use, writes) {
+fn try_lock(file: &File, hold: Hold) -> io::Result<bool> {
+    match lock(file, Part::Use, hold) {
         Ok(()) => Ok(true),
         Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
         Err(errno) => Err(errno.into()),
@@ -81,14 +81,14 @@ impl DiskHold {
     /// # Errors
     /// The kernel's error; EAGAIN when another machine has the disk.
     pub(super) fn new(spec: &DiskSpec, files: &DiskFiles) -> io::Result<Self> {
-        let hold = |writes| move |file| FileHold::new(file, writes);
-        let own = files.own.iter().map(hold(!spec.read_only));
+        let hold = |hold| move |file| FileHold::new(file, hold);
+        let own = files.own.iter().map(hold(own_hold(spec)));
         Ok(Self {
             own: own.collect::<io::Result<_>>()?,
             below: files
                 .below
                 .iter()
-                .map(hold(false))
+                .map(hold(Hold::Read))
                 .collect::<io::Result<_>>()?,
             grows: files.grows,
         })
@@ -120,33 +120,41 @@ impl DiskHold {
     }
 }
 
+/// What is written to an ephemeral disk is the machine's alone.
+const fn own_hold(spec: &DiskSpec) -> Hold {
+    match spec.ephemeral {
+        true => Hold::Write,
+        false => Hold::of(spec),
+    }
+}
+
 impl FileHold {
-    fn new(file: &File, writes: bool) -> io::Result<Self> {
-        let guard = open(file, writes, 0)?;
-        lock(&guard, Part::Guard, writes)?;
+    fn new(file: &File, hold: Hold) -> io::Result<Self> {
+        let guard = open(file, hold.writes(), 0)?;
+        lock(&guard, Part::Guard, hold)?;
         Ok(Self {
             block: guard.metadata()?.file_type().is_block_device(),
             guard,
-            writes,
+            hold,
         })
     }
 
     /// A file description, and the same again if its lock is still to be taken.
     fn claim(&self) -> io::Result<Option<(File, Option<File>)>> {
-        let exclusive = if self.block && self.writes {
+        let exclusive = if self.block && self.hold == Hold::Write {
             libc::O_EXCL
         } else {
             0
         };
-        let file = match open(&self.guard, self.writes, exclusive) {
+        let file = match open(&self.guard, self.hold.writes(), exclusive) {
             // A block device belongs to its last opener until that is closed.
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(None),
             opened => opened?,
         };
-        // Readers share their locks, so only a writer's can still be with its predecessor.
-        match try_lock(&file, self.writes)? {
+        // Others share their locks, so only a writer's can still be with its predecessor.
+        match try_lock(&file, self.hold)? {
             true => Ok(Some((file, None))),
-            false if self.block || !self.writes => Ok(None),
+            false if self.block || self.hold != Hold::Write => Ok(None),
             false => {
                 let again = file.try_clone()?;
                 Ok(Some((file, Some(again))))
@@ -177,14 +185,18 @@ mod tests {
     }
 
     /// A disk as its first process has it.
+    fn hold_of(writes: bool) -> Hold {
+        if writes { Hold::Write } else { Hold::Read }
+    }
+
     fn first(path: &Path, writes: bool) -> (File, FileHold) {
         let file = OpenOptions::new()
             .read(true)
             .write(writes)
             .open(path)
             .unwrap();
-        lock(&file, Part::Use, writes).unwrap();
-        let hold = FileHold::new(&file, writes).unwrap();
+        lock(&file, Part::Use, hold_of(writes)).unwrap();
+        let hold = FileHold::new(&file, hold_of(writes)).unwrap();
         (file, hold)
     }
 
@@ -234,8 +246,8 @@ mod tests {
                 .write(writes)
                 .open(&path)
                 .unwrap();
-            lock(&other, Part::Use, writes).unwrap();
-            assert!(FileHold::new(&other, writes).is_err());
+            lock(&other, Part::Use, hold_of(writes)).unwrap();
+            assert!(FileHold::new(&other, hold_of(writes)).is_err());
         }
         drop(hold);
         first(&path, true);

@@ -11,7 +11,7 @@ use super::disk_hold::{Claimed, DiskHold};
 use super::group_limits::{self, group_name};
 use super::keeper::Keeper;
 use super::record::{ProcessRecord, start_time};
-use super::resources::{DiskFiles, Resources};
+use super::resources::{DiskFiles, Hold, Resources};
 use super::session::{Restart, RunError};
 use super::spec::{DiskSpec, HostShare, VmSpec};
 use crate::launch::cgroup::{Device, Group, GroupLimits, Place, Reach, device_of};
@@ -724,7 +724,7 @@ fn bytes_in_memory(files: &DiskFiles) -> Vec<u64> {
 
 /// The files of a disk of a machine that another broker has started, where they can be found by name.
 fn found_again(spec: &DiskSpec) -> Option<DiskFiles> {
-    let writes = !spec.read_only && !spec.ephemeral;
+    let writes = Hold::of(spec).writes();
     let open = |path: &Path, writes: bool| {
         let mut options = File::options();
         options.read(true).write(writes).open(path).ok()

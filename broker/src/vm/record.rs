@@ -456,6 +456,7 @@ mod tests {
                 path: odd.to_owned(),
                 format: ImageFormat::Raw,
             }],
+            shareable: true,
             queues: 2,
         });
         let options = RunOptions {

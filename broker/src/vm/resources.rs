@@ -122,7 +122,7 @@ impl Fence {
     /// The kernel's error.
     pub fn new(spec: &VmSpec, resources: &Resources) -> io::Result<Self> {
         let written = spec.disks.iter().zip(&resources.disks);
-        let written = written.filter(|(spec, _)| !spec.read_only && !spec.ephemeral);
+        let written = written.filter(|(spec, _)| Hold::of(spec) == Hold::Write);
         // A file description of its own, without a lock.
         let probe = |file: &File| File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
         let probes = written.flat_map(|(_, files)| &files.own).map(probe);
@@ -134,7 +134,7 @@ impl Fence {
     /// gone cannot be watched, nor be used by the next machine.
     #[must_use]
     pub fn around(spec: &VmSpec) -> Self {
-        let written = spec.disks.iter().filter(|d| !d.read_only && !d.ephemeral);
+        let written = spec.disks.iter().filter(|d| Hold::of(d) == Hold::Write);
         let paths = written.flat_map(|disk| {
             let extents = disk.extents.iter().map(|extent| &extent.path);
             std::iter::once(&disk.path).chain(extents)
@@ -149,7 +149,7 @@ impl Fence {
     #[must_use]
     pub fn is_free(&self) -> bool {
         self.probes.iter().all(|file| {
-            let mut lock = whole_file(libc::F_WRLCK);
+            let mut lock = range(libc::F_WRLCK, 0, 0);
             let asked = fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut lock));
             asked.is_err() || i32::from(lock.l_type) == libc::F_UNLCK
         })
@@ -169,26 +169,50 @@ pub(super) enum Part {
     Guard,
 }
 
-/// Takes a part of the lock of a disk on its file description: one writer, or any number of readers.
+/// Half of a part of a lock: readers take the first, those who share a disk that is written the second, and
+/// a writer both. Readers and sharers each look at the other half when they have theirs, so that never
+/// both succeed.
+const HALF: i64 = 1 << 61;
+
+/// Takes a part of the lock of a disk on its file description: one writer, any number of readers, or any
+/// number of those who share it.
 ///
 /// # Errors
 /// EAGAIN or EACCES when it is taken.
-pub(super) fn lock(file: &File, part: Part, writes: bool) -> Result<(), Errno> {
-    let kind = if writes { libc::F_WRLCK } else { libc::F_RDLCK };
-    let mut lock = whole_file(kind);
-    match part {
-        Part::Use => lock.l_len = GUARD_FROM,
-        Part::Guard => lock.l_start = GUARD_FROM,
+pub(super) fn lock(file: &File, part: Part, hold: Hold) -> Result<(), Errno> {
+    let start = match part {
+        Part::Use => 0,
+        Part::Guard => GUARD_FROM,
+    };
+    let both = range(libc::F_WRLCK, start, 2 * HALF);
+    let set = |lock: libc::flock| fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)).map(drop);
+    let (own, others) = match hold {
+        Hold::Write => return set(both),
+        Hold::Read => (start, start + HALF),
+        Hold::Share => (start + HALF, start),
+    };
+    set(range(libc::F_RDLCK, own, HALF))?;
+    let mut other = range(libc::F_WRLCK, others, HALF);
+    fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut other))?;
+    if i32::from(other.l_type) == libc::F_UNLCK {
+        return Ok(());
     }
-    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)).map(drop)
+    set(range(libc::F_UNLCK, own, HALF))?;
+    Err(Errno::EAGAIN)
 }
 
-fn whole_file(kind: i32) -> libc::flock {
+fn range(kind: i32, start: i64, len: i64) -> libc::flock {
+    // A length that would pass the end of all files means up to there.
+    let len = if start.checked_add(len).is_some() {
+        len
+    } else {
+        0
+    };
     libc::flock {
         l_type: i16::try_from(kind).unwrap_or(0),
         l_whence: i16::try_from(libc::SEEK_SET).unwrap_or(0),
-        l_start: 0,
-        l_len: 0,
+        l_start: start,
+        l_len: len,
         l_pid: 0,
     }
 }
@@ -246,14 +270,11 @@ fn core_file(path: &Path) -> Result<File, RunError> {
 /// Opens everything that a disk is made of and takes the locks.
 fn disk_files(spec: &DiskSpec, options: &RunOptions) -> Result<DiskFiles, RunError> {
     let what = format!("disk {}", spec.name);
-    let writes = !spec.read_only && !spec.ephemeral;
-    let image = |path: &Path, writes| {
-        let hold = if writes { Hold::Write } else { Hold::Read };
-        image_file(&what, path, hold, &options.runtime)
-    };
+    let image = |path: &Path, hold| image_file(&what, path, hold, &options.runtime);
+    let hold = Hold::of(spec);
     let paths = std::iter::once(&spec.path).chain(spec.extents.iter().map(|extent| &extent.path));
     let mut own: Vec<File> = paths
-        .map(|path| image(path, writes))
+        .map(|path| image(path, hold))
         .collect::<Result<_, _>>()?;
     let mut below = Vec::new();
     if spec.ephemeral {
@@ -263,11 +284,11 @@ fn disk_files(spec: &DiskSpec, options: &RunOptions) -> Result<DiskFiles, RunErr
             |e: io::Error| configuration("directory for what is written to", state, plain(&e));
         fs::create_dir_all(state).map_err(fault)?;
         let scratch = ephemeral::unnamed_file(state).map_err(fault)?;
-        lock(&scratch, Part::Use, true).map_err(|e| fault(e.into()))?;
+        lock(&scratch, Part::Use, Hold::Write).map_err(|e| fault(e.into()))?;
         own = vec![scratch];
     }
     for layer in &spec.backing {
-        below.push(image(&layer.path, false)?);
+        below.push(image(&layer.path, Hold::Read)?);
     }
     Ok(DiskFiles {
         own,
@@ -283,6 +304,25 @@ pub enum Hold {
     Read,
     /// Reading and writing, alone.
     Write,
+    /// Reading and writing, beside others who do the same and know of each other.
+    Share,
+}
+
+impl Hold {
+    /// How a machine holds a disk's own image.
+    #[must_use]
+    pub(super) const fn of(spec: &DiskSpec) -> Self {
+        match (spec.read_only || spec.ephemeral, spec.shareable) {
+            (true, _) => Self::Read,
+            (false, true) => Self::Share,
+            (false, false) => Self::Write,
+        }
+    }
+
+    /// Whether anything is written.
+    pub(super) const fn writes(self) -> bool {
+        !matches!(self, Self::Read)
+    }
 }
 
 /// Opens a file of a disk and takes its lock: one writer, or any number of readers, on the whole host.
@@ -300,7 +340,11 @@ pub fn image_file(what: &str, path: &Path, hold: Hold, runtime: &Path) -> Result
         return Err(configuration(what, path, expected));
     }
     // O_EXCL refuses a block device that is mounted or otherwise taken.
-    let exclusive = if block && !read_only { libc::O_EXCL } else { 0 };
+    let exclusive = if block && hold == Hold::Write {
+        libc::O_EXCL
+    } else {
+        0
+    };
     let file = OpenOptions::new()
         .read(true)
         .write(!read_only)
@@ -318,12 +362,17 @@ pub fn image_file(what: &str, path: &Path, hold: Hold, runtime: &Path) -> Result
             "was replaced while it was opened",
         ));
     }
-    match lock(&file, Part::Use, !read_only) {
+    match lock(&file, Part::Use, hold) {
         Ok(()) => Ok(file),
         Err(Errno::EAGAIN | Errno::EACCES) => {
             let holder = holder(now.dev(), now.ino(), runtime);
-            let how = if read_only { "write to" } else { "use" };
-            let cause = format!("is in use: {holder} may {how} it");
+            let cause = match hold {
+                Hold::Read => format!("is in use: {holder} may write to it"),
+                Hold::Write => format!("is in use: {holder} may use it"),
+                Hold::Share => format!(
+                    "is in use: {holder} may use it; a disk that machines share is `shareable` in all of them"
+                ),
+            };
             Err(configuration(what, path, cause))
         }
         Err(errno) => Err(fault(errno.into())),
@@ -406,6 +455,30 @@ mod tests {
         assert!(open(&path, true).is_err());
         drop(reader);
         assert!(open(&path, true).is_ok());
+    }
+
+    #[test]
+    fn shared_disk_is_shared_with_those_alone_who_share_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.img");
+        fs::write(&path, [0; 512]).unwrap();
+        let open = |hold| image_file("disk d", &path, hold, Path::new("/nowhere"));
+        let first = open(Hold::Share).unwrap();
+        let second = open(Hold::Share).unwrap();
+        for hold in [Hold::Read, Hold::Write] {
+            let error = open(hold).unwrap_err().to_string();
+            assert!(error.contains("is in use"), "{error}");
+        }
+        // Who was refused has left nothing behind.
+        drop(first);
+        drop(open(Hold::Share).unwrap());
+        drop(second);
+        let reader = open(Hold::Read).unwrap();
+        let error = open(Hold::Share).unwrap_err().to_string();
+        assert!(error.contains("`shareable` in all of them"), "{error}");
+        drop(reader);
+        drop(open(Hold::Write).unwrap());
+        assert!(open(Hold::Share).is_ok());
     }
 
     #[test]

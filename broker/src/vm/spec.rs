@@ -111,6 +111,9 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// Whether the guest's writes go to a private layer that is gone at the end.
     pub ephemeral: bool,
+    /// Whether other machines may write to it at the same time.
+    #[serde(default)]
+    pub shareable: bool,
     /// What the guest reads as the disk's identifier, at most [`SERIAL_BYTES_MAX`] bytes.
     pub serial: String,
     /// Number of virtqueues, 1 to [`DISK_QUEUES_MAX`].
@@ -133,6 +136,7 @@ impl DiskSpec {
             backing: Vec::new(),
             read_only,
             ephemeral: false,
+            shareable: false,
             serial: String::new(),
             queues: 1,
         }
@@ -456,6 +460,7 @@ mod tests {
             format: ImageFormat::Raw,
             extents: Vec::new(),
             backing: Vec::new(),
+            shareable: false,
             queues: 1,
         }
     }
@@ -481,6 +486,7 @@ mod tests {
                     format: ImageFormat::Raw,
                     extents: Vec::new(),
                     backing: Vec::new(),
+                    shareable: false,
                     queues: 9,
                     ..disk("a")
                 }];

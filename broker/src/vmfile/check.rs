@@ -319,6 +319,7 @@ impl Checker {
                 .collect(),
             read_only,
             ephemeral,
+            shareable: draft.shareable.as_ref().is_some_and(|on| on.value),
             serial: draft.serial.as_ref().map_or_else(
                 || name.chars().take(SERIAL_BYTES_MAX).collect(),
                 |serial| serial.value.clone(),
@@ -352,6 +353,11 @@ impl Checker {
             self.expect(fits && n + 1 < FILES_MAX, below, rule);
             let rule = "expected backing images only for a disk with format = \"qcow2\"";
             self.expect(format == ImageFormat::Qcow2, below, rule);
+        }
+        if let Some(on) = draft.shareable.as_ref().filter(|on| on.value) {
+            let rule = "expected a raw image for a disk that machines share: whoever uses another one keeps \
+                        its tables in memory";
+            self.expect(format == ImageFormat::Raw, on, rule);
         }
         if let Some(on) = draft.ephemeral.as_ref().filter(|_| ephemeral) {
             let rule = "expected a raw or qcow2 image for an ephemeral disk; \

@@ -49,6 +49,7 @@ pub struct DraftDisk {
     pub backing: Vec<(Located<PathBuf>, ImageFormat)>,
     pub read_only: Option<Located<bool>>,
     pub ephemeral: Option<Located<bool>>,
+    pub shareable: Option<Located<bool>>,
     pub serial: Option<Located<String>>,
     pub queues: Option<Located<u8>>,
 }
@@ -66,6 +67,7 @@ impl DraftDisk {
             backing: Vec::new(),
             read_only: None,
             ephemeral: None,
+            shareable: None,
             serial: None,
             queues: None,
         }

@@ -49,6 +49,7 @@ pub(super) const DISK_KEYS: &[Key] = &[
     key("backing"),
     key("readonly"),
     key("ephemeral"),
+    key("shareable"),
     key("serial"),
     key("queues"),
     later("limits"),
@@ -253,6 +254,7 @@ fn read_disk(disk: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
         path: path(disk, "path", directory, problems),
         read_only: disk.boolean("readonly", problems),
         ephemeral: disk.boolean("ephemeral", problems),
+        shareable: disk.boolean("shareable", problems),
         serial: disk.string("serial", problems),
         queues: disk.small("queues", (1, DISK_QUEUES_MAX), problems),
     }

@@ -96,6 +96,9 @@ struct Disk {
     readonly: Option<bool>,
     /// Whether the guest's writes are discarded at the end. Default: false.
     ephemeral: Option<bool>,
+    /// Whether other machines may write to the raw image at the same time: for cluster file systems. Any other
+    /// file system would be destroyed. Default: false.
+    shareable: Option<bool>,
     /// Identifier that the guest reads. Default: the name.
     #[schemars(length(max = 20))]
     serial: Option<String>,
@@ -280,6 +283,7 @@ fn disk(disk: &DiskSpec) -> Result<Disk, PrintError> {
             .collect::<Result<_, PrintError>>()?,
         readonly: Some(disk.read_only),
         ephemeral: Some(disk.ephemeral),
+        shareable: Some(disk.shareable),
         serial: Some(disk.serial.clone()),
         queues: Some(disk.queues),
     })

@@ -89,6 +89,7 @@ fn every_key_reaches_the_specification() {
         format: ImageFormat::Raw,
         extents: Vec::new(),
         backing: Vec::new(),
+        shareable: false,
         queues: 1,
     };
     let kernel = KernelSource::File(dir.path().join("vmlinuz"));
@@ -282,6 +283,11 @@ fn wrong_types_and_values_are_named() {
         "format = \"vdi\"",
         "vm.toml:20:10: disk.format = \"vdi\": images of this format are not used as they are; \
          convert it with `bulkhead image convert --from vdi` first",
+    );
+    fault(
+        "serial = \"D4\"",
+        "format = \"qcow2\"\nshareable = true",
+        "vm.toml:21:13: disk.shareable = true: expected a raw image for a disk that machines share",
     );
     let below = "backing = [{ path = \"initrd\", format = \"raw\" }]";
     fault(
@@ -487,7 +493,7 @@ fn committed_schema_is_current() {
 prop_compose! {
     fn any_disk()(
         name in "[a-zA-Z0-9][a-zA-Z0-9._-]{0,20}",
-        read_only: bool, ephemeral: bool,
+        read_only: bool, ephemeral: bool, shareable: bool,
         serial in "[!-~]{0,20}", queues in 1u8..=8,
     ) -> DiskSpec {
         DiskSpec {
@@ -498,6 +504,7 @@ prop_compose! {
             backing: Vec::new(),
             read_only,
             ephemeral,
+            shareable,
             serial,
             queues,
         }
