@@ -13,7 +13,7 @@ use bulkhead::vm::run;
 use bulkhead::vm::session::{Command, Ending, Event, Finished, RunError, RunOptions};
 use bulkhead::vm::spec::{DiskSpec, KernelSource, OnEnd, VmSpec};
 use bulkhead_ipc::ident::ProcKind;
-use bulkhead_ipc::protocol::birth::ImageFormat;
+use bulkhead_ipc::protocol::birth::{DiskLimits, ImageFormat};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tiny_guest::Guest;
@@ -69,6 +69,7 @@ fn spec(directory: &Path, guest: Guest) -> VmSpec {
         format: ImageFormat::Raw,
         extents: Vec::new(),
         backing: Vec::new(),
+        limits: DiskLimits::default(),
         shareable: false,
         queues: 1,
     });

@@ -1,6 +1,7 @@
 //! The devices of a machine, and the processes that serve them.
 
 use crate::vm::session::ProgramFile;
+use bulkhead_ipc::protocol::birth::{DiskLimits, Rate};
 use serde::{Deserialize, Serialize};
 
 /// Whether a device is served.
@@ -75,4 +76,78 @@ pub struct DeviceChanged {
     pub old: Device,
     /// The device now.
     pub new: Device,
+}
+
+/// Body of `POST /v1/vms/NAME/devices/DEVICE/limit`: what a disk may do in a second from now on, until the
+/// machine ends. What is left out is not limited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitDevice {
+    /// Bytes read and written, at least 4096.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_s: Option<u64>,
+    /// Bytes at once after a time of rest; those of a second when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_burst: Option<u64>,
+    /// Requests of any kind, at least 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests_per_s: Option<u64>,
+    /// Requests at once after a time of rest; those of a second when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests_burst: Option<u64>,
+}
+
+impl LimitDevice {
+    /// The limits that are meant.
+    ///
+    /// # Errors
+    /// The field, its value and what was expected.
+    pub fn limits(&self) -> Result<DiskLimits, String> {
+        let rate = |name: &str, per_s: Option<u64>, burst: Option<u64>, least: u64| {
+            for (part, value) in [("per_s", per_s), ("burst", burst)] {
+                if let Some(value) = value.filter(|value| *value < least) {
+                    return Err(format!(
+                        "{name}_{part}: got {value}, expected at least {least}"
+                    ));
+                }
+            }
+            match (per_s, burst) {
+                (None, Some(burst)) => Err(format!(
+                    "{name}_burst: got {burst}, expected {name}_per_s beside it"
+                )),
+                (per_s, burst) => Ok(per_s.map(|per_s| Rate {
+                    per_s,
+                    burst: burst.unwrap_or(per_s),
+                })),
+            }
+        };
+        Ok(DiskLimits {
+            bytes: rate("bytes", self.bytes_per_s, self.bytes_burst, 4096)?,
+            requests: rate("requests", self.requests_per_s, self.requests_burst, 1)?,
+        })
+    }
+}
+
+impl From<DiskLimits> for LimitDevice {
+    fn from(limits: DiskLimits) -> Self {
+        Self {
+            bytes_per_s: limits.bytes.map(|rate| rate.per_s),
+            bytes_burst: limits.bytes.map(|rate| rate.burst),
+            requests_per_s: limits.requests.map(|rate| rate.per_s),
+            requests_burst: limits.requests.map(|rate| rate.burst),
+        }
+    }
+}
+
+/// What `POST /v1/vms/NAME/devices/DEVICE/limit` answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limited {
+    /// [`super::SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// The machine.
+    pub name: String,
+    /// The disk.
+    pub device: String,
+    /// What it may do now.
+    pub limits: LimitDevice,
 }

@@ -10,7 +10,7 @@ mod error;
 pub mod frame;
 pub mod time;
 
-pub use device::{Device, DeviceChanged, DeviceState, Devices};
+pub use device::{Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited};
 pub use error::{ApiError, Code};
 
 use crate::launch::users::UserRange;

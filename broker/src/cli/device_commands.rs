@@ -1,4 +1,4 @@
-//! `device list`, `device restart`, `device upgrade`.
+//! `device list`, `device restart`, `device upgrade`, `device limit`.
 
 use super::client_args::ClientArgs;
 use super::failure::{Failure, printable};
@@ -6,8 +6,8 @@ use super::machine_commands::{Names, side_by_side, tell};
 use super::paths::PathOptions;
 use super::show_commands::{row, table};
 use crate::api::client::{Client, ClientError};
-use crate::api::{Device, DeviceChanged, Devices};
-use crate::vmfile::is_name;
+use crate::api::{Device, DeviceChanged, Devices, LimitDevice, Limited};
+use crate::vmfile::{is_name, parse_size, show_size};
 use clap::{Args, Subcommand};
 
 /// What to do with devices.
@@ -36,6 +36,12 @@ pub(super) enum DeviceCommand {
     /// devices of a machine are upgraded, one after the other. bulkhead-vcpu and the broker stay as they are.
     #[command(after_long_help = UPGRADE_EXAMPLES)]
     Upgrade(UpgradeArgs),
+    /// Change what disks may do in a second, at once and until their machines end
+    ///
+    /// A disk that has done so much waits; nothing fails. What is not given is not limited, so that no option at
+    /// all takes every limit away. A VM file says what holds from the start: limits of [[disk]].
+    #[command(after_long_help = LIMIT_EXAMPLES)]
+    Limit(LimitArgs),
 }
 
 const LIST_EXAMPLES: &str = "\
@@ -66,6 +72,18 @@ Examples:
         upgrades all devices of a machine
   bulkhead device upgrade web/disk0 --json
         tells version and program of the process before and of the one now
+";
+
+const LIMIT_EXAMPLES: &str = "\
+Exit codes:
+  0  the limits hold
+  2  there is no such machine or disk
+  6  a machine does not run
+
+Examples:
+  bulkhead device limit web/disk0 --bytes-per-s 100MiB --requests-per-s 2000
+  bulkhead device limit web/disk0
+        no limit any more
 ";
 
 /// A device of a machine, or all of them.
@@ -116,12 +134,87 @@ pub(super) struct UpgradeArgs {
     client: ClientArgs,
 }
 
+/// Options of `device limit`.
+#[derive(Debug, Args)]
+pub(super) struct LimitArgs {
+    /// Disk
+    #[arg(value_name = "VM/DEVICE", required = true, value_parser = one_device)]
+    targets: Vec<Target>,
+    /// Bytes read and written a second, such as 100MiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    bytes_per_s: Option<u64>,
+    /// Bytes at once after a time of rest [default: those of a second]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "bytes_per_s")]
+    bytes_burst: Option<u64>,
+    /// Requests a second
+    #[arg(long, value_name = "N")]
+    requests_per_s: Option<u64>,
+    /// Requests at once after a time of rest [default: those of a second]
+    #[arg(long, value_name = "N", requires = "requests_per_s")]
+    requests_burst: Option<u64>,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+fn limit(args: &LimitArgs, options: &PathOptions) -> Result<u8, Failure> {
+    let wish = LimitDevice {
+        bytes_per_s: args.bytes_per_s,
+        bytes_burst: args.bytes_burst,
+        requests_per_s: args.requests_per_s,
+        requests_burst: args.requests_burst,
+    };
+    let answers = args.client.talk(options, async |client| {
+        let ask = |target: Target| {
+            let client = client.clone();
+            async move {
+                let device = target.device.unwrap_or_default();
+                let path = format!("/v1/vms/{}/devices/{device}/limit", target.vm);
+                client.post::<Limited>(&path, Some(&wish)).await
+            }
+        };
+        Ok(side_by_side(&args.targets, ask).await)
+    })?;
+    let single = matches!(args.targets.as_slice(), [_]);
+    tell(args.client.json.then_some(single), answers, |limited| {
+        limited.iter().map(show_limits).collect()
+    })
+}
+
+fn show_limits(limited: &Limited) -> String {
+    let limits = &limited.limits;
+    let size = |bytes: Option<u64>| bytes.map(show_size);
+    let number = |n: Option<u64>| n.map(|n| n.to_string());
+    let rate = |what: &str, per_s: Option<String>, burst: Option<String>| {
+        let (per_s, burst) = per_s.zip(burst)?;
+        Some(format!("{per_s} {what} a second ({burst} at once)"))
+    };
+    let said = [
+        rate(
+            "read and written",
+            size(limits.bytes_per_s),
+            size(limits.bytes_burst),
+        ),
+        rate(
+            "requests",
+            number(limits.requests_per_s),
+            number(limits.requests_burst),
+        ),
+    ];
+    let said: Vec<_> = said.into_iter().flatten().collect();
+    let said = match said.is_empty() {
+        true => "no limit".to_owned(),
+        false => said.join(", "),
+    };
+    format!("{}/{}: {said}\n", limited.name, printable(&limited.device))
+}
+
 /// Runs `device`.
 pub(super) fn run(command: &DeviceCommand, options: &PathOptions) -> Result<u8, Failure> {
     match command {
         DeviceCommand::List(names) => list(names, options),
         DeviceCommand::Restart(args) => change("restart", &args.targets, &args.client, options),
         DeviceCommand::Upgrade(args) => change("upgrade", &args.targets, &args.client, options),
+        DeviceCommand::Limit(args) => limit(args, options),
     }
 }
 

@@ -1,14 +1,18 @@
 //! The value of `--disk`: `PATH[,readonly][,ephemeral][,shareable][,format=F][,backing=PATH:FORMAT][,extent=PATH][,name=N]
-//! [,serial=S][,queues=N]`.
+//! [,serial=S][,bytes_per_s=SIZE][,bytes_burst=SIZE][,requests_per_s=N][,requests_burst=N][,queues=N]`.
 
 use crate::escape::excerpt;
 use crate::vm::spec::DISK_QUEUES_MAX;
-use crate::vmfile::{DraftDisk, Located, Place, Problem, nearest, parse_format};
+use crate::vmfile::{DraftDisk, Located, Place, Problem, nearest, parse_format, parse_size};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-const KEYS: [&str; 9] = [
+const KEYS: [&str; 13] = [
+    "bytes_per_s",
+    "bytes_burst",
+    "requests_per_s",
+    "requests_burst",
     "shareable",
     "readonly",
     "ephemeral",
@@ -71,6 +75,24 @@ fn set(disk: &mut DraftDisk, text: &str) -> Result<(), String> {
         ("readonly", None) => disk.read_only = yes,
         ("ephemeral", None) => disk.ephemeral = yes,
         ("shareable", None) => disk.shareable = yes,
+        ("bytes_per_s" | "bytes_burst", Some(text)) => {
+            let value =
+                parse_size(text).map_err(|e| format!("{key}={}: {e}", excerpt(text, 20)))?;
+            let limit = Some(Located { value, place });
+            match key {
+                "bytes_per_s" => disk.limits.bytes_per_s = limit,
+                _ => disk.limits.bytes_burst = limit,
+            }
+        }
+        ("requests_per_s" | "requests_burst", Some(text)) => {
+            let value = text.parse().ok().filter(|n| *n > 0);
+            let value = value.ok_or_else(|| format!("{key}: expected a number from 1 on"))?;
+            let limit = Some(Located { value, place });
+            match key {
+                "requests_per_s" => disk.limits.requests_per_s = limit,
+                _ => disk.limits.requests_burst = limit,
+            }
+        }
         ("format", Some(format)) => {
             let value =
                 parse_format(format).map_err(|e| format!("format={}: {e}", excerpt(format, 20)))?;

@@ -6,10 +6,11 @@
 use super::Shared;
 use super::actor::{Ask, Vm};
 use super::host::Host;
-use super::routes::{Answer, Caller, carried_out, json};
+use super::routes::{Answer, Caller, Json, carried_out, json};
 use super::view::View;
 use crate::api::{
-    ApiError, Code, Device, DeviceChanged, DeviceState, Devices, SCHEMA_VERSION, State as Doing,
+    ApiError, Code, Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited,
+    SCHEMA_VERSION, State as Doing,
 };
 use crate::launch::program_path;
 use crate::vm::record::Record;
@@ -19,6 +20,7 @@ use axum::Extension;
 use axum::extract::{FromRequestParts, Path, State};
 use axum::http::request::Parts;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
+use bulkhead_ipc::protocol::birth::DiskLimits;
 use std::collections::VecDeque;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
@@ -283,6 +285,27 @@ impl Vm {
         self.wait_until(REPLACE_TIMEOUT, &what, served).await?
     }
 
+    /// Changes what a disk may do in a second.
+    async fn limit_device(&self, name: &str, limits: DiskLimits) -> Result<Limited, ApiError> {
+        let device = Before::of(&self.view.borrow(), name)?.device;
+        let vm = self.view.borrow().record.name.clone();
+        if device.kind != ProcKind::Blk.name() {
+            let line = format!("{vm}/{name} is a {}, expected a disk", device.kind);
+            return Err(ApiError::new(Code::BadRequest, line));
+        }
+        let command = Command::LimitDevice {
+            device: name.to_owned(),
+            limits,
+        };
+        self.ask(|reply| Ask::Command(command, reply)).await?;
+        Ok(Limited {
+            schema_version: SCHEMA_VERSION,
+            name: vm,
+            device: name.to_owned(),
+            limits: limits.into(),
+        })
+    }
+
     fn device_changed(&self, changed: bool, old: Device, new: Device) -> DeviceChanged {
         DeviceChanged {
             schema_version: SCHEMA_VERSION,
@@ -364,6 +387,21 @@ pub(super) async fn upgrade(
     tracing::info!(vm = name, device, user = caller.0, "upgrade device");
     let work = async move { vm.upgrade_device(&host.shared, &device).await };
     json(&carried_out(work).await?)
+}
+
+/// `POST /v1/vms/NAME/devices/DEVICE/limit`.
+pub(super) async fn limit(
+    State(host): State<Arc<Host>>,
+    Extension(caller): Extension<Caller>,
+    Named(name, device): Named,
+    Json(wish): Json<LimitDevice>,
+) -> Answer {
+    let vm = host.vm(&name).await?;
+    tracing::info!(vm = name, device, user = caller.0, "limit device");
+    let limits = wish
+        .limits()
+        .map_err(|e| ApiError::new(Code::BadRequest, e))?;
+    json(&carried_out(async move { vm.limit_device(&device, limits).await }).await?)
 }
 
 #[cfg(test)]

@@ -69,6 +69,9 @@ pub(super) fn asked(command: &Command) -> Option<Value> {
         Command::UpgradeDevice(device) => {
             return Some(json!({ "for": "upgrade_device", "device": device }));
         }
+        Command::LimitDevice { device, limits } => {
+            return Some(json!({ "for": "limit_device", "device": device, "limits": limits }));
+        }
         Command::Resize { .. } => return None,
     };
     Some(json!({ "for": word }))

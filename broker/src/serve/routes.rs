@@ -55,6 +55,10 @@ pub(super) fn router(host: Arc<Host>) -> Router {
             "/v1/vms/{name}/devices/{device}/upgrade",
             post(devices::upgrade),
         )
+        .route(
+            "/v1/vms/{name}/devices/{device}/limit",
+            post(devices::limit),
+        )
         .route("/v1/host/shutdown", post(host_shutdown))
         .fallback(nothing_there)
         .method_not_allowed_fallback(wrong_method)
@@ -79,7 +83,7 @@ impl IntoResponse for ApiError {
 }
 
 /// A body of JSON: bounded in size and time.
-struct Json<T>(T);
+pub(super) struct Json<T>(pub(super) T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = ApiError;

@@ -6,7 +6,9 @@ use super::session::default_name;
 use super::spec::{ConsoleSpec, DiskSpec, OnDiskFull, VmSpec};
 use crate::image::chain::name_of;
 use bulkhead_ipc::device_kind::VirtioKind;
-use bulkhead_ipc::protocol::birth::{DeviceConfig, DeviceOwn, ImageFormat, ImageLayer, VirtioSlot};
+use bulkhead_ipc::protocol::birth::{
+    DeviceConfig, DeviceOwn, DiskLimits, ImageFormat, ImageLayer, VirtioSlot,
+};
 use bulkhead_ipc::window::WindowLayout;
 
 /// Slot of the virtio console.
@@ -157,6 +159,7 @@ fn disk(slot: u8, index: u16, spec: &DiskSpec, waits_for_room: bool) -> DevicePl
             read_only: spec.read_only,
             serial: spec.serial.clone(),
             waits_for_room,
+            limits: spec.limits,
             ephemeral: spec.ephemeral,
             layers: layers(spec),
         },
@@ -214,10 +217,24 @@ impl DevicePlan {
     }
 
     /// As its process sees it; a console's streams go on at `positions`, and its terminal has `size`
-    /// unless it was never resized.
+    /// unless it was never resized; a disk has the limits that it had at the start, unless they were changed.
     #[must_use]
-    pub(super) fn as_device(&self, positions: Positions, size: Option<(u16, u16)>) -> DeviceConfig {
+    pub(super) fn as_device(
+        &self,
+        positions: Positions,
+        size: Option<(u16, u16)>,
+        limits: Option<DiskLimits>,
+    ) -> DeviceConfig {
         let mut own = self.own.clone();
+        if let (
+            DeviceOwn::Blk {
+                limits: at_start, ..
+            },
+            Some(limits),
+        ) = (&mut own, limits)
+        {
+            *at_start = limits;
+        }
         if let DeviceOwn::Console {
             output_position,
             input_position,

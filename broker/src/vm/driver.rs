@@ -26,6 +26,7 @@ use crate::supervisor::fault;
 use crate::supervisor::state::{self as supervision, Action, Supervisor};
 use bulkhead_ipc::channel::ChannelError;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
+use bulkhead_ipc::protocol::birth::DiskLimits;
 use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, ToVcpu};
 use bulkhead_policies::cache::Compiled;
@@ -502,6 +503,7 @@ impl Machine<'_> {
             }
             Command::RestartDevice(name) => self.replace(name, false),
             Command::UpgradeDevice(name) => self.replace(name, true),
+            Command::LimitDevice { device, limits } => self.limit(device, *limits),
             Command::Pause => self.note_pause(true),
             Command::Resume => {
                 self.note_pause(false);
@@ -510,6 +512,24 @@ impl Machine<'_> {
             _ => {}
         }
         self.inputs.push_back(Input::Command(command));
+    }
+
+    /// For the process that serves the disk now, and for all that come after it.
+    fn limit(&mut self, device: &str, limits: DiskLimits) {
+        let mut members = self.household.members.iter();
+        let member = members.find(|m| m.name == device && m.launched.id.kind == ProcKind::Blk);
+        let Some(id) = member.map(|m| m.launched.id) else {
+            return self.tell.event(Event::Refused {
+                device: device.to_owned(),
+                command: format!("limit {device}"),
+                reason: "there is no such disk".to_owned(),
+            });
+        };
+        self.nursery.keeper.note(|record| {
+            record.limits.retain(|(name, _)| name != device);
+            record.limits.push((device.to_owned(), limits));
+        });
+        self.send(id, &ToDevice::Limits(limits));
     }
 
     fn notice(&mut self, id: ProcId, notice: Notice) {

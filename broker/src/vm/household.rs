@@ -603,7 +603,8 @@ impl Midwife<'_, '_> {
             (VirtioKind::Console, Some(ring)) => gifts.extend(ring.gifts()),
             (VirtioKind::Console, None) => {}
         }
-        let config = KindConfig::Device(device.as_device(positions, size));
+        let limits = self.nursery.keeper.record().limits_of(&device.name);
+        let config = KindConfig::Device(device.as_device(positions, size, limits));
         let id = ProcId {
             kind: device.kind.proc_kind(),
             index: device.index,

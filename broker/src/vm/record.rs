@@ -23,6 +23,7 @@ use crate::escape::escaped;
 use crate::launch::kill_process;
 use crate::launch::users::UserRange;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
+use bulkhead_ipc::protocol::birth::DiskLimits;
 use nix::fcntl::{OFlag, openat, renameat};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
@@ -170,6 +171,9 @@ pub struct Record {
     /// Disks for which the host has no room, for which it is paused.
     #[serde(default)]
     pub no_room: Vec<String>,
+    /// Disks whose limits were changed, and what they are now.
+    #[serde(default)]
+    pub limits: Vec<(String, DiskLimits)>,
 }
 
 impl Record {
@@ -191,6 +195,7 @@ impl Record {
             degraded: Vec::new(),
             pause_wanted: false,
             no_room: Vec::new(),
+            limits: Vec::new(),
         })
     }
 
@@ -212,6 +217,13 @@ impl Record {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         self.remove_groups();
+    }
+
+    /// What a disk may do now, where that was changed.
+    #[must_use]
+    pub fn limits_of(&self, device: &str) -> Option<DiskLimits> {
+        let changed = self.limits.iter().find(|(name, _)| name == device)?;
+        Some(changed.1)
     }
 
     /// The process with the place of `id`, whichever its generation.
@@ -415,7 +427,7 @@ mod tests {
     use super::super::session::Ending;
     use super::super::spec::{BackingSpec, DiskSpec, FileSpec, KernelSource};
     use super::*;
-    use bulkhead_ipc::protocol::birth::ImageFormat;
+    use bulkhead_ipc::protocol::birth::{DiskLimits, ImageFormat};
     use proptest::prelude::*;
     use std::ffi::OsStr;
     use std::os::fd::AsFd;
@@ -456,6 +468,7 @@ mod tests {
                 path: odd.to_owned(),
                 format: ImageFormat::Raw,
             }],
+            limits: DiskLimits::default(),
             shareable: true,
             queues: 2,
         });

@@ -8,6 +8,7 @@ use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::ProcId;
 use bulkhead_ipc::input_ring::InputWriter;
 use bulkhead_ipc::output_ring::OutputReader;
+use bulkhead_ipc::protocol::birth::DiskLimits;
 use bulkhead_ipc::protocol::vcpu::Outcome;
 use bulkhead_ipc::shared::Doorbell;
 use bulkhead_policies::explain::Explanation;
@@ -102,6 +103,13 @@ pub enum Command {
     /// The same with the program that is on disk now. If that does not serve, the program that did is
     /// started again, and [`Event::Refused`] says so.
     UpgradeDevice(String),
+    /// What a disk may do in a second from now on, until the machine ends.
+    LimitDevice {
+        /// Its name in the VM file.
+        device: String,
+        /// What it may do.
+        limits: DiskLimits,
+    },
     /// The attached terminal has this size.
     Resize {
         /// Columns.

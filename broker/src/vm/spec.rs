@@ -6,7 +6,7 @@
 
 use super::any_path;
 use bulkhead_ipc::platform::{MEMORY_BYTES_MIN, VCPUS_MAX, VIRTIO_MMIO_SLOTS};
-use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
+use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::path::PathBuf;
@@ -111,6 +111,9 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// Whether the guest's writes go to a private layer that is gone at the end.
     pub ephemeral: bool,
+    /// What it may do in a second.
+    #[serde(default)]
+    pub limits: DiskLimits,
     /// Whether other machines may write to it at the same time.
     #[serde(default)]
     pub shareable: bool,
@@ -136,6 +139,7 @@ impl DiskSpec {
             backing: Vec::new(),
             read_only,
             ephemeral: false,
+            limits: DiskLimits::default(),
             shareable: false,
             serial: String::new(),
             queues: 1,
@@ -460,6 +464,7 @@ mod tests {
             format: ImageFormat::Raw,
             extents: Vec::new(),
             backing: Vec::new(),
+            limits: DiskLimits::default(),
             shareable: false,
             queues: 1,
         }
@@ -486,6 +491,7 @@ mod tests {
                     format: ImageFormat::Raw,
                     extents: Vec::new(),
                     backing: Vec::new(),
+                    limits: DiskLimits::default(),
                     shareable: false,
                     queues: 9,
                     ..disk("a")

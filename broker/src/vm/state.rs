@@ -307,7 +307,13 @@ impl Life {
                 vec![Output::Tell(ToVcpu::Resume)]
             }
             // These concern device processes, of which the driver knows.
-            (Command::Resize { .. } | Command::RestartDevice(_) | Command::UpgradeDevice(_), _)
+            (
+                Command::Resize { .. }
+                | Command::RestartDevice(_)
+                | Command::UpgradeDevice(_)
+                | Command::LimitDevice { .. },
+                _,
+            )
             | (Command::PowerButton | Command::Pause | Command::Resume, _) => Vec::new(),
         }
     }

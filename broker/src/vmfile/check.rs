@@ -1,7 +1,7 @@
 //! From a [`Draft`] to a [`VmSpec`]: fills in the defaults and checks the draft against the rules
 //! of machines and against this host, before any process is started.
 
-use super::draft::{Draft, DraftDisk};
+use super::draft::{Draft, DraftDisk, DraftLimits};
 use super::host::{Facts, HostMemory, inspect};
 use super::problem::{Located, Place, Problem, Problems};
 use super::quantity::show_size;
@@ -10,8 +10,11 @@ use crate::vm::spec::{
     HISTORY_BYTES, KernelSource, NAME_BYTES_MAX, SERIAL_BYTES_MAX, VmSpec,
 };
 use bulkhead_ipc::platform::MEMORY_BYTES_MIN;
-use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
+use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
 use std::path::PathBuf;
+
+/// Fewest bytes a second of a disk: a request of one page takes a second then.
+const BYTES_MIN: u64 = 4096;
 
 const PAGE_BYTES: u64 = 4096;
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
@@ -319,6 +322,7 @@ impl Checker {
                 .collect(),
             read_only,
             ephemeral,
+            limits: self.limits(&draft.limits),
             shareable: draft.shareable.as_ref().is_some_and(|on| on.value),
             serial: draft.serial.as_ref().map_or_else(
                 || name.chars().take(SERIAL_BYTES_MAX).collect(),
@@ -326,6 +330,45 @@ impl Checker {
             ),
             queues: draft.queues.as_ref().map_or(1, |queues| queues.value),
             name,
+        }
+    }
+
+    fn limits(&mut self, draft: &DraftLimits) -> DiskLimits {
+        let bytes = self.rate(
+            &draft.bytes_per_s,
+            &draft.bytes_burst,
+            "bytes_per_s",
+            BYTES_MIN,
+        );
+        let wide = |n: &Located<u32>| n.with(u64::from(n.value));
+        let per_s = draft.requests_per_s.as_ref().map(wide);
+        let burst = draft.requests_burst.as_ref().map(wide);
+        let requests = self.rate(&per_s, &burst, "requests_per_s", 1);
+        DiskLimits { bytes, requests }
+    }
+
+    fn rate(
+        &mut self,
+        per_s: &Option<Located<u64>>,
+        burst: &Option<Located<u64>>,
+        key: &str,
+        least: u64,
+    ) -> Option<Rate> {
+        for value in per_s.iter().chain(burst) {
+            let rule = format!("expected at least {least}");
+            self.expect(value.value >= least, value, rule);
+        }
+        match (per_s, burst) {
+            (None, Some(burst)) => {
+                self.problems
+                    .push(burst.problem(format!("expected {key} beside it")));
+                None
+            }
+            (None, None) => None,
+            (Some(per_s), burst) => Some(Rate {
+                per_s: per_s.value,
+                burst: burst.as_ref().map_or(per_s.value, |burst| burst.value),
+            }),
         }
     }
 

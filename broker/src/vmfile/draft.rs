@@ -50,8 +50,29 @@ pub struct DraftDisk {
     pub read_only: Option<Located<bool>>,
     pub ephemeral: Option<Located<bool>>,
     pub shareable: Option<Located<bool>>,
+    pub limits: DraftLimits,
     pub serial: Option<Located<String>>,
     pub queues: Option<Located<u8>>,
+}
+
+/// What a disk may do in a second, perhaps with gaps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are those of the VM file")]
+pub struct DraftLimits {
+    pub bytes_per_s: Option<Located<u64>>,
+    pub bytes_burst: Option<Located<u64>>,
+    pub requests_per_s: Option<Located<u32>>,
+    pub requests_burst: Option<Located<u32>>,
+}
+
+impl DraftLimits {
+    /// No limit.
+    pub const NONE: Self = Self {
+        bytes_per_s: None,
+        bytes_burst: None,
+        requests_per_s: None,
+        requests_burst: None,
+    };
 }
 
 impl DraftDisk {
@@ -68,6 +89,7 @@ impl DraftDisk {
             read_only: None,
             ephemeral: None,
             shareable: None,
+            limits: DraftLimits::NONE,
             serial: None,
             queues: None,
         }

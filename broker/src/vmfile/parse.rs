@@ -1,6 +1,6 @@
 //! From the text of a VM file to a [`Draft`]. Pure: looks at nothing but the text.
 
-use super::draft::{Draft, DraftDisk};
+use super::draft::{Draft, DraftDisk, DraftLimits};
 use super::problem::{Located, Problem, Problems};
 use super::section::{Key, Section, Source, key, later};
 use crate::vm::spec::{ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnDiskFull, OnEnd};
@@ -52,7 +52,13 @@ pub(super) const DISK_KEYS: &[Key] = &[
     key("shareable"),
     key("serial"),
     key("queues"),
-    later("limits"),
+    key("limits"),
+];
+pub(super) const DISK_LIMITS_KEYS: &[Key] = &[
+    key("bytes_per_s"),
+    key("bytes_burst"),
+    key("requests_per_s"),
+    key("requests_burst"),
 ];
 pub(super) const CONSOLE_KEYS: &[Key] = &[
     key("virtio"),
@@ -230,9 +236,14 @@ fn read_disk(disk: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
         parse_format(value.as_str().unwrap_or_default())
     });
     let extents = disk.get("extents", problems, |value| read_extents(value, directory));
+    let limits = disk.table_named("limits", "disk.limits", problems);
+    let limits = limits.map_or(DraftLimits::NONE, |limits| {
+        read_disk_limits(&limits, problems)
+    });
     let backing = disk.get("backing", problems, |value| read_backing(value, directory));
     DraftDisk {
         format,
+        limits,
         extents: extents.map_or_else(Vec::new, |extents| {
             let place = extents.place;
             let located = |value| Located {
@@ -257,6 +268,16 @@ fn read_disk(disk: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
         shareable: disk.boolean("shareable", problems),
         serial: disk.string("serial", problems),
         queues: disk.small("queues", (1, DISK_QUEUES_MAX), problems),
+    }
+}
+
+fn read_disk_limits(limits: &Section<'_>, problems: &mut Vec<Problem>) -> DraftLimits {
+    limits.check_keys(DISK_LIMITS_KEYS, problems);
+    DraftLimits {
+        bytes_per_s: limits.size("bytes_per_s", problems),
+        bytes_burst: limits.size("bytes_burst", problems),
+        requests_per_s: limits.number("requests_per_s", (1, u32::MAX), problems),
+        requests_burst: limits.number("requests_burst", (1, u32::MAX), problems),
     }
 }
 

@@ -7,6 +7,7 @@
 use super::parse::{CONSOLES, HUGE_PAGES, ON_DISK_FULL, ON_END};
 use super::quantity::show_size;
 use crate::vm::spec::{DiskSpec, HostShare, KernelSource, VmSpec};
+use bulkhead_ipc::protocol::birth::DiskLimits;
 use schemars::JsonSchema;
 use serde::Serialize;
 use std::path::Path;
@@ -99,12 +100,41 @@ struct Disk {
     /// Whether other machines may write to the raw image at the same time: for cluster file systems. Any other
     /// file system would be destroyed. Default: false.
     shareable: Option<bool>,
+    /// What the disk may do in a second; its process waits when it has done so much. Default: no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limits: Option<DiskLimit>,
     /// Identifier that the guest reads. Default: the name.
     #[schemars(length(max = 20))]
     serial: Option<String>,
     /// Number of queues. Default: 1.
     #[schemars(range(min = 1, max = 8))]
     queues: Option<u8>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct DiskLimit {
+    /// Bytes read and written, at least "4KiB".
+    #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?(B|[KMGT](iB|B)?|kB)$"))]
+    bytes_per_s: Option<String>,
+    /// Bytes that may be read and written at once after a time of rest. Default: those of a second.
+    #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?(B|[KMGT](iB|B)?|kB)$"))]
+    bytes_burst: Option<String>,
+    /// Requests of any kind.
+    #[schemars(range(min = 1))]
+    requests_per_s: Option<u64>,
+    /// Requests that may come at once after a time of rest. Default: those of a second.
+    #[schemars(range(min = 1))]
+    requests_burst: Option<u64>,
+}
+
+fn disk_limit(limits: &DiskLimits) -> Option<DiskLimit> {
+    (limits != &DiskLimits::default()).then(|| DiskLimit {
+        bytes_per_s: limits.bytes.map(|rate| show_size(rate.per_s)),
+        bytes_burst: limits.bytes.map(|rate| show_size(rate.burst)),
+        requests_per_s: limits.requests.map(|rate| rate.per_s),
+        requests_burst: limits.requests.map(|rate| rate.burst),
+    })
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -284,6 +314,7 @@ fn disk(disk: &DiskSpec) -> Result<Disk, PrintError> {
         readonly: Some(disk.read_only),
         ephemeral: Some(disk.ephemeral),
         shareable: Some(disk.shareable),
+        limits: disk_limit(&disk.limits),
         serial: Some(disk.serial.clone()),
         queues: Some(disk.queues),
     })

@@ -234,19 +234,29 @@ impl<'a> Section<'a> {
         key: &'static str,
         problems: &mut Vec<Problem>,
     ) -> Option<Section<'a>> {
+        self.table_named(key, key, problems)
+    }
+
+    /// The table called `key`, whose name in messages is `name`.
+    pub(super) fn table_named(
+        &self,
+        key: &'static str,
+        name: &'static str,
+        problems: &mut Vec<Problem>,
+    ) -> Option<Section<'a>> {
         let value = self.table.get(key)?;
         let span = value.span();
         if let DeValue::Table(table) = value.get_ref() {
             return Some(Section {
                 source: self.source,
-                name: key,
+                name,
                 table,
                 span,
             });
         }
         problems.push(Problem {
-            place: self.source.place(key, span, !value.get_ref().is_array()),
-            expectation: format!("expected a section that begins with [{key}]"),
+            place: self.source.place(name, span, !value.get_ref().is_array()),
+            expectation: format!("expected a section that begins with [{name}]"),
         });
         None
     }

@@ -2,7 +2,7 @@ use super::*;
 use crate::vm::spec::{
     ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits, OnEnd, VmSpec,
 };
-use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
+use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
 use proptest::prelude::*;
 use std::fs;
 use std::path::PathBuf;
@@ -89,6 +89,7 @@ fn every_key_reaches_the_specification() {
         format: ImageFormat::Raw,
         extents: Vec::new(),
         backing: Vec::new(),
+        limits: DiskLimits::default(),
         shareable: false,
         queues: 1,
     };
@@ -197,7 +198,17 @@ fn keys_of_later_features_are_refused_not_ignored() {
     fault(
         "queues = 2",
         "limits = { iops = 3 }",
-        &format!("vm.toml:21:1: disk.limits: {later}"),
+        "vm.toml:21:12: disk.limits.iops = 3: unknown key",
+    );
+    fault(
+        "queues = 2",
+        "limits = { bytes_burst = \"1MiB\" }",
+        "vm.toml:21:26: disk.limits.bytes_burst = \"1MiB\": expected bytes_per_s beside it",
+    );
+    fault(
+        "queues = 2",
+        "limits = { bytes_per_s = \"1KiB\" }",
+        "vm.toml:21:26: disk.limits.bytes_per_s = \"1KiB\": expected at least 4096",
     );
     fault(
         "initrd =",
@@ -490,10 +501,20 @@ fn committed_schema_is_current() {
     assert!(committed == current, "run this test with BULKHEAD_BLESS=1");
 }
 
+fn any_limits() -> impl Strategy<Value = DiskLimits> {
+    let rate = |least: u64, most: u64| {
+        prop::option::of(
+            (least..most, least..most).prop_map(|(per_s, burst)| Rate { per_s, burst }),
+        )
+    };
+    (rate(4096, 1 << 40), rate(1, 1 << 32))
+        .prop_map(|(bytes, requests)| DiskLimits { bytes, requests })
+}
+
 prop_compose! {
     fn any_disk()(
         name in "[a-zA-Z0-9][a-zA-Z0-9._-]{0,20}",
-        read_only: bool, ephemeral: bool, shareable: bool,
+        read_only: bool, ephemeral: bool, shareable: bool, limits in any_limits(),
         serial in "[!-~]{0,20}", queues in 1u8..=8,
     ) -> DiskSpec {
         DiskSpec {
@@ -504,6 +525,7 @@ prop_compose! {
             backing: Vec::new(),
             read_only,
             ephemeral,
+            limits,
             shareable,
             serial,
             queues,

@@ -2,13 +2,15 @@
 
 use crate::backend::{self, Begun, Commit, Disk, TOKEN_COMMIT};
 use crate::job::{How, Job, Next};
+use crate::limits::Limiter;
 use crate::request::{self, Geometry, ID_BYTES, Operation, Parsed, Status};
 use bulkhead_image::Use;
 use bulkhead_ipc::device_kind::VirtioKind;
-use bulkhead_ipc::protocol::birth::DeviceOwn;
+use bulkhead_ipc::protocol::birth::{DeviceOwn, DiskLimits};
 use bulkhead_runtime::device::FIRST_TOKEN;
 use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Room, Setup, Span, Stillbirth};
 use nix::errno::Errno;
+use std::time::{Duration, Instant};
 
 const F_SIZE_MAX: u64 = 1 << 1;
 const F_SEG_MAX: u64 = 1 << 2;
@@ -38,6 +40,7 @@ pub struct Blk {
     id: [u8; ID_BYTES],
     offered: u64,
     how: How,
+    limiter: Limiter,
     jobs: Vec<Option<Job>>,
     free: Vec<usize>,
     /// Jobs that wait for room.
@@ -74,6 +77,7 @@ impl Device for Blk {
             read_only,
             serial,
             waits_for_room,
+            limits,
             ephemeral,
             layers,
         } = &setup.config.own
@@ -81,6 +85,7 @@ impl Device for Blk {
             return Err(Stillbirth::setup("no configuration of a disk"));
         };
         let (read_only, waits_for_room) = (*read_only, *waits_for_room);
+        let limiter = Limiter::new(limits, Instant::now());
         let how = match (read_only, *ephemeral) {
             (_, true) => Use::Scratch,
             (true, false) => Use::Read,
@@ -112,6 +117,7 @@ impl Device for Blk {
         Ok(Self {
             geometry: backend::geometry(disk.sectors(), read_only, offered, &config),
             disk,
+            limiter,
             config,
             id,
             offered,
@@ -173,6 +179,9 @@ impl Device for Blk {
         }
         if let Operation::Read { to: data, .. } | Operation::Write { from: data, .. } = operation {
             self.batch_bytes = self.batch_bytes.saturating_add(data.len());
+            self.limiter.take(data.len().into());
+        } else {
+            self.limiter.take(0);
         }
         let (job, next) = Job::begin(name, status_at, operation, self.how, queues, &self.geometry);
         let Some(place) = self.free.pop() else {
@@ -210,6 +219,17 @@ impl Device for Blk {
             busy |= self.commit(queues)?;
         }
         Ok(busy)
+    }
+
+    fn on_limits(&mut self, limits: &DiskLimits) {
+        self.limiter.change(limits, Instant::now());
+    }
+
+    fn rests(&mut self) -> Option<Duration> {
+        if !self.limiter.limits() {
+            return None;
+        }
+        self.limiter.wait(Instant::now())
     }
 
     fn is_full(&self) -> bool {

@@ -45,6 +45,7 @@ pub(super) fn bench_of(
             read_only,
             serial: "disk-0001".to_owned(),
             waits_for_room: true,
+            limits: DiskLimits::default(),
             ephemeral: false,
             layers,
         },

@@ -8,6 +8,7 @@
 mod backend;
 mod device;
 mod job;
+mod limits;
 mod request;
 
 pub use device::Blk;

@@ -8,7 +8,7 @@
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::birth::{
-    DeviceConfig, DeviceOwn, FdRole, ImageFormat, ImageLayer, KindConfig,
+    DeviceConfig, DeviceOwn, DiskLimits, FdRole, ImageFormat, ImageLayer, KindConfig,
 };
 use bulkhead_runtime::testing::Gate;
 use bulkhead_runtime::testing::process::{Process, Upbringing, gate_grants};
@@ -34,6 +34,7 @@ fn process_on(file: &File) -> (Gate, Process) {
             read_only: false,
             serial: "s".to_owned(),
             waits_for_room: true,
+            limits: DiskLimits::default(),
             ephemeral: false,
             layers: vec![ImageLayer {
                 format: ImageFormat::Raw,

@@ -3,6 +3,7 @@
 
 use crate::adoption::Adoption;
 use bulkhead_ipc::channel::{Channel, ChannelError};
+use bulkhead_ipc::protocol::birth::DiskLimits;
 use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
 
 /// Messages that are looked at before the device's own work has its turn again.
@@ -17,6 +18,8 @@ pub struct Wishes {
     pub resize: Option<(u16, u16)>,
     /// Do again what there was no room for.
     pub try_again: bool,
+    /// What the device may do in a second has changed.
+    pub limits: Option<DiskLimits>,
     /// There may be more messages.
     pub more: bool,
 }
@@ -71,6 +74,7 @@ impl Control {
                     wishes.resize = Some((columns, rows));
                 }
                 Ok(Some((ToDevice::TryAgain, _))) => wishes.try_again = true,
+                Ok(Some((ToDevice::Limits(limits), _))) => wishes.limits = Some(limits),
                 Err(error) => tracing::error!(%error, "the broker sent what is no message"),
             }
         }

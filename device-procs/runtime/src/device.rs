@@ -12,12 +12,13 @@ use crate::spin::Spin;
 use crate::wait::Waiter;
 use crate::{log, sys};
 use bulkhead_ipc::device_kind::VirtioKind;
-use bulkhead_ipc::protocol::birth::{DeviceConfig, FdRole, KindConfig, UringGrant};
+use bulkhead_ipc::protocol::birth::{DeviceConfig, DiskLimits, FdRole, KindConfig, UringGrant};
 use bulkhead_ipc::shared::Doorbell;
 use bulkhead_ipc::window::{Doorbells, Window, WindowLayout};
 use nix::errno::Errno;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Why a device cannot go on. Its gate then sets DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
@@ -170,6 +171,17 @@ pub trait Device: Sized {
     fn on_resize(&mut self, columns: u16, rows: u16) -> bool {
         let _no_terminal = (columns, rows);
         false
+    }
+
+    /// It may do so much in a second from now on.
+    fn on_limits(&mut self, limits: &DiskLimits) {
+        let _unlimited = limits;
+    }
+
+    /// How long it takes no requests, for it has done as much as it may. Called before each request and
+    /// before going to sleep, so it must be cheap.
+    fn rests(&mut self) -> Option<Duration> {
+        None
     }
 
     /// Does again what the host had no room for.

@@ -28,6 +28,8 @@ const REQUESTS_PER_PASS: u32 = 256;
 const PASSES_BETWEEN_LOOKS: u32 = 1024;
 /// Looks at the rings between two looks at the clock while spinning.
 const LOOKS_PER_CLOCK: u32 = 32;
+/// Shortest sleep of a device that rests: what the kernel's timer of epoll can.
+const REST_MIN: Duration = Duration::from_millis(1);
 /// Exit status after a fault.
 const EXIT_FAULT: i32 = 71;
 
@@ -114,6 +116,8 @@ impl<D: Device> Server<D> {
                 }
             } else if self.draining && self.device.in_flight() == 0 {
                 return Ok(());
+            } else if let Some(rest) = self.rest() {
+                self.sleep(Some(rest))?;
             } else if !self.look() && !self.ask_for_kicks()? {
                 let asleep = Instant::now();
                 self.sleep(None)?;
@@ -131,6 +135,7 @@ impl<D: Device> Server<D> {
             while budget > 0
                 && !self.draining
                 && !self.device.is_full()
+                && self.device.rests().is_none()
                 && let Some(chain) = self.queues.pop(index)?
             {
                 self.device.on_request(index, chain, &mut self.queues)?;
@@ -191,6 +196,12 @@ impl<D: Device> Server<D> {
         self.device.on_driver(features, &mut self.queues)
     }
 
+    /// How long to sleep although there may be requests. What is done meanwhile wakes the device.
+    fn rest(&mut self) -> Option<Duration> {
+        let rest = self.device.rests().filter(|_| !self.draining)?;
+        (!self.device.has_news()).then_some(rest.max(REST_MIN))
+    }
+
     /// Looks for work for as long as the spin budget says.
     fn look(&self) -> bool {
         let budget = self.spin.budget();
@@ -247,8 +258,12 @@ impl<D: Device> Server<D> {
             shutdown,
             resize,
             try_again,
+            limits,
             more,
         } = control.listen();
+        if let Some(limits) = limits {
+            self.device.on_limits(&limits);
+        }
         self.draining |= shutdown;
         if try_again && !self.draining {
             self.device.try_again(&mut self.queues)?;

@@ -257,6 +257,24 @@ impl std::fmt::Display for ImageFormat {
     }
 }
 
+/// So much a second in the mean, and so much at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rate {
+    /// At least 1.
+    pub per_s: u64,
+    /// What may be used at once after a time of rest; at least 1.
+    pub burst: u64,
+}
+
+/// What a disk may do in a second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DiskLimits {
+    /// Bytes read and written.
+    pub bytes: Option<Rate>,
+    /// Requests of any kind.
+    pub requests: Option<Rate>,
+}
+
 /// One image of a disk's chain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageLayer {
@@ -278,6 +296,8 @@ pub enum DeviceOwn {
         serial: String,
         /// Whether a write waits that the host's disk has no room for; else it fails.
         waits_for_room: bool,
+        /// What it may do in a second.
+        limits: DiskLimits,
         /// Whether the first image is an empty file that ends with the machine, and is to be made an image
         /// on top of the others; nothing of it has to be durable.
         ephemeral: bool,

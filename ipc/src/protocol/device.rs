@@ -1,5 +1,6 @@
 //! Broker and device processes (`legacy`, `console`, `blk`, `rng`), after birth.
 
+use super::birth::DiskLimits;
 use serde::{Deserialize, Serialize};
 
 /// Sender: broker. All are idempotent.
@@ -19,6 +20,8 @@ pub enum ToDevice {
     /// Do again what the host's disk had no room for (disks only). Answered with
     /// [`FromDevice::HasRoom`] or [`FromDevice::NoRoom`].
     TryAgain,
+    /// What the device may do in a second from now on (disks only).
+    Limits(DiskLimits),
 }
 
 /// Sender: device process.

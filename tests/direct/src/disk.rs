@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 use bulkhead_blk::Blk;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{
-    DeviceConfig, DeviceOwn, FIRST_GRANT_FD, FdRole, Grant, ImageFormat, ImageLayer, UringGrant,
-    VirtioSlot,
+    DeviceConfig, DeviceOwn, DiskLimits, FIRST_GRANT_FD, FdRole, Grant, ImageFormat, ImageLayer,
+    UringGrant, VirtioSlot,
 };
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_runtime::spin::Spin;
@@ -99,6 +99,7 @@ pub(crate) fn serve(boundary: &Ungated, mut grants: Grants, memory_bytes: u32) -
             read_only: false,
             serial: String::new(),
             waits_for_room: false,
+            limits: DiskLimits::default(),
             ephemeral: false,
             layers: vec![ImageLayer {
                 format: ImageFormat::Raw,

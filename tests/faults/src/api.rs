@@ -1,7 +1,7 @@
 //! The operations of the daemon's HTTP API, as points know them.
 
 /// Method, path behind `/v1`, name of the point.
-const OPERATIONS: [(&str, &str, &str); 21] = [
+const OPERATIONS: [(&str, &str, &str); 22] = [
     ("GET", "/version", "api.version"),
     ("GET", "/vms", "api.list"),
     ("POST", "/vms", "api.create"),
@@ -29,6 +29,11 @@ const OPERATIONS: [(&str, &str, &str); 21] = [
         "POST",
         "/vms/{name}/devices/{device}/upgrade",
         "api.upgrade-device",
+    ),
+    (
+        "POST",
+        "/vms/{name}/devices/{device}/limit",
+        "api.limit-device",
     ),
     ("POST", "/host/shutdown", "api.shutdown-host"),
 ];

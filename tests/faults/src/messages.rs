@@ -150,6 +150,7 @@ names!(TO_DEVICE, to_device, ToDevice,
     ToDevice::Ping(_) => "to-device.ping",
     ToDevice::Resize { .. } => "to-device.resize",
     ToDevice::TryAgain => "to-device.try-again",
+    ToDevice::Limits(_) => "to-device.limits",
 );
 names!(FROM_DEVICE, from_device, FromDevice,
     FromDevice::Pong(_) => "from-device.pong",
