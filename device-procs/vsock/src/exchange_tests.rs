@@ -263,6 +263,32 @@ fn listener_that_is_reached_too_late_is_let_go() {
         None,
         "what was given up is not dialled"
     );
+    for _ in 0..5000 {
+        rig.hear(HERE, Op::Request, 0, &[]);
+        rig.hear(HERE, Op::Reset, 0, &[]);
+    }
+    assert_eq!(rig.exchange.dials.len(), 0, "nor is it kept");
+}
+
+#[test]
+fn packets_of_another_guest_end_nothing() {
+    let mut rig = Rig::new();
+    let (ports, _, mut client) = rig.connected(52);
+    let reset = rig.header(ports, Op::Reset);
+    for foreign in [
+        Header {
+            src_cid: CID + 1,
+            ..reset
+        },
+        Header {
+            dst_cid: CID,
+            ..reset
+        },
+    ] {
+        rig.exchange.hear(&foreign, &[], rig.now);
+    }
+    rig.hear(ports, Op::Payload, 0, b"still there");
+    assert_eq!(heard(&mut client), b"still there");
 }
 
 #[test]
@@ -302,6 +328,8 @@ fn guest_may_use_a_port_again_while_its_last_bytes_are_read() {
     assert!(is_at_end(&mut slow));
     assert_eq!(rig.exchange.len(), 1);
     assert_eq!(rig.says(), [], "the guest hears nothing of the old one");
+    rig.hear(HERE, Op::Payload, 0, b"still there");
+    assert_eq!(heard(&mut new), b"still there");
 }
 
 /// Has the guest send until something is kept in the exchange; returns what it sent.
@@ -358,6 +386,16 @@ fn guest_without_room_is_sent_nothing_but_one_question() {
     rig.passed = 5;
     rig.hear(ports, Op::CreditUpdate, 0, &[]);
     assert_eq!(rig.say().unwrap().2, b"6789");
+    rig.passed = 7;
+    rig.hear(ports, Op::CreditUpdate, 0, &[]);
+    client.write_all(b"and so on").unwrap();
+    rig.exchange.wake(id, false, rig.now);
+    assert_eq!(rig.say().unwrap().2, b"and", "of 5 bytes it has 2 in use");
+    assert_eq!(
+        rig.says(),
+        [Op::CreditRequest],
+        "news of room allow another"
+    );
 }
 
 #[test]
@@ -374,6 +412,46 @@ fn client_that_is_gone_is_told_once_and_the_guest_has_time_to_close() {
     assert_eq!(rig.exchange.len(), 1);
     rig.now += LINGER;
     rig.exchange.expire(rig.now);
+    assert_eq!(rig.says(), [Op::Reset]);
+    assert!(rig.exchange.is_empty());
+}
+
+#[test]
+fn guest_whose_client_is_gone_has_room_for_what_nobody_reads() {
+    let mut rig = Rig::new();
+    let (id, gone) = rig.dialled(HERE);
+    let mut sent = fill(&mut rig, HERE, &gone).len();
+    drop(gone);
+    rig.exchange.wake(id, true, rig.now);
+    for _ in 0..10 {
+        rig.hear(HERE, Op::Payload, 0, &pattern(16 * 1024));
+        sent += 16 * 1024;
+    }
+    let mut told = 0;
+    while let Some((op, header, _)) = rig.say() {
+        assert_ne!(op, Op::Reset);
+        told = header.fwd_cnt;
+    }
+    assert_eq!(usize::try_from(told).unwrap(), sent);
+}
+
+#[test]
+fn client_of_a_guest_that_does_not_receive_cannot_send() {
+    let mut rig = Rig::new();
+    let (ports, _, mut client) = rig.connected(52);
+    rig.hear(ports, Op::Shutdown, SHUTDOWN_RECEIVE, &[]);
+    let error = client.write_all(b"for nobody").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+    rig.hear(ports, Op::Payload, 0, b"but hears");
+    assert_eq!(heard(&mut client), b"but hears");
+}
+
+#[test]
+fn guest_that_sends_after_its_end_loses_the_connection() {
+    let mut rig = Rig::new();
+    let (ports, ..) = rig.connected(52);
+    rig.hear(ports, Op::Shutdown, SHUTDOWN_SEND, &[]);
+    rig.hear(ports, Op::Payload, 0, b"more");
     assert_eq!(rig.says(), [Op::Reset]);
     assert!(rig.exchange.is_empty());
 }

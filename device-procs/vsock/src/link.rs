@@ -368,8 +368,8 @@ impl<S: Stream> Link<S> {
                 return Some(said(Op::CreditRequest));
             }
         }
-        // The end of what the client sent is told behind its last byte.
-        if self.client_ended != self.told_ended && self.early.is_empty() {
+        // That the client sends no more is known when its last byte has been taken.
+        if self.client_ended != self.told_ended {
             self.told_ended = self.client_ended;
             return Some(Said {
                 flags: self.told_ended,
