@@ -10,6 +10,7 @@ use super::spec::{DiskSpec, KernelSource, VmSpec};
 use crate::escape::escaped;
 use crate::image::ephemeral;
 use crate::launch::Gift;
+use crate::remains;
 use bulkhead_ipc::protocol::birth::{FdRole, ImageFormat};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
@@ -19,6 +20,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// What a machine's processes are given, besides what they share with each other.
 #[derive(Debug)]
@@ -156,6 +158,8 @@ impl Fence {
     }
 }
 
+/// How often it is looked whether a dead process's lock is gone.
+const REMAINS_POLL: Duration = Duration::from_millis(10);
 /// First byte of the part of a disk's lock that its broker holds. Disks end before it.
 const GUARD_FROM: i64 = 1 << 62;
 
@@ -362,27 +366,34 @@ pub fn image_file(what: &str, path: &Path, hold: Hold, runtime: &Path) -> Result
             "was replaced while it was opened",
         ));
     }
-    match lock(&file, Part::Use, hold) {
-        Ok(()) => Ok(file),
-        Err(Errno::EAGAIN | Errno::EACCES) => {
-            let holder = holder(now.dev(), now.ino(), runtime);
-            let cause = match hold {
-                Hold::Read => format!("is in use: {holder} may write to it"),
-                Hold::Write => format!("is in use: {holder} may use it"),
-                Hold::Share => format!(
-                    "is in use: {holder} may use it; a disk that machines share is `shareable` in all of them"
-                ),
-            };
-            Err(configuration(what, path, cause))
+    let until = Instant::now() + remains::LONGEST;
+    loop {
+        match lock(&file, Part::Use, hold) {
+            Ok(()) => return Ok(file),
+            Err(Errno::EAGAIN | Errno::EACCES) => {}
+            Err(errno) => return Err(fault(errno.into())),
         }
-        Err(errno) => Err(fault(errno.into())),
+        let holder = holding_process(now.dev(), now.ino());
+        if holder.is_none() && Instant::now() < until {
+            // Nobody has the file open: the kernel has not given up the ring of a process that is dead.
+            std::thread::sleep(REMAINS_POLL);
+            continue;
+        }
+        let holder = called(holder, runtime);
+        let cause = match hold {
+            Hold::Read => format!("is in use: {holder} may write to it"),
+            Hold::Write => format!("is in use: {holder} may use it"),
+            Hold::Share => format!(
+                "is in use: {holder} may use it; a disk that machines share is `shareable` in all of them"
+            ),
+        };
+        return Err(configuration(what, path, cause));
     }
 }
 
-/// Who has the file open: the machine whose process that is, or a process as "pid (name)", a device
-/// process rather than its broker.
-fn holder(device: u64, inode: u64, runtime: &Path) -> String {
-    let Some((pid, name)) = holding_process(device, inode) else {
+/// Who has a file open: the machine whose process that is, or a process as "process pid (name)".
+fn called(holder: Option<(u32, String)>, runtime: &Path) -> String {
+    let Some((pid, name)) = holder else {
         return "another process".to_owned();
     };
     match machine_of(pid, runtime) {
@@ -400,6 +411,8 @@ fn machine_of(pid: u32, runtime: &Path) -> Option<String> {
     Some(record.spec.name)
 }
 
+/// A process that has the file open, and its name: a device process rather than its broker. This process
+/// counts when it has it open more than once, for it has just opened it.
 fn holding_process(device: u64, inode: u64) -> Option<(u32, String)> {
     let me = std::process::id();
     let mut found = None;
@@ -408,15 +421,13 @@ fn holding_process(device: u64, inode: u64) -> Option<(u32, String)> {
         let Some(pid) = name.to_str().and_then(|n| n.parse::<u32>().ok()) else {
             continue;
         };
-        if pid == me {
-            continue;
-        }
         let Ok(fds) = fs::read_dir(entry.path().join("fd")) else {
             continue;
         };
         let same =
             |path: &Path| fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (device, inode));
-        if fds.flatten().any(|fd| same(&fd.path())) {
+        let open = fds.flatten().filter(|fd| same(&fd.path())).count();
+        if open > usize::from(pid == me) {
             let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let command = command.split(|&b| b == 0).next().unwrap_or_default();
             let holder = (pid, escaped(command).to_string());
