@@ -78,6 +78,8 @@ fn limit_is_changed_while_the_machine_runs_and_holds_for_the_next_process() {
     kill(daemon.process("web", "blk"));
     daemon.until_output("web", "BH blk-load.end");
     daemon.until_output("web", "BH done errors=0");
+    // Until then the disk is its.
+    daemon.until_state("web", "stopped");
     daemon.create_and_start("db", "mode=idle seconds=60", &["--disk", &slow]);
     daemon.fails(
         &["device", "limit", "db/rng"],
