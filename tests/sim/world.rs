@@ -111,6 +111,8 @@ pub(crate) struct World {
     running: bool,
     verdict: Option<Verdict>,
     ending_since: Option<Moment>,
+    /// What the end that has begun is to lead to.
+    ends_with: Option<Verdict>,
     /// The last things that happened, for whoever has to find out.
     trace: VecDeque<String>,
 }
@@ -162,6 +164,7 @@ impl World {
             running: false,
             verdict: None,
             ending_since: None,
+            ends_with: None,
             trace: VecDeque::new(),
         };
         for (kind, index) in [VCPU].into_iter().chain(DEVICES) {
@@ -474,13 +477,22 @@ impl World {
             }
             Output::Tell(_) => {}
             Output::End => {
-                assert!(self.ending_since.is_none(), "it ends twice");
-                self.ending_since = Some(self.now);
+                let verdict = self.life.verdict().cloned();
+                if self.ending_since.is_none() {
+                    self.ending_since = Some(self.now);
+                } else {
+                    // Its owner does not want the next life any more, which the driver puts on record.
+                    let before = &self.ends_with;
+                    assert_eq!(before, &Some(Verdict::Restart), "it ends twice");
+                    assert_ne!(&verdict, before, "it ends twice in the same way");
+                }
+                self.ends_with = verdict;
                 self.reviving.clear();
                 self.supervise(supervision::Event::End);
             }
             Output::Over(verdict) => {
                 assert!(self.verdict.is_none(), "it is over twice");
+                assert_eq!(self.ends_with.as_ref(), Some(&verdict), "it is over otherwise");
                 self.verdict = Some(verdict);
             }
         }
