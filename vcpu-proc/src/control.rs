@@ -215,9 +215,9 @@ impl Control<'_> {
                 self.ports.press_power_button();
                 self.lines.raise_events();
             }
-            Action::PrepareSlot(slot, generation, blame) => {
-                self.news.forget(slot, generation);
-                self.virtio.prepare_slot(slot, generation, blame);
+            Action::PrepareSlot(slot, successor) => {
+                self.news.forget(slot, successor.generation);
+                self.virtio.prepare_slot(slot, successor);
                 self.news.tell(&mut self.outbox, &self.virtio);
             }
             Action::LoseDevice(slot) => self.virtio.device_lost(slot),

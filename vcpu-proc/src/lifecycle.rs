@@ -13,6 +13,7 @@
 
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, Outcome, ToVcpu};
 
+use crate::gate::Successor;
 use crate::group::{Directive, Ending};
 
 /// What has happened.
@@ -39,9 +40,8 @@ pub enum Action {
     Send(FromVcpu),
     /// Press the power button.
     PressPowerButton,
-    /// Make this slot ready for a device process of this generation; the last value is whether a
-    /// request may have killed the one before.
-    PrepareSlot(u8, u32, bool),
+    /// Make this slot ready for another device process.
+    PrepareSlot(u8, Successor),
     /// Answer the requests of this slot with errors.
     LoseDevice(u8),
     /// Make the legacy page ready for a process of this generation.
@@ -118,7 +118,15 @@ impl Lifecycle {
                 slot,
                 generation,
                 blame,
-            } => vec![Action::PrepareSlot(slot, generation, blame)],
+                fields_change,
+            } => vec![Action::PrepareSlot(
+                slot,
+                Successor {
+                    generation,
+                    blame,
+                    fields_change,
+                },
+            )],
             ToVcpu::Tell => self.tell(),
             ToVcpu::DeviceLost { slot } => vec![Action::LoseDevice(slot)],
             ToVcpu::PrepareLegacy { generation } => vec![Action::PrepareLegacy(generation)],

@@ -1,8 +1,11 @@
 //! The devices of a machine, and the processes that serve them.
 
-use crate::vm::session::ProgramFile;
-use bulkhead_ipc::protocol::birth::{DiskLimits, Rate};
+use crate::escape::escaped;
+use crate::vm::session::{Medium, ProgramFile};
+use crate::vm::spec::{BackingSpec, FILES_MAX, FileSpec};
+use bulkhead_ipc::protocol::birth::{DiskLimits, ImageFormat, Rate};
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// Whether a device is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -136,6 +139,71 @@ impl From<DiskLimits> for LimitDevice {
             requests_per_s: limits.requests.map(|rate| rate.per_s),
             requests_burst: limits.requests.map(|rate| rate.burst),
         }
+    }
+}
+
+/// Body of `POST /v1/vms/NAME/devices/DEVICE/resize`: what a disk is grown to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeDevice {
+    /// In bytes, a multiple of 512.
+    pub bytes: u64,
+}
+
+/// Body of `POST /v1/vms/NAME/devices/DEVICE/medium`: what a disk is made of from now on, until the machine
+/// ends. All paths are absolute.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeMedium {
+    /// The image or block device.
+    pub path: PathBuf,
+    /// Its format: `raw`, `qcow2` or `vmdk`.
+    pub format: ImageFormat,
+    /// The images below it, the one next to it first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<BackingFile>,
+    /// The files with the data of a VMDK image.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extents: Vec<PathBuf>,
+}
+
+/// An image below another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackingFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: ImageFormat,
+}
+
+impl ChangeMedium {
+    /// The medium that is meant.
+    ///
+    /// # Errors
+    /// The field, its value and what was expected.
+    pub fn medium(self) -> Result<Medium, String> {
+        let below = self.backing.iter().map(|below| &below.path);
+        let mut paths = std::iter::once(&self.path)
+            .chain(below)
+            .chain(&self.extents);
+        if let Some(path) = paths.find(|path| !path.is_absolute()) {
+            let path = escaped(path.as_os_str().as_encoded_bytes());
+            return Err(format!("path: got {path}, expected an absolute path"));
+        }
+        if 1 + self.backing.len() + self.extents.len() > FILES_MAX {
+            return Err(format!(
+                "files: got {}, expected at most {FILES_MAX}",
+                1 + self.backing.len() + self.extents.len()
+            ));
+        }
+        let below = |BackingFile { path, format }| BackingSpec { path, format };
+        Ok(Medium {
+            path: self.path,
+            format: self.format,
+            extents: self.extents.into_iter().map(|path| FileSpec { path }).collect(),
+            backing: self.backing.into_iter().map(below).collect(),
+        })
     }
 }
 

@@ -10,7 +10,9 @@ mod error;
 pub mod frame;
 pub mod time;
 
-pub use device::{Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited};
+pub use device::{
+    BackingFile, ChangeMedium, Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited, ResizeDevice,
+};
 pub use error::{ApiError, Code};
 
 use crate::launch::users::UserRange;

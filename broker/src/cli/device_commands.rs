@@ -1,4 +1,4 @@
-//! `device list`, `device restart`, `device upgrade`, `device limit`.
+//! `device list`, `device restart`, `device upgrade`, `device limit`, `device resize`, `device medium`.
 
 use super::client_args::ClientArgs;
 use super::failure::{Failure, printable};
@@ -6,9 +6,14 @@ use super::machine_commands::{Names, side_by_side, tell};
 use super::paths::PathOptions;
 use super::show_commands::{row, table};
 use crate::api::client::{Client, ClientError};
-use crate::api::{Device, DeviceChanged, Devices, LimitDevice, Limited};
-use crate::vmfile::{is_name, parse_size, show_size};
+use crate::api::{
+    BackingFile, ChangeMedium, Device, DeviceChanged, Devices, LimitDevice, Limited, ResizeDevice,
+};
+use crate::vmfile::{is_name, parse_format, parse_size, show_size};
+use bulkhead_ipc::protocol::birth::ImageFormat;
 use clap::{Args, Subcommand};
+use serde::Serialize;
+use std::path::PathBuf;
 
 /// What to do with devices.
 #[derive(Debug, Subcommand)]
@@ -42,7 +47,42 @@ pub(super) enum DeviceCommand {
     /// all takes every limit away. A VM file says what holds from the start: limits of [[disk]].
     #[command(after_long_help = LIMIT_EXAMPLES)]
     Limit(LimitArgs),
+    /// Grow a disk while its machine runs
+    ///
+    /// The image is grown, and the guest is told that its disk is larger: Linux says so in its log, and file systems
+    /// on it can be grown then. For raw and qcow2 images, and for block devices that have grown. A disk is
+    /// never made smaller while its machine runs.
+    #[command(after_long_help = RESIZE_EXAMPLES)]
+    Resize(ResizeArgs),
+    /// Change the medium of a disk while its machine runs
+    ///
+    /// The guest sees a disk with another size and other contents, as if it had been pulled out and another one
+    /// put in its place: unmount what is on it first. This holds until the machine ends; the VM file stays as it is.
+    /// A medium that cannot be served is taken back.
+    #[command(after_long_help = MEDIUM_EXAMPLES)]
+    Medium(MediumArgs),
 }
+
+const RESIZE_EXAMPLES: &str = "\
+Exit codes:
+  0  the disk has at least that size
+  2  there is no such machine or disk
+  6  a machine does not run, or the disk cannot be grown
+
+Examples:
+  bulkhead device resize web/disk0 20GiB
+";
+
+const MEDIUM_EXAMPLES: &str = "\
+Exit codes:
+  0  the disk is made of these files
+  2  there is no such machine or disk
+  6  a machine does not run, or the files cannot be had or served; the disk is what it was
+
+Examples:
+  bulkhead device medium web/cd0 second.img
+  bulkhead device medium web/disk1 data.qcow2 --format qcow2 --backing base.img:raw
+";
 
 const LIST_EXAMPLES: &str = "\
 Examples:
@@ -156,6 +196,85 @@ pub(super) struct LimitArgs {
     client: ClientArgs,
 }
 
+/// Options of `device resize`.
+#[derive(Debug, Args)]
+pub(super) struct ResizeArgs {
+    /// Disk
+    #[arg(value_name = "VM/DEVICE", value_parser = one_device)]
+    target: Target,
+    /// What it is to have at least, such as 20GiB
+    #[arg(value_name = "SIZE", value_parser = parse_size)]
+    bytes: u64,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+/// Options of `device medium`.
+#[derive(Debug, Args)]
+pub(super) struct MediumArgs {
+    /// Disk
+    #[arg(value_name = "VM/DEVICE", value_parser = one_device)]
+    target: Target,
+    /// Image file or block device
+    #[arg(value_name = "PATH", value_parser = absolute)]
+    path: PathBuf,
+    /// Its format: raw, qcow2 or vmdk
+    #[arg(long, default_value = "raw", value_parser = parse_format)]
+    format: ImageFormat,
+    /// Image below it, the next one first
+    #[arg(long, value_name = "PATH:FORMAT", value_parser = backing)]
+    backing: Vec<BackingFile>,
+    /// File with data of a VMDK image, in the order of its descriptor
+    #[arg(long, value_name = "PATH", value_parser = absolute)]
+    extent: Vec<PathBuf>,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+fn absolute(path: &str) -> Result<PathBuf, String> {
+    std::path::absolute(path).map_err(|error| error.to_string())
+}
+
+fn backing(text: &str) -> Result<BackingFile, String> {
+    let (path, format) = text.rsplit_once(':').ok_or("expected PATH:FORMAT")?;
+    Ok(BackingFile {
+        path: absolute(path)?,
+        format: parse_format(format)?,
+    })
+}
+
+fn resize(args: &ResizeArgs, options: &PathOptions) -> Result<u8, Failure> {
+    let wish = ResizeDevice { bytes: args.bytes };
+    another_disk("resize", &args.target, &wish, &args.client, options)
+}
+
+fn medium(args: &MediumArgs, options: &PathOptions) -> Result<u8, Failure> {
+    let wish = ChangeMedium {
+        path: args.path.clone(),
+        format: args.format,
+        backing: args.backing.clone(),
+        extents: args.extent.clone(),
+    };
+    another_disk("medium", &args.target, &wish, &args.client, options)
+}
+
+fn another_disk(
+    verb: &str,
+    target: &Target,
+    wish: &(impl Serialize + Sync),
+    client: &ClientArgs,
+    options: &PathOptions,
+) -> Result<u8, Failure> {
+    let answer = client.talk(options, async |client| {
+        let device = target.device.as_deref().unwrap_or_default();
+        let path = format!("/v1/vms/{}/devices/{device}/{verb}", target.vm);
+        Ok(client.post::<DeviceChanged>(&path, Some(wish)).await)
+    })?;
+    tell(client.json.then_some(true), vec![answer], |changed| {
+        changed.iter().map(show_change).collect()
+    })
+}
+
 fn limit(args: &LimitArgs, options: &PathOptions) -> Result<u8, Failure> {
     let wish = LimitDevice {
         bytes_per_s: args.bytes_per_s,
@@ -215,6 +334,8 @@ pub(super) fn run(command: &DeviceCommand, options: &PathOptions) -> Result<u8, 
         DeviceCommand::Restart(args) => change("restart", &args.targets, &args.client, options),
         DeviceCommand::Upgrade(args) => change("upgrade", &args.targets, &args.client, options),
         DeviceCommand::Limit(args) => limit(args, options),
+        DeviceCommand::Resize(args) => resize(args, options),
+        DeviceCommand::Medium(args) => medium(args, options),
     }
 }
 

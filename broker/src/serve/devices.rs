@@ -9,12 +9,12 @@ use super::host::Host;
 use super::routes::{Answer, Caller, Json, carried_out, json};
 use super::view::View;
 use crate::api::{
-    ApiError, Code, Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited,
-    SCHEMA_VERSION, State as Doing,
+    ApiError, ChangeMedium, Code, Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited,
+    ResizeDevice, SCHEMA_VERSION, State as Doing,
 };
 use crate::launch::program_path;
 use crate::vm::record::Record;
-use crate::vm::session::{Command, Event, ProgramFile};
+use crate::vm::session::{Command, DiskChange, Event, ProgramFile};
 use crate::vmfile::is_name;
 use axum::Extension;
 use axum::extract::{FromRequestParts, Path, State};
@@ -306,6 +306,22 @@ impl Vm {
         })
     }
 
+    /// Gives a disk another size or medium.
+    async fn change_disk(&self, name: &str, change: DiskChange) -> Result<DeviceChanged, ApiError> {
+        let _one_at_a_time = self.replacing.lock().await;
+        let before = Before::of(&self.view.borrow(), name)?;
+        let kind = &before.device.kind;
+        if *kind != ProcKind::Blk.name() {
+            let vm = &self.view.borrow().record.name;
+            let line = format!("{vm}/{name} is a {kind}, expected a disk");
+            return Err(ApiError::new(Code::BadRequest, line));
+        }
+        let device = name.to_owned();
+        let command = Command::ChangeDisk { device, change };
+        let new = self.replace_device(&before, command).await?;
+        Ok(self.device_changed(true, before.device, new))
+    }
+
     fn device_changed(&self, changed: bool, old: Device, new: Device) -> DeviceChanged {
         DeviceChanged {
             schema_version: SCHEMA_VERSION,
@@ -402,6 +418,35 @@ pub(super) async fn limit(
         .limits()
         .map_err(|e| ApiError::new(Code::BadRequest, e))?;
     json(&carried_out(async move { vm.limit_device(&device, limits).await }).await?)
+}
+
+/// `POST /v1/vms/NAME/devices/DEVICE/resize`.
+pub(super) async fn resize(
+    State(host): State<Arc<Host>>,
+    Extension(caller): Extension<Caller>,
+    Named(name, device): Named,
+    Json(wish): Json<ResizeDevice>,
+) -> Answer {
+    let vm = host.vm(&name).await?;
+    let bytes = wish.bytes;
+    tracing::info!(vm = name, device, bytes, user = caller.0, "resize device");
+    let change = DiskChange::Size { bytes };
+    json(&carried_out(async move { vm.change_disk(&device, change).await }).await?)
+}
+
+/// `POST /v1/vms/NAME/devices/DEVICE/medium`.
+pub(super) async fn medium(
+    State(host): State<Arc<Host>>,
+    Extension(caller): Extension<Caller>,
+    Named(name, device): Named,
+    Json(wish): Json<ChangeMedium>,
+) -> Answer {
+    let vm = host.vm(&name).await?;
+    tracing::info!(vm = name, device, user = caller.0, "change medium");
+    let medium = wish.medium();
+    let medium = medium.map_err(|e| ApiError::new(Code::BadRequest, e))?;
+    let change = DiskChange::Medium(medium);
+    json(&carried_out(async move { vm.change_disk(&device, change).await }).await?)
 }
 
 #[cfg(test)]

@@ -72,6 +72,9 @@ pub(super) fn asked(command: &Command) -> Option<Value> {
         Command::LimitDevice { device, limits } => {
             return Some(json!({ "for": "limit_device", "device": device, "limits": limits }));
         }
+        Command::ChangeDisk { device, change } => {
+            return Some(json!({ "for": change.verb(), "device": device, "to": change }));
+        }
         Command::Resize { .. } => return None,
     };
     Some(json!({ "for": word }))

@@ -59,6 +59,14 @@ pub(super) fn router(host: Arc<Host>) -> Router {
             "/v1/vms/{name}/devices/{device}/limit",
             post(devices::limit),
         )
+        .route(
+            "/v1/vms/{name}/devices/{device}/resize",
+            post(devices::resize),
+        )
+        .route(
+            "/v1/vms/{name}/devices/{device}/medium",
+            post(devices::medium),
+        )
         .route("/v1/host/shutdown", post(host_shutdown))
         .fallback(nothing_there)
         .method_not_allowed_fallback(wrong_method)

@@ -2,12 +2,13 @@
 //! specification, the same for the gates and for the device processes.
 
 use super::household::Positions;
+use super::record::Record;
 use super::session::default_name;
 use super::spec::{ConsoleSpec, DiskSpec, OnDiskFull, VmSpec};
 use crate::image::chain::name_of;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{
-    DeviceConfig, DeviceOwn, DiskLimits, ImageFormat, ImageLayer, VirtioSlot,
+    DeviceConfig, DeviceOwn, ImageFormat, ImageLayer, VirtioSlot,
 };
 use bulkhead_ipc::window::WindowLayout;
 
@@ -162,6 +163,7 @@ fn disk(slot: u8, index: u16, spec: &DiskSpec, waits_for_room: bool) -> DevicePl
             limits: spec.limits,
             ephemeral: spec.ephemeral,
             layers: layers(spec),
+            bytes_min: spec.bytes_min,
         },
     }
 }
@@ -217,23 +219,26 @@ impl DevicePlan {
     }
 
     /// As its process sees it; a console's streams go on at `positions`, and its terminal has `size`
-    /// unless it was never resized; a disk has the limits that it had at the start, unless they were changed.
+    /// unless it was never resized; a disk is what `record` says that it was changed to.
     #[must_use]
     pub(super) fn as_device(
         &self,
         positions: Positions,
         size: Option<(u16, u16)>,
-        limits: Option<DiskLimits>,
+        record: &Record,
     ) -> DeviceConfig {
         let mut own = self.own.clone();
-        if let (
-            DeviceOwn::Blk {
-                limits: at_start, ..
-            },
-            Some(limits),
-        ) = (&mut own, limits)
+        if let DeviceOwn::Blk {
+            limits,
+            layers,
+            bytes_min,
+            ..
+        } = &mut own
         {
-            *at_start = limits;
+            *limits = record.limits_of(&self.name).unwrap_or(*limits);
+            if let Some(disk) = record.changed_disk(&self.name) {
+                (*layers, *bytes_min) = (self::layers(disk), disk.bytes_min);
+            }
         }
         if let DeviceOwn::Console {
             output_position,

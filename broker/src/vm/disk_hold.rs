@@ -16,7 +16,7 @@ use super::resources::{DiskFiles, Hold, Part, lock};
 use super::spec::DiskSpec;
 use nix::errno::Errno;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
@@ -92,6 +92,29 @@ impl DiskHold {
                 .collect::<io::Result<_>>()?,
             grows: files.grows,
         })
+    }
+
+    /// Has a raw image have `bytes` bytes at least, and returns how many it has. A block device has what
+    /// it has.
+    ///
+    /// # Errors
+    /// The kernel's error; a block device that is too small.
+    pub(super) fn grow(&self, bytes: u64) -> io::Result<u64> {
+        let [FileHold { guard, block, .. }] = self.own.as_slice() else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        // The length of a block device is where its end is.
+        let has = (&mut &*guard).seek(SeekFrom::End(0))?;
+        if has >= bytes {
+            return Ok(has);
+        }
+        if *block {
+            return Err(io::Error::other(format!(
+                "its block device has {has} bytes, expected {bytes}: that has to grow first"
+            )));
+        }
+        guard.set_len(bytes)?;
+        Ok(bytes)
     }
 
     /// Tries to have the disk for the next process. `None` while the last one may still reach it.

@@ -3,6 +3,7 @@
 //! The broker is on no data path: all it does while a guest runs is to sleep on control channels,
 //! pidfds, logs, its owner's commands and deadlines.
 
+mod medium;
 mod revival;
 mod room;
 mod takeover;
@@ -151,31 +152,29 @@ async fn run_at(
     events: mpsc::Sender<Event>,
     begin: Begin,
 ) -> Result<Finished, RunError> {
-    let (spec, options) = (
-        &keeper.record().spec.clone(),
-        &keeper.record().options.clone(),
-    );
-    let devices = devices::plan(spec);
+    let options = &keeper.record().options.clone();
+    let mut spec = keeper.record().spec_now();
+    let mut devices = devices::plan(&spec);
     let host = |cause: std::io::Error| RunError::Host {
         lacks: cause.to_string(),
     };
     if !matches!(begin, Begin::Over(_)) {
-        group_limits::check(spec, &devices, compiled, options.reach)?;
+        group_limits::check(&spec, &devices, compiled, options.reach)?;
     }
     let (mut resources, mut found, (rings, consoles)) = match begin {
         Begin::Over(Found { processes, kept }) => {
-            let rings = Rings::adopt(spec, &options.state, kept).map_err(host)?;
+            let rings = Rings::adopt(&spec, &options.state, kept).map_err(host)?;
             (None, Some(processes), rings)
         }
         Begin::Again => {
-            let resources = Resources::open(spec, options)?;
-            let kept = Rings::adopt(spec, &options.state, Vec::new());
-            let rings = kept.or_else(|_| Rings::make(spec, &options.state))?;
+            let resources = Resources::open(&spec, options)?;
+            let kept = Rings::adopt(&spec, &options.state, Vec::new());
+            let rings = kept.or_else(|_| Rings::make(&spec, &options.state))?;
             (Some(resources), None, rings)
         }
         Begin::First => {
-            let resources = Resources::open(spec, options)?;
-            (Some(resources), None, Rings::make(spec, &options.state)?)
+            let resources = Resources::open(&spec, options)?;
+            (Some(resources), None, Rings::make(&spec, &options.state)?)
         }
     };
     let mut tell = Teller { events, dropped: 0 };
@@ -194,8 +193,8 @@ async fn run_at(
     loop {
         let may_restart = options.reboot && restarts < spec.limits.restarts_max;
         let fence = match &resources {
-            Some(resources) => Fence::new(spec, resources),
-            None => Ok(Fence::around(spec)),
+            Some(resources) => Fence::new(&spec, resources),
+            None => Ok(Fence::around(&spec)),
         };
         let fence = fence.map_err(|cause| RunError::Host {
             lacks: format!("a way to watch the disks: {cause}"),
@@ -204,7 +203,7 @@ async fn run_at(
             launcher: &mut launcher,
             compiled,
             policies: options.policies.as_deref(),
-            spec,
+            spec: &spec,
             devices: &devices,
             rings: &rings,
             keeper,
@@ -271,7 +270,10 @@ async fn run_at(
                 restarts += 1;
                 keeper.start_again();
                 tell.event(Event::Restarting { count: restarts });
-                resources = Some(Resources::open(spec, options)?);
+                // With its disks as they are now.
+                spec = keeper.record().spec_now();
+                devices = devices::plan(&spec);
+                resources = Some(Resources::open(&spec, options)?);
             }
         }
     }
@@ -504,6 +506,7 @@ impl Machine<'_> {
             Command::RestartDevice(name) => self.replace(name, false),
             Command::UpgradeDevice(name) => self.replace(name, true),
             Command::LimitDevice { device, limits } => self.limit(device, *limits),
+            Command::ChangeDisk { device, change } => self.change_disk(device, change),
             Command::Pause => self.note_pause(true),
             Command::Resume => {
                 self.note_pause(false);

@@ -368,6 +368,11 @@ impl Household {
         disk.claim().map(|free| free.map(Some))
     }
 
+    /// The files that the next process of disk `index` gets.
+    pub(super) fn disk_hold(&mut self, index: u16) -> Option<&mut Option<DiskHold>> {
+        self.standing.disks.get_mut(usize::from(index))
+    }
+
     /// Starts `id` in the place of the generation before it, which is dead.
     pub(super) fn launch_again(
         &mut self,
@@ -603,8 +608,8 @@ impl Midwife<'_, '_> {
             (VirtioKind::Console, Some(ring)) => gifts.extend(ring.gifts()),
             (VirtioKind::Console, None) => {}
         }
-        let limits = self.nursery.keeper.record().limits_of(&device.name);
-        let config = KindConfig::Device(device.as_device(positions, size, limits));
+        let record = self.nursery.keeper.record();
+        let config = KindConfig::Device(device.as_device(positions, size, record));
         let id = ProcId {
             kind: device.kind.proc_kind(),
             index: device.index,

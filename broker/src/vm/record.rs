@@ -16,7 +16,7 @@
 //! what an old one has started.
 
 use super::session::RunOptions;
-use super::spec::VmSpec;
+use super::spec::{DiskSpec, VmSpec};
 use super::state::Verdict;
 use crate::authority::sys::open_process;
 use crate::escape::escaped;
@@ -174,6 +174,9 @@ pub struct Record {
     /// Disks whose limits were changed, and what they are now.
     #[serde(default)]
     pub limits: Vec<(String, DiskLimits)>,
+    /// Disks that were given another size or another medium, as they are now.
+    #[serde(default)]
+    pub changed_disks: Vec<DiskSpec>,
 }
 
 impl Record {
@@ -196,6 +199,7 @@ impl Record {
             pause_wanted: false,
             no_room: Vec::new(),
             limits: Vec::new(),
+            changed_disks: Vec::new(),
         })
     }
 
@@ -224,6 +228,24 @@ impl Record {
     pub fn limits_of(&self, device: &str) -> Option<DiskLimits> {
         let changed = self.limits.iter().find(|(name, _)| name == device)?;
         Some(changed.1)
+    }
+
+    /// A disk as it is now, where that was changed.
+    #[must_use]
+    pub fn changed_disk(&self, device: &str) -> Option<&DiskSpec> {
+        self.changed_disks.iter().find(|disk| disk.name == device)
+    }
+
+    /// The machine with its disks as they are now.
+    #[must_use]
+    pub fn spec_now(&self) -> VmSpec {
+        let mut spec = self.spec.clone();
+        for disk in &mut spec.disks {
+            if let Some(changed) = self.changed_disk(&disk.name) {
+                disk.clone_from(changed);
+            }
+        }
+        spec
     }
 
     /// The process with the place of `id`, whichever its generation.

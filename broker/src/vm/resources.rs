@@ -272,7 +272,10 @@ fn core_file(path: &Path) -> Result<File, RunError> {
 }
 
 /// Opens everything that a disk is made of and takes the locks.
-fn disk_files(spec: &DiskSpec, options: &RunOptions) -> Result<DiskFiles, RunError> {
+///
+/// # Errors
+/// As [`Resources::open`].
+pub(super) fn disk_files(spec: &DiskSpec, options: &RunOptions) -> Result<DiskFiles, RunError> {
     let what = format!("disk {}", spec.name);
     let image = |path: &Path, hold| image_file(&what, path, hold, &options.runtime);
     let hold = Hold::of(spec);

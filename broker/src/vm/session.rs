@@ -2,13 +2,14 @@
 //! ends, and how a run ended. Plain types; the command line and, later, the API are the callers.
 
 use super::any_path;
+use super::spec::{BackingSpec, DiskSpec, FileSpec};
 use crate::launch::cgroup::Reach;
 use crate::launch::users::UserRange;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::ProcId;
 use bulkhead_ipc::input_ring::InputWriter;
 use bulkhead_ipc::output_ring::OutputReader;
-use bulkhead_ipc::protocol::birth::DiskLimits;
+use bulkhead_ipc::protocol::birth::{DiskLimits, ImageFormat};
 use bulkhead_ipc::protocol::vcpu::Outcome;
 use bulkhead_ipc::shared::Doorbell;
 use bulkhead_policies::explain::Explanation;
@@ -110,6 +111,14 @@ pub enum Command {
         /// What it may do.
         limits: DiskLimits,
     },
+    /// Another size or medium for a disk, until the machine ends. If it cannot be served, the disk is what
+    /// it was, and [`Event::Refused`] says so.
+    ChangeDisk {
+        /// Its name in the VM file.
+        device: String,
+        /// What it is to be.
+        change: DiskChange,
+    },
     /// The attached terminal has this size.
     Resize {
         /// Columns.
@@ -117,6 +126,63 @@ pub enum Command {
         /// Rows.
         rows: u16,
     },
+}
+
+/// What a disk of a running machine is to be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskChange {
+    /// As large as this; a multiple of 512. It is never made smaller.
+    Size {
+        /// In bytes.
+        bytes: u64,
+    },
+    /// Made of other files.
+    Medium(Medium),
+}
+
+impl DiskChange {
+    /// What a person calls it.
+    #[must_use]
+    pub const fn verb(&self) -> &'static str {
+        match self {
+            Self::Size { .. } => "resize",
+            Self::Medium(_) => "medium",
+        }
+    }
+}
+
+/// The files of a disk, as in a VM file. All paths are absolute.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Medium {
+    /// The image.
+    #[serde(with = "any_path")]
+    pub path: PathBuf,
+    /// Its format.
+    pub format: ImageFormat,
+    /// The files with the data of a VMDK image.
+    pub extents: Vec<FileSpec>,
+    /// The images below it.
+    pub backing: Vec<BackingSpec>,
+}
+
+impl Medium {
+    /// The disk `now` with this medium.
+    pub(super) fn in_place_of(&self, now: &DiskSpec) -> DiskSpec {
+        let Self {
+            path,
+            format,
+            extents,
+            backing,
+        } = self.clone();
+        DiskSpec {
+            path,
+            format,
+            extents,
+            backing,
+            bytes_min: 0,
+            ..now.clone()
+        }
+    }
 }
 
 /// What happens to a machine, for whoever watches. Text is one line and free of control characters,

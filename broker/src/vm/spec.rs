@@ -121,6 +121,9 @@ pub struct DiskSpec {
     pub serial: String,
     /// Number of virtqueues, 1 to [`DISK_QUEUES_MAX`].
     pub queues: u8,
+    /// What it was grown to in bytes while its machine ran; 0 where it was not.
+    #[serde(default)]
+    pub bytes_min: u64,
 }
 
 const fn raw() -> ImageFormat {
@@ -143,6 +146,7 @@ impl DiskSpec {
             shareable: false,
             serial: String::new(),
             queues: 1,
+            bytes_min: 0,
         }
     }
 }
@@ -388,7 +392,7 @@ impl VmSpec {
 }
 
 impl DiskSpec {
-    fn check(&self, n: usize) -> Result<(), SpecError> {
+    pub(super) fn check(&self, n: usize) -> Result<(), SpecError> {
         check_name(&format!("disk[{n}].name"), &self.name)?;
         expect(
             self.serial.len() <= SERIAL_BYTES_MAX && self.serial.is_ascii(),
@@ -467,6 +471,7 @@ mod tests {
             limits: DiskLimits::default(),
             shareable: false,
             queues: 1,
+            bytes_min: 0,
         }
     }
 

@@ -311,7 +311,8 @@ impl Life {
                 Command::Resize { .. }
                 | Command::RestartDevice(_)
                 | Command::UpgradeDevice(_)
-                | Command::LimitDevice { .. },
+                | Command::LimitDevice { .. }
+                | Command::ChangeDisk { .. },
                 _,
             )
             | (Command::PowerButton | Command::Pause | Command::Resume, _) => Vec::new(),

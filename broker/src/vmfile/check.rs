@@ -330,6 +330,7 @@ impl Checker {
             ),
             queues: draft.queues.as_ref().map_or(1, |queues| queues.value),
             name,
+            bytes_min: 0,
         }
     }
 

@@ -135,10 +135,11 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    /// Takes over a disk, with room for `jobs` operations in progress.
+    /// Takes over a disk of at least `bytes_min` bytes, with room for `jobs` operations in progress.
     pub(crate) fn open(
         layers: &[ImageLayer],
         how: Use,
+        bytes_min: u64,
         jobs: u32,
         setup: &mut Setup<'_>,
         token: u8,
@@ -155,7 +156,10 @@ impl Disk {
                 }
             }
         }
-        let image = Image::open(chain, how).map_err(Stillbirth::setup)?;
+        let mut image = Image::open(chain, how).map_err(Stillbirth::setup)?;
+        if how == Use::Write {
+            image.grow(bytes_min).map_err(Stillbirth::setup)?;
+        }
         if let Some(bytes) = image.file_bytes_max() {
             // A raw image ends where it ends. How far this one may grow, only its header tells.
             setrlimit(Resource::RLIMIT_FSIZE, bytes, bytes)

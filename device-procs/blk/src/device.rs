@@ -80,11 +80,12 @@ impl Device for Blk {
             limits,
             ephemeral,
             layers,
+            bytes_min,
         } = &setup.config.own
         else {
             return Err(Stillbirth::setup("no configuration of a disk"));
         };
-        let (read_only, waits_for_room) = (*read_only, *waits_for_room);
+        let (read_only, waits_for_room, bytes_min) = (*read_only, *waits_for_room, *bytes_min);
         let limiter = Limiter::new(limits, Instant::now());
         let how = match (read_only, *ephemeral) {
             (_, true) => Use::Scratch,
@@ -110,7 +111,7 @@ impl Device for Blk {
             .map(|&s| usize::from(s))
             .sum();
         let entries = u32::try_from(jobs).map_err(Stillbirth::setup)?;
-        let disk = Disk::open(&layers, how, entries, setup, TOKEN_RING)?;
+        let disk = Disk::open(&layers, how, bytes_min, entries, setup, TOKEN_RING)?;
         let offered = offered(setup.config.features, read_only);
         let mut config = setup.config.config.clone();
         config.resize(VirtioKind::Blk.config_bytes(), 0);

@@ -48,6 +48,7 @@ pub(super) fn bench_of(
             limits: DiskLimits::default(),
             ephemeral: false,
             layers,
+            bytes_min: 0,
         },
     };
     let held = files

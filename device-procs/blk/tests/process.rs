@@ -40,6 +40,7 @@ fn process_on(file: &File) -> (Gate, Process) {
                 format: ImageFormat::Raw,
                 files: vec!["disk.img".to_owned()],
             }],
+            bytes_min: 0,
         },
     };
     let upbringing = Upbringing::new(ProcKind::Blk, KindConfig::Device(config));

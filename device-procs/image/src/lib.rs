@@ -185,6 +185,30 @@ impl Image {
         }
     }
 
+    /// Grows the disk to `bytes` bytes, unless it has as many. Blocks. The new size is the kernel's when this
+    /// returns: who opens the image after a death finds the old size or the new one.
+    ///
+    /// # Errors
+    /// [`ImageError`] when the image cannot grow, or the host has no room for its tables.
+    pub fn grow(&mut self, bytes: u64) -> Result<(), ImageError> {
+        if bytes <= self.bytes() {
+            return Ok(());
+        }
+        match self {
+            Self::Flat(_) => Err(ImageError::Field {
+                file: "disk".to_owned(),
+                field: "size",
+                got: format!("{} bytes", self.bytes()),
+                expected: format!("at least {bytes}: only raw and qcow2 images grow"),
+            }),
+            Self::Qcow2(image) => {
+                image.resize(bytes)?;
+                let done = image.commit();
+                done.map_err(|errno| ImageError::io("disk", errno))
+            }
+        }
+    }
+
     /// Size of the disk in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {

@@ -303,6 +303,8 @@ pub enum DeviceOwn {
         ephemeral: bool,
         /// The images, the writable one first.
         layers: Vec<ImageLayer>,
+        /// A disk that is smaller is grown to as many bytes before it is served; 0 for none.
+        bytes_min: u64,
     },
     /// Console.
     Console {

@@ -8,6 +8,6 @@ pub mod image;
 pub mod vcpu;
 
 /// Version of all control messages; both sides must have the same one.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// Longest text in a message in bytes, so that any message fits a packet.
 pub const TEXT_BYTES_MAX: usize = 48 * 1024;

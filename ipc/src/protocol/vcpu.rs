@@ -28,6 +28,9 @@ pub enum ToVcpu {
         generation: u32,
         /// Whether what the dead process was working on may have killed it.
         blame: bool,
+        /// Whether what only the device knows may be another from now on: its owner has changed the
+        /// disk's size or its medium. The guest is told of what is different.
+        fields_change: bool,
     },
     /// The device process in this virtio slot is gone and will have no successor; its requests are
     /// answered with errors.

@@ -105,6 +105,7 @@ pub(crate) fn serve(boundary: &Ungated, mut grants: Grants, memory_bytes: u32) -
                 format: ImageFormat::Raw,
                 files: vec!["disk".to_owned()],
             }],
+            bytes_min: 0,
         },
     };
     let operations = UringGrant {

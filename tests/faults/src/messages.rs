@@ -238,6 +238,7 @@ mod tests {
             slot: 1,
             generation: 2,
             blame: false,
+            fields_change: false,
         })
         .unwrap();
         assert_eq!(

@@ -61,6 +61,8 @@ pub(crate) struct Gate {
     /// Generation of the device process that the window is for.
     pub(super) generation: u32,
     pub(super) phase: Phase,
+    /// Whether that process may publish other fields than the one before.
+    pub(super) fields_change: bool,
     /// Whether that process has published its configuration.
     pub(super) published: bool,
     /// Whether any process of this device has.
@@ -106,6 +108,7 @@ impl Gate {
             link,
             generation: slot.generation,
             phase: Phase::Starting,
+            fields_change: false,
             published: false,
             known: false,
             known_seq: 0,

@@ -26,5 +26,6 @@ mod ungated;
 pub(crate) use device::{DeviceChannel, Gate};
 pub(crate) use link::{Attachment, ConfigImage, GateLink, Phase};
 pub(crate) use rings::RingAccount;
+pub use succession::Successor;
 pub use thread::GateThread;
 pub use ungated::{Asked, Ungated};

@@ -26,11 +26,26 @@ const DEATHS_SUSPECT: u8 = 2;
 /// Deaths after which it is not tried any more.
 const DEATHS_MAX: u8 = 3;
 
+/// What takes a dead device process's place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Successor {
+    /// Its generation.
+    pub generation: u32,
+    /// Whether what the dead one was working on may have killed it.
+    pub blame: bool,
+    /// Whether its disk may have another size than before, as its owner wants it.
+    pub fields_change: bool,
+}
+
 impl Gate {
-    /// The device process is dead and nothing of its I/O is left: makes everything ready for generation
-    /// `generation`. `blame` is whether what it was working on may have killed it. A generation that
-    /// is not newer changes nothing.
-    pub(crate) fn prepare(&mut self, memory: &GuestMemoryMmap, generation: u32, blame: bool) {
+    /// The device process is dead and nothing of its I/O is left: makes everything ready for the next one. A
+    /// generation that is not newer changes nothing.
+    pub(crate) fn prepare(&mut self, memory: &GuestMemoryMmap, successor: Successor) {
+        let Successor {
+            generation,
+            blame,
+            fields_change,
+        } = successor;
         if generation <= self.generation {
             return;
         }
@@ -56,6 +71,7 @@ impl Gate {
         self.pages = WindowPages::new(self.channel.window.layout.data_pages);
         self.raise_if_wanted(memory);
         self.generation = generation;
+        self.fields_change = fields_change;
         self.published = false;
         self.rings = RingAccount::new();
         let suspects = self.queues.iter().any(GateQueue::has_suspects);
@@ -97,7 +113,7 @@ impl Gate {
         if lacking != 0 {
             return Err(format!("lacks features {lacking:#x} of its predecessor"));
         }
-        if !self.kind.fields_are_fixed() {
+        if !self.kind.fields_are_fixed() || (self.fields_change && !self.published) {
             return Ok(());
         }
         for &(offset, len) in self.kind.device_fields() {

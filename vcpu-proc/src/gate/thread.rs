@@ -14,6 +14,7 @@
 //! nothing is found by its account ([`super::rings`]) and replaced; until the broker has ended it the
 //! thread naps between its rings, so that it does not keep a CPU busy.
 
+use super::Successor;
 use super::device::{Fault, Gate, Pass};
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
 use bulkhead_runtime::spin::Spin;
@@ -60,12 +61,8 @@ pub(crate) enum Command {
         features: u64,
         queues: Vec<Option<Queue>>,
     },
-    /// The device process is dead; this is the generation of its successor.
-    Prepare {
-        slot: u8,
-        generation: u32,
-        blame: bool,
-    },
+    /// The device process is dead; this one follows.
+    Prepare { slot: u8, successor: Successor },
     /// The device process is gone, and there is no other.
     Lost { slot: u8 },
     /// Leave.
@@ -292,9 +289,9 @@ impl GateThread {
                 } => {
                     device.gate.activate(&self.memory, features, queues);
                 }
-                Command::Prepare {
-                    generation, blame, ..
-                } => device.gate.prepare(&self.memory, generation, blame),
+                Command::Prepare { successor, .. } => {
+                    device.gate.prepare(&self.memory, successor);
+                }
                 Command::Lost { .. } => device.gate.lost(),
                 Command::Stop => return false,
             }

@@ -8,7 +8,7 @@ mod mmio;
 mod tests;
 
 use crate::gate::thread::{COMMANDS_MAX, Command, CommandSender, FAULTS_MAX, Served};
-use crate::gate::{Attachment, DeviceChannel, Gate, GateLink, GateThread};
+use crate::gate::{Attachment, DeviceChannel, Gate, GateLink, GateThread, Successor};
 use bulkhead_ipc::platform;
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
@@ -261,14 +261,10 @@ impl VirtioBus {
         &self.wiring
     }
 
-    /// The device process in `slot` is dead: everything is made ready for generation `generation`, as
-    /// [`VirtioBus::attachments`] will say. `blame` is whether a request may have killed it.
-    pub fn prepare_slot(&self, slot: u8, generation: u32, blame: bool) {
-        self.commands.send(Command::Prepare {
-            slot,
-            generation,
-            blame,
-        });
+    /// The device process in `slot` is dead: everything is made ready for `successor`, as
+    /// [`VirtioBus::attachments`] will say.
+    pub fn prepare_slot(&self, slot: u8, successor: Successor) {
+        self.commands.send(Command::Prepare { slot, successor });
     }
 
     /// Which device process each slot has. When it changes, [`VirtioBus::fault_bell`] is rung.

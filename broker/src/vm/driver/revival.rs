@@ -7,6 +7,7 @@
 //!
 //! Each step has a deadline, and none is waited for: the machine's other events go on.
 
+use super::medium::Change;
 use super::{GROUPS_AFTER, Machine};
 use crate::launch::Before;
 use crate::supervisor::state::Event;
@@ -50,19 +51,30 @@ pub(super) struct Revival {
     until: Instant,
 }
 
-/// A program that is to follow another and has not served yet.
+/// A program that is to follow another, or a disk, and has not served yet.
 #[derive(Debug)]
 pub(super) struct Trial {
     /// Who it was to replace.
     id: ProcId,
     /// What it was to follow, until it has failed.
     before: Option<Before>,
+    /// The same of a disk that is to be another.
+    pub(super) disk: Option<Change>,
     /// Why it has failed.
     failed: Option<String>,
 }
 
 impl Trial {
-    fn is_of(&self, id: ProcId) -> bool {
+    pub(super) const fn of_disk(id: ProcId, change: Change) -> Self {
+        Self {
+            id,
+            before: None,
+            disk: Some(change),
+            failed: None,
+        }
+    }
+
+    pub(super) fn is_of(&self, id: ProcId) -> bool {
         (self.id.kind, self.id.index) == (id.kind, id.index)
     }
 }
@@ -158,6 +170,10 @@ impl Machine<'_> {
                         *look = now + FENCE_POLL;
                         None
                     }
+                    Ok(Some(_)) if self.put_medium(revival.id) => {
+                        *look = now;
+                        None
+                    }
                     Ok(Some(disk)) => {
                         revival.stage = Stage::Preparing(disk);
                         revival.until = now + PREPARE_TIMEOUT;
@@ -167,6 +183,7 @@ impl Machine<'_> {
                                 slot,
                                 generation,
                                 blame: revival.blame,
+                                fields_change: self.disk_may_change(revival.id),
                             },
                             None => ToVcpu::PrepareLegacy { generation },
                         });
@@ -338,6 +355,7 @@ impl Machine<'_> {
                 Ok(before) => self.trials.push(Trial {
                     id: current,
                     before: Some(before),
+                    disk: None,
                     failed: None,
                 }),
                 Err(error) => return self.tell.event(refuse(error.to_string())),
@@ -349,18 +367,22 @@ impl Machine<'_> {
     /// A process is to follow as generation `id`. If it is not the first one of a program on trial, that
     /// one has failed, and the program before it is the one again.
     pub(super) fn take_back(&mut self, id: ProcId, reason: &str) {
-        let mut trials = self.trials.iter_mut();
-        let Some(trial) = trials.find(|trial| trial.is_of(id)) else {
+        let Some(place) = self.trials.iter().position(|trial| trial.is_of(id)) else {
             return;
         };
+        let mut trial = self.trials.swap_remove(place);
         let first = trial.id.generation.saturating_add(1);
-        if id.generation > first
-            && let Some(before) = trial.before.take()
-        {
-            tracing::warn!(proc = %id, reason, "the new program does not serve: the one before it is taken");
-            self.nursery.launcher.revert_program(trial.id, before);
+        if id.generation > first && trial.failed.is_none() {
+            tracing::warn!(proc = %id, reason, "what is new does not serve: what was before it is taken");
+            if let Some(before) = trial.before.take() {
+                self.nursery.launcher.revert_program(trial.id, before);
+            }
+            if let Some(change) = trial.disk.as_mut() {
+                self.take_disk_back(id, change);
+            }
             trial.failed = Some(reason.to_owned());
         }
+        self.trials.push(trial);
     }
 
     /// The device is served again, or is `lost`.
@@ -371,6 +393,9 @@ impl Machine<'_> {
         let trial = self.trials.swap_remove(place);
         let reason = match (lost, trial.failed) {
             (None, None) => return,
+            (None, Some(failed)) if trial.disk.is_some() => {
+                format!("the disk is what it was, since what it was to be cannot be served: {failed}")
+            }
             (None, Some(failed)) => format!(
                 "the program on disk does not serve, and the one before it was taken again: {failed}"
             ),

@@ -1,7 +1,7 @@
 //! A device process dies and another takes its place: the guest sees a delay and nothing else.
 
 use super::*;
-use crate::gate::{Attachment, Phase};
+use crate::gate::{Attachment, Phase, Successor};
 
 impl Machine {
     fn attachment(&self) -> Attachment {
@@ -15,9 +15,18 @@ impl Machine {
         });
     }
 
+    fn prepare(&self, generation: u32, blame: bool, fields_change: bool) {
+        let successor = Successor {
+            generation,
+            blame,
+            fields_change,
+        };
+        self.bus.prepare_slot(0, successor);
+    }
+
     /// The process is dead; the window is ready for the next one, which has not published yet.
     fn die(&mut self, generation: u32, blame: bool) {
-        self.bus.prepare_slot(0, generation, blame);
+        self.prepare(generation, blame, false);
         self.wait_phase(generation, Phase::Prepared);
         assert!(self.window.is_generation(generation));
         self.device = device_queue(&self.window);
@@ -134,6 +143,36 @@ fn disk_that_becomes_another_is_at_fault_and_an_honest_successor_is_not() {
 }
 
 #[test]
+fn successor_with_another_size_is_accepted_once_where_the_owner_wants_it() {
+    let mut m = running();
+    let capacity = |m: &Machine| {
+        let mut capacity = [0; 8];
+        m.bus.read(BASE + 0x100, &mut capacity);
+        u64::from_le_bytes(capacity)
+    };
+    let generation = m.get(0xfc);
+    m.prepare(2, false, true);
+    m.wait_phase(2, Phase::Prepared);
+    m.device = device_queue(&m.window);
+    m.window.publish(u64::MAX, &78u64.to_le_bytes());
+    m.call.ring();
+    m.wait_phase(2, Phase::Serving);
+    assert_eq!(capacity(&m), 78);
+    assert_ne!(m.get(0xfc), generation, "the guest's driver reads it again");
+    assert_eq!(m.get(0x60) & 2, 2, "and is told to");
+    m.offer_request(0, 512, false);
+    assert_eq!(m.complete_one(), 0);
+    // Once it serves it stays what it is, and so do those that follow.
+    m.window.publish(u64::MAX, &79u64.to_le_bytes());
+    m.call.ring();
+    let FromVcpu::DeviceFault { reason, .. } = m.wait_fault() else {
+        panic!("no fault of the device");
+    };
+    assert!(reason.contains("another configuration"), "{reason}");
+    assert_eq!(capacity(&m), 78);
+}
+
+#[test]
 fn successor_that_serves_another_disk_is_not_accepted() {
     let mut m = running();
     m.die(2, true);
@@ -229,8 +268,8 @@ fn device_that_was_given_up_comes_back_without_a_reset_of_the_guest() {
 fn old_generations_change_nothing() {
     let mut m = running();
     m.succeed(5, true);
-    m.bus.prepare_slot(0, 5, true);
-    m.bus.prepare_slot(0, 4, true);
+    m.prepare(5, true, false);
+    m.prepare(4, true, false);
     m.offer_request(0, 512, false);
     assert_eq!(m.complete_one(), 0);
     assert_eq!(m.used(), (0, 1));
