@@ -72,6 +72,7 @@ fn spec(directory: &Path, guest: Guest) -> VmSpec {
         limits: DiskLimits::default(),
         shareable: false,
         queues: 1,
+        bytes_min: 0,
     });
     spec
 }

@@ -493,6 +493,7 @@ mod tests {
             limits: DiskLimits::default(),
             shareable: true,
             queues: 2,
+            bytes_min: 1 << 30,
         });
         let options = RunOptions {
             cache: Some("/c".into()),

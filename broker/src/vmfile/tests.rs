@@ -92,6 +92,7 @@ fn every_key_reaches_the_specification() {
         limits: DiskLimits::default(),
         shareable: false,
         queues: 1,
+        bytes_min: 0,
     };
     let kernel = KernelSource::File(dir.path().join("vmlinuz"));
     let wanted = VmSpec {
@@ -529,6 +530,7 @@ prop_compose! {
             shareable,
             serial,
             queues,
+            bytes_min: 0,
         }
     }
 }
