@@ -15,6 +15,8 @@ pub enum VirtioKind {
     Console,
     /// Entropy device (section 5.4).
     Rng,
+    /// Socket device (section 5.10).
+    Vsock,
 }
 
 /// What may be done with requests in flight when a device process dies.
@@ -26,6 +28,8 @@ pub enum ReplayClass {
     Positioned,
     /// Completed as if done.
     Droppable,
+    /// Submitted again to a successor that begins with nothing, which tells the guest so.
+    Reset,
 }
 
 /// How a gate lays a guest's request out in the window. The data between head and tail goes to
@@ -51,6 +55,9 @@ pub const HEAD_SLOT_BYTES: usize = 64;
 pub const TAIL_OFFSET: usize = 32;
 /// Bytes that a stream position takes at the front of a positioned request.
 pub const POSITION_BYTES: usize = 8;
+/// Bytes of the header of a packet of a socket device (section 5.10.6).
+const VSOCK_HEADER_BYTES: u8 = 44;
+const _: () = assert!(VSOCK_HEADER_BYTES as usize <= HEAD_SLOT_BYTES);
 /// Largest device configuration in bytes.
 pub const CONFIG_BYTES_MAX: usize = 256;
 
@@ -62,6 +69,7 @@ impl VirtioKind {
             Self::Blk => 2,
             Self::Console => 3,
             Self::Rng => 4,
+            Self::Vsock => 19,
         }
     }
 
@@ -72,6 +80,7 @@ impl VirtioKind {
             Self::Blk => ProcKind::Blk,
             Self::Console => ProcKind::Console,
             Self::Rng => ProcKind::Rng,
+            Self::Vsock => ProcKind::Vsock,
         }
     }
 
@@ -97,6 +106,13 @@ impl VirtioKind {
                 positioned: false,
                 waits_for_input: false,
             },
+            // Queue 1 sends; the others offer buffers for packets and for events.
+            Self::Vsock => Framing {
+                head_bytes: if queue == 1 { VSOCK_HEADER_BYTES } else { 0 },
+                tail_bytes: 0,
+                positioned: false,
+                waits_for_input: queue != 1,
+            },
         }
     }
 
@@ -105,6 +121,7 @@ impl VirtioKind {
     pub const fn replay_class(self, queue: usize) -> ReplayClass {
         match self {
             Self::Console if queue % 2 == 1 => ReplayClass::Positioned,
+            Self::Vsock => ReplayClass::Reset,
             Self::Blk | Self::Rng | Self::Console => ReplayClass::Idempotent,
         }
     }
@@ -116,6 +133,7 @@ impl VirtioKind {
             Self::Blk => 60,
             Self::Console => 12,
             Self::Rng => 0,
+            Self::Vsock => 8,
         }
     }
 
@@ -133,7 +151,7 @@ impl VirtioKind {
         match self {
             Self::Blk => &[(0, 8)],
             Self::Console => &[(0, 4)],
-            Self::Rng => &[],
+            Self::Rng | Self::Vsock => &[],
         }
     }
 }

@@ -19,6 +19,9 @@ pub const THREAD_REQUESTS_MAX: usize = 20;
 /// Most permitted requests of `vcpu` over all its threads in the locked phase.
 pub const VCPU_REQUESTS_MAX: usize = 35;
 
+/// The flags of a socket that is made so that it never blocks and is closed at exec.
+const SOCK_NONBLOCK_CLOEXEC: u32 = 0o2_004_000;
+
 /// Shortest time between two heartbeats in milliseconds: answers count as messages, of which a
 /// process has few.
 pub const HEARTBEAT_MS_MIN: u32 = 200;
@@ -50,7 +53,6 @@ const NEVER_AFTER_LOCK: &[(&str, &str)] = &[
     ("connect", "connects sockets"),
     ("bind", "binds sockets"),
     ("accept", "accepts connections"),
-    ("accept4", "accepts connections"),
     ("execve", "executes programs"),
     ("execveat", "executes programs"),
     ("clone", "makes tasks"),
@@ -122,6 +124,7 @@ pub fn policy(file: &str, text: &str, kind: ProcKind) -> Checked<Policy> {
         sources: vec![file.to_owned()],
     };
     counts(file, &policy)?;
+    accepting(file, &policy)?;
     checker.repeated(&parsed, &policy)?;
     Ok(policy)
 }
@@ -178,6 +181,32 @@ pub(crate) fn counts(file: &str, policy: &Policy) -> Checked<()> {
             if count > most {
                 return Err(too_many(format!("locked.{thread}"), count, most));
             }
+        }
+    }
+    Ok(())
+}
+
+/// Only who was given a socket to take connections of may take any, and only so that it never waits for
+/// them.
+pub(crate) fn accepting(file: &str, policy: &Policy) -> Checked<()> {
+    let listens = policy
+        .fds
+        .iter()
+        .any(|grant| grant.is == FdType::ListeningSocket);
+    let flags = |c: &Condition| {
+        c.index == 3 && matches!(&c.test, Test::Is(values) if values == &[SOCK_NONBLOCK_CLOEXEC])
+    };
+    for thread in &policy.locked {
+        let mut permits = thread.permits.iter();
+        if permits.any(|p| p.name == "accept4" && !(listens && p.conditions.iter().any(flags))) {
+            return Err(PolicyError {
+                file: file.to_owned(),
+                line: None,
+                key: format!("locked.{}", thread.name),
+                fault: "accept4 accepts connections: permitted only with a listening socket, \
+                    and with SOCK_NONBLOCK and SOCK_CLOEXEC (526336) as argument 3"
+                    .to_owned(),
+            });
         }
     }
     Ok(())

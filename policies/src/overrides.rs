@@ -95,6 +95,7 @@ pub fn apply(
     check::host_share(policy.kind, &limits).map_err(wrong)?;
     policy.limits = limits;
     check::counts(file, &policy)?;
+    check::accepting(file, &policy)?;
     policy.sources.push(file.to_owned());
     Ok(policy)
 }

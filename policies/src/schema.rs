@@ -120,6 +120,8 @@ pub enum MadeType {
     KvmVcpu,
     /// A second descriptor of a window that it was born with.
     WindowCopy,
+    /// A connected SOCK_STREAM socket. It comes and goes while the process serves.
+    StreamSocket,
 }
 
 /// What kind of file a descriptor refers to.
@@ -138,6 +140,8 @@ pub enum FdType {
     CharDevice,
     /// A connected SOCK_SEQPACKET socket.
     Seqpacket,
+    /// A SOCK_STREAM socket that listens at a path.
+    ListeningSocket,
 }
 
 /// The access mode a descriptor is opened with.

@@ -13,7 +13,7 @@ use std::path::Path;
 
 /// A user that no distribution gives to anybody.
 const USER: u32 = 60_606;
-const KINDS: [&str; 5] = ["vcpu", "legacy", "console", "rng", "blk"];
+const KINDS: [&str; 6] = ["vcpu", "legacy", "console", "rng", "blk", "vsock"];
 const NAMESPACES: [&str; 7] = ["user", "pid", "mnt", "net", "ipc", "uts", "cgroup"];
 
 fn status<'a>(text: &'a str, key: &str) -> &'a str {
@@ -45,7 +45,10 @@ fn guest_of_a_user_writes_and_verifies_its_disk() {
 #[test]
 fn processes_of_a_user_have_every_wall() {
     let (_disk, path) = with_disk();
-    let mut machine = Machine::run_as(USER, &["--cmdline", "mode=idle", "--disk", &path]);
+    let mut machine = Machine::run_as(
+        USER,
+        &["--cmdline", "mode=idle", "--vsock", "--disk", &path],
+    );
     machine.expect("BH idle ");
     let broker = fs::read_to_string(format!("/proc/{}/status", machine.pid())).unwrap();
     let user = status(&broker, "Uid").to_owned();
@@ -103,7 +106,8 @@ fn daemon_of_a_user_is_killed_and_its_machine_goes_on() {
     let guest = daemon.programs().join("bulkhead-guest.elf");
     let guest = guest.to_str().unwrap();
     let create = ["create", "--name=web", "--kernel", guest, "-m", "64MiB"];
-    daemon.good(&[&create[..], &["--cmdline", load, "--disk", &path]].concat());
+    let more = ["--cmdline", load, "--vsock", "--disk", &path];
+    daemon.good(&[&create[..], &more].concat());
     daemon.good(&["start", "web"]);
     daemon.until_output("web", "BH beside.round ");
     let pids: Vec<u32> = KINDS.map(|kind| daemon.process("web", kind)).into();

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 const DENIED: i32 = 159;
 
 fn machine(disk: &tempfile::NamedTempFile) -> Machine {
-    let more = ["--disk", disk.path().to_str().unwrap()];
+    let more = ["--vsock", "--disk", disk.path().to_str().unwrap()];
     let mut machine = Machine::test_guest("mode=idle", &more);
     machine.expect("BH idle ");
     machine

@@ -71,7 +71,8 @@ fn try_everything(kind: &str, thread: Option<&str>) {
     for attempt in &ATTEMPTS {
         let disk = bulkhead_tests::disk(1 << 20);
         let disk_path = disk.path().to_str().unwrap();
-        let mut machine = Machine::test_guest("mode=idle", &["--disk", disk_path]);
+        let more = ["--vsock", "--disk", disk_path];
+        let mut machine = Machine::test_guest("mode=idle", &more);
         machine.expect("BH idle ");
         let pid = machine.process(kind);
         let mut intruder = Intruder::enter(pid, thread);
@@ -106,6 +107,11 @@ fn taken_over_console_gains_nothing() {
 #[test]
 fn taken_over_rng_gains_nothing() {
     try_everything("rng", None);
+}
+
+#[test]
+fn taken_over_vsock_gains_nothing() {
+    try_everything("vsock", None);
 }
 
 #[test]

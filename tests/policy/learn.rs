@@ -25,6 +25,7 @@ fn learn(scratch: &Path, options: &[&str], disk: &str, cmdline: &str) -> String 
         "-m",
         "64MiB",
         "--timeout=120s",
+        "--vsock",
         "--disk",
         disk,
         "--cmdline",

@@ -17,13 +17,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-const KINDS: [&str; 5] = ["vcpu", "legacy", "console", "rng", "blk"];
+const KINDS: [&str; 6] = ["vcpu", "legacy", "console", "rng", "blk", "vsock"];
 const DISK_BYTES: u64 = (1 << 20) + 512;
 
 fn idle() -> (Machine, tempfile::NamedTempFile) {
     let disk = bulkhead_tests::disk(DISK_BYTES);
     let path = disk.path().to_str().unwrap().to_owned();
-    let mut machine = Machine::test_guest("mode=idle", &["--disk", &path]);
+    let mut machine = Machine::test_guest("mode=idle", &["--vsock", "--disk", &path]);
     machine.expect("BH idle ");
     (machine, disk)
 }

@@ -33,11 +33,12 @@ const END_WITHIN: Duration = Duration::from_secs(60);
 const HANGS_MS: u64 = 20_000;
 
 const VCPU: Slot = (ProcKind::Vcpu, 0);
-const DEVICES: [Slot; 5] = [
+const DEVICES: [Slot; 6] = [
     (ProcKind::Blk, 0),
     (ProcKind::Blk, 1),
     (ProcKind::Console, 0),
     (ProcKind::Rng, 0),
+    (ProcKind::Vsock, 0),
     (ProcKind::Legacy, 0),
 ];
 
@@ -492,7 +493,11 @@ impl World {
             }
             Output::Over(verdict) => {
                 assert!(self.verdict.is_none(), "it is over twice");
-                assert_eq!(self.ends_with.as_ref(), Some(&verdict), "it is over otherwise");
+                assert_eq!(
+                    self.ends_with.as_ref(),
+                    Some(&verdict),
+                    "it is over otherwise"
+                );
                 self.verdict = Some(verdict);
             }
         }

@@ -154,6 +154,9 @@ pub struct Details {
     pub summary: Summary,
     /// Its VM file in full.
     pub vm_file: String,
+    /// Its socket device, if it has one.
+    #[serde(default)]
+    pub vsock: Option<Vsock>,
     /// Its processes.
     pub processes: Vec<Process>,
     /// Restarts of the whole machine within the present run.
@@ -162,6 +165,15 @@ pub struct Details {
     /// first. At most 16; the log has all.
     #[serde(default)]
     pub denials: Vec<Denial>,
+}
+
+/// A machine's socket device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vsock {
+    /// Context id of the guest.
+    pub cid: u32,
+    /// The Unix socket at which clients ask for connections to the guest; there while the machine runs.
+    pub path: String,
 }
 
 /// A denied system call, as the process claims that made it.

@@ -156,7 +156,12 @@ fn class_of(object: &Object) -> String {
         Object::Epoll { .. } => "epoll".to_owned(),
         Object::IoUring { .. } => "io_uring".to_owned(),
         Object::Pipe { .. } => "pipe".to_owned(),
-        Object::Socket { kind, .. } => format!("{kind} socket"),
+        Object::Socket {
+            kind, listening, ..
+        } => {
+            let how = if *listening { "listening " } else { "" };
+            format!("{how}{kind} socket")
+        }
         Object::KvmVm => "virtual machine of KVM".to_owned(),
         Object::KvmVcpu { .. } => "vCPU of KVM".to_owned(),
         Object::Other { name } => name.clone(),
@@ -206,6 +211,7 @@ fn expected(policy: &Policy, vcpus: usize) -> BTreeMap<String, Bounds> {
             FdType::Memfd => format!("memory {}", memory_name(grant.role)),
             FdType::Eventfd => "doorbell".to_owned(),
             FdType::Seqpacket => "unix seqpacket socket".to_owned(),
+            FdType::ListeningSocket => "listening unix stream socket".to_owned(),
         };
         let (min, max) = (usize::from(grant.min), usize::from(grant.max));
         let bounds = classes.entry(class).or_default();
@@ -237,6 +243,7 @@ fn made_class(made: &MadeGrant) -> String {
         MadeType::KvmVm => "virtual machine of KVM",
         MadeType::KvmVcpu => "vCPU of KVM",
         MadeType::WindowCopy => "memory bulkhead-window",
+        MadeType::StreamSocket => "unix stream socket",
     }
     .to_owned()
 }

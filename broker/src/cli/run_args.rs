@@ -4,7 +4,8 @@ use super::disk_arg::parse_disk;
 use crate::console::keys::parse_escape;
 use crate::vm::spec::{ConsoleChoice, OnEnd};
 use crate::vmfile::{
-    Draft, Located, Place, Problems, parse_console_size, parse_duration, parse_size, show_size,
+    Draft, DraftVsock, Located, Place, Problems, parse_console_size, parse_duration, parse_size,
+    show_size,
 };
 use bulkhead_ipc::protocol::birth::HugePages;
 use clap::{Args, ValueEnum, ValueHint};
@@ -86,6 +87,16 @@ pub(super) struct MachineArgs {
     #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "reserved", help_heading = "Machine")]
     hugepages: Option<HugePagesChoice>,
+
+    /// Sockets between programs of the guest and of the host [default for PATH: vsock.sock in the machine's
+    /// runtime directory]
+    ///
+    /// A client that connects to PATH and says "CONNECT PORT" in a line is connected to that port of the guest
+    /// (context id 3); what the guest connects to port PORT of the host (context id 2) reaches the listener at
+    /// PATH_PORT.
+    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true)]
+    #[arg(value_hint = ValueHint::FilePath, help_heading = "Machine")]
+    vsock: Option<Option<PathBuf>>,
 
     /// Discard what the guest writes to its disks
     #[arg(long, help_heading = "Life cycle")]
@@ -246,6 +257,10 @@ impl MachineArgs {
             initrd: path("--initrd", &self.initrd),
             cmdline: text("--cmdline", &self.cmdline),
             disks,
+            vsock: self.vsock.as_ref().map(|socket| DraftVsock {
+                cid: None,
+                path: path("--vsock", socket),
+            }),
             console_attach: self.console.map(|name| match name {
                 ConsoleName::Serial => located("--console", "serial", ConsoleChoice::Serial),
                 ConsoleName::Virtio => located("--console", "virtio", ConsoleChoice::Virtio),

@@ -154,6 +154,10 @@ fn show_details(vm: &Details) -> String {
         rows.push(row(["last run", line.trim_end()]));
         rows.push(row(["ended", &last.ended_at]));
     }
+    if let Some(vsock) = &vm.vsock {
+        let line = format!("cid {} at {}", vsock.cid, printable(&vsock.path));
+        rows.push(row(["vsock", &line]));
+    }
     for lost in &about.degraded {
         let line = format!("{}: {}", printable(&lost.device), printable(&lost.reason));
         rows.push(row(["degraded", &line]));

@@ -34,6 +34,7 @@ use bulkhead_policies::schema::{Access, FdType};
 use hollow::{Hollow, HollowMaker};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{getsockopt, sockopt};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::pipe2;
 use plan::{LaunchPlan, Means, Step};
@@ -504,6 +505,9 @@ fn kind_of(fd: BorrowedFd<'_>) -> Result<FdType, Errno> {
     Ok(match SFlag::from_bits_truncate(mode) {
         SFlag::S_IFCHR => FdType::CharDevice,
         SFlag::S_IFBLK => FdType::FileOrBlock,
+        SFlag::S_IFSOCK if getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false) => {
+            FdType::ListeningSocket
+        }
         SFlag::S_IFSOCK => FdType::Seqpacket,
         SFlag::S_IFREG
             if fcntl(fd, FcntlArg::F_GET_SEALS).is_ok_and(|seals| seals & SEALS == SEALS) =>

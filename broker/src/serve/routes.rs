@@ -195,7 +195,7 @@ async fn create(
 
 async fn inspect(State(host): Hosted, Name(name): Name) -> Answer {
     let vm = host.vm(&name).await?;
-    let details = vm.view.borrow().details();
+    let details = vm.view.borrow().details(&host.shared.places.runtime);
     json(&details)
 }
 

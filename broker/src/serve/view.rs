@@ -4,10 +4,13 @@ use super::devices::Known;
 use crate::api::time::rfc3339;
 use crate::api::{
     ApiError, Changed, Degraded, Denial, Details, LastRun, Process, SCHEMA_VERSION, State, Summary,
+    Vsock,
 };
 use crate::registry::{Ended, VmRecord};
+use crate::vm::spec::VsockSpec;
+use crate::vmfile;
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// One machine.
 #[derive(Debug, Clone)]
@@ -91,14 +94,31 @@ impl View {
         }
     }
 
-    pub(super) fn details(&self) -> Details {
+    /// `runtime` is where machines run.
+    pub(super) fn details(&self, runtime: &Path) -> Details {
         Details {
             summary: self.summary(),
             vm_file: self.record.vm_file.clone(),
+            vsock: self.vsock(runtime),
             processes: self.processes.clone(),
             restarts: self.restarts,
             denials: self.denials.iter().cloned().collect(),
         }
+    }
+
+    fn vsock(&self, runtime: &Path) -> Option<Vsock> {
+        // What is kept has absolute paths and was checked when the machine was created.
+        let draft = vmfile::parse("", Path::new("/"), &self.record.vm_file).ok()?;
+        let draft = draft.vsock?;
+        let spec = VsockSpec {
+            cid: draft.cid.map_or(VsockSpec::default().cid, |cid| cid.value),
+            path: draft.path.map(|path| path.value),
+        };
+        let path = spec.socket(runtime, &self.record.name);
+        Some(Vsock {
+            cid: spec.cid,
+            path: path.display().to_string(),
+        })
     }
 
     /// Keeps a denial, in the place of the oldest if there are many.

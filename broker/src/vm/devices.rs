@@ -4,7 +4,7 @@
 use super::household::Positions;
 use super::record::Record;
 use super::session::default_name;
-use super::spec::{ConsoleSpec, DiskSpec, OnDiskFull, VmSpec};
+use super::spec::{ConsoleSpec, DiskSpec, OnDiskFull, VmSpec, VsockSpec};
 use crate::image::chain::name_of;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{
@@ -25,6 +25,11 @@ pub const DISK_QUEUE: u16 = 256;
 /// A console's window holds every receive buffer that a driver keeps posted, and output besides.
 const CONSOLE_WINDOW_BYTES: u32 = 1 << 20;
 const RNG_WINDOW_BYTES: u32 = 256 << 10;
+/// Sizes of the queues of a socket device: buffers for packets, packets of the guest, buffers for events.
+const VSOCK_QUEUES: [u16; 3] = [128, 128, 8];
+/// A third of it, which one queue may have, is room for all buffers for packets, of a little more than a page as
+/// Linux offers them, or for twenty packets of 64 KiB.
+const VSOCK_WINDOW_BYTES: u32 = 4 << 20;
 /// Room for 32 requests of 128 KiB in flight, and for one of a quarter of it.
 const DISK_WINDOW_BYTES: u32 = 8 << 20;
 /// Longest segment of a disk request in bytes.
@@ -75,7 +80,11 @@ pub fn plan(spec: &VmSpec) -> Vec<DevicePlan> {
     let disks = (DISK_SLOT..).zip(0..).zip(&spec.disks);
     let waits = spec.lifecycle.on_disk_full == OnDiskFull::Pause;
     let disks = disks.map(|((slot, index), disk)| self::disk(slot, index, disk, waits));
-    console.into_iter().chain([rng()]).chain(disks).collect()
+    let first = console.into_iter().chain([rng()]).chain(disks);
+    let mut all: Vec<DevicePlan> = first.collect();
+    let next = all.last().map_or(0, |last| last.slot + 1);
+    all.extend(spec.vsock.as_ref().map(|vsock| self::vsock(next, vsock)));
+    all
 }
 
 fn console(spec: &ConsoleSpec) -> DevicePlan {
@@ -113,6 +122,26 @@ fn rng() -> DevicePlan {
         features: 0,
         config: Vec::new(),
         own: DeviceOwn::Rng,
+    }
+}
+
+fn vsock(slot: u8, spec: &VsockSpec) -> DevicePlan {
+    let mut config = Image::new(VirtioKind::Vsock);
+    config.put(0, &u64::from(spec.cid).to_le_bytes());
+    DevicePlan {
+        slot,
+        name: default_name(VirtioKind::Vsock).to_owned(),
+        index: 0,
+        kind: VirtioKind::Vsock,
+        queue_sizes: VSOCK_QUEUES.to_vec(),
+        window_bytes: VSOCK_WINDOW_BYTES,
+        features: 0,
+        config: config.0,
+        own: DeviceOwn::Vsock {
+            guest_cid: spec.cid,
+            generation: 0,
+            is_successor: false,
+        },
     }
 }
 
@@ -287,6 +316,23 @@ mod tests {
             WindowLayout::new(device.window_bytes as usize, &device.queue_sizes).unwrap();
             assert_eq!(device.config.len(), device.kind.config_bytes());
         }
+    }
+
+    #[test]
+    fn socket_device_comes_last_and_its_window_holds_what_a_guest_offers() {
+        let mut spec = spec(2, 1, false);
+        spec.vsock = Some(VsockSpec::default());
+        let devices = plan(&spec);
+        let vsock = devices.last().unwrap();
+        assert_eq!((vsock.slot, vsock.kind), (4, VirtioKind::Vsock));
+        assert_eq!(vsock.config, 3u64.to_le_bytes());
+        let layout = WindowLayout::new(vsock.window_bytes as usize, &vsock.queue_sizes).unwrap();
+        let share = layout.data_pages / 3;
+        // Linux offers buffers of a page and a header.
+        assert!(share >= 2 * usize::from(VSOCK_QUEUES[0]));
+        assert!(layout.request_bytes_max() >= (64 << 10) + 44);
+        spec.disks.truncate(0);
+        assert_eq!(plan(&spec).last().unwrap().slot, 2);
     }
 
     #[test]

@@ -35,7 +35,7 @@ use revival::{LateLock, Revival, Trial};
 use room::NoRoom;
 use serde::Serialize;
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -218,7 +218,8 @@ async fn run_at(
             }
             (None, processes) => {
                 let (processes, dead) = processes.unwrap_or_default();
-                (Household::adopt(&nursery, processes)?, Some(dead))
+                let household = Household::adopt(&nursery, options, processes)?;
+                (household, Some(dead))
             }
         };
         let (notices, heard) = mpsc::channel(NOTICES_CAPACITY);
@@ -569,10 +570,39 @@ impl Machine<'_> {
                 tracing::warn!(proc = %id, name, reason, "device fault");
                 self.tell.event(Event::DeviceFault { name, reason });
             }
+            Notice::Device(FromDevice::Dial {
+                id: dial,
+                port,
+                asked_ms,
+            }) => self.dial(id, dial, port, asked_ms),
             Notice::Device(FromDevice::NoRoom) => self.lacks_room(id),
             Notice::Device(FromDevice::HasRoom) => self.has_room(&self.name(id)),
             Notice::Vcpu(message, descriptors) => self.hear_vcpu(message, descriptors),
         }
+    }
+
+    /// A socket device wants a connection to the listener of `port`. Whoever is reached or not, it is told.
+    fn dial(&mut self, id: ProcId, dial: u64, port: u32, asked_ms: u64) {
+        let (Some(member), Some(socket)) = (self.household.member(id), self.household.vsock())
+        else {
+            return;
+        };
+        if id.kind != ProcKind::Vsock {
+            return self.broke(Some(id), "asks for what only sockets need".to_owned());
+        }
+        let answer = ToDevice::Dialled { id: dial };
+        let Some(connecting) = socket.dial(port, asked_ms) else {
+            return self.send(id, &answer);
+        };
+        let launched = std::sync::Arc::clone(&member.launched);
+        tokio::spawn(async move {
+            let connected = connecting.await;
+            let connected: Vec<_> = connected.iter().map(AsFd::as_fd).collect();
+            // A device that does not listen is found out by its heartbeat.
+            if let Err(error) = launched.control.send(&answer, &connected) {
+                tracing::debug!(proc = %id, %error, "a connection is not taken");
+            }
+        });
     }
 
     fn tell_of_denial(&mut self, id: ProcId) {

@@ -12,8 +12,9 @@ use super::group_limits::{self, group_name};
 use super::keeper::Keeper;
 use super::record::{ProcessRecord, start_time};
 use super::resources::{DiskFiles, Hold, Resources};
-use super::session::{Restart, RunError};
+use super::session::{Restart, RunError, RunOptions};
 use super::spec::{DiskSpec, HostShare, VmSpec};
+use super::vsock::{self, MachineSocket};
 use crate::launch::cgroup::{Device, Group, GroupLimits, Place, Reach, device_of};
 use crate::launch::cores;
 use crate::launch::{Gift, LaunchError, Launched, Launcher};
@@ -100,6 +101,7 @@ struct Standing {
     /// `None` for one that cannot be had again.
     disks: Vec<Option<DiskHold>>,
     entropy: File,
+    vsock: Option<MachineSocket>,
     /// Size of all disks together.
     disk_bytes: u64,
 }
@@ -111,6 +113,15 @@ pub(super) struct Positions {
     pub(super) output: u64,
     /// Bytes of input that the guest has been given.
     pub(super) input: u64,
+}
+
+/// When a device process is born.
+#[derive(Debug, Clone, Copy)]
+enum Occasion {
+    /// With the machine. A console's streams go on there.
+    First(Positions),
+    /// In the place of one that is dead; the terminal has this size unless it was never resized.
+    Again(Positions, Option<(u16, u16)>),
 }
 
 /// Between gate and device.
@@ -217,7 +228,7 @@ impl Household {
     /// each its birth message. Does not wait for any.
     pub(super) fn start(
         nursery: &mut Nursery<'_>,
-        resources: Resources,
+        mut resources: Resources,
         generation: u32,
     ) -> Result<Self, RunError> {
         let host = |cause: io::Error| RunError::Host {
@@ -248,6 +259,7 @@ impl Household {
             standing: Standing {
                 disks: holds.collect::<Result<_, _>>()?,
                 entropy: resources.entropy.try_clone().map_err(host)?,
+                vsock: resources.vsock.take(),
                 disk_bytes: disk_bytes.fold(0, u64::saturating_add),
             },
             place: None,
@@ -271,7 +283,11 @@ impl Household {
     }
 
     /// The processes of a machine that another broker has started, those that are dead included.
-    pub(super) fn adopt(nursery: &Nursery<'_>, found: Vec<Launched>) -> Result<Self, RunError> {
+    pub(super) fn adopt(
+        nursery: &Nursery<'_>,
+        options: &RunOptions,
+        found: Vec<Launched>,
+    ) -> Result<Self, RunError> {
         let record = nursery.keeper.record();
         let disks: Vec<_> = nursery.spec.disks.iter().map(found_again).collect();
         let ends = disks.iter().flatten().flat_map(bytes_in_memory);
@@ -315,6 +331,14 @@ impl Household {
         let entropy = File::open("/dev/urandom").map_err(|cause| RunError::Host {
             lacks: format!("/dev/urandom: {cause}"),
         })?;
+        // Without it no successor of the device would start, but the machine lives.
+        let vsock = vsock::path_for(nursery.spec, options).and_then(|path| {
+            MachineSocket::at(&path)
+                .inspect_err(
+                    |error| tracing::warn!(?path, %error, "the machine's socket is out of reach"),
+                )
+                .ok()
+        });
         let around = (!record.groups.is_empty()).then(|| Group::known(record.groups.clone()));
         let devices = disks
             .iter()
@@ -330,10 +354,16 @@ impl Household {
             standing: Standing {
                 disks: nursery.spec.disks.iter().zip(&disks).map(hold).collect(),
                 entropy,
+                vsock,
                 disk_bytes,
             },
             place: None,
         })
+    }
+
+    /// The machine's Unix socket.
+    pub(super) const fn vsock(&self) -> Option<&MachineSocket> {
+        self.standing.vsock.as_ref()
     }
 
     /// Starts the device processes, unless that was done. They come last because the guest runs
@@ -350,7 +380,8 @@ impl Household {
             let disk = (device.kind == VirtioKind::Blk)
                 .then(|| rest.disks.get(usize::from(device.index)))
                 .flatten();
-            midwife.device(device, rest.generation, wiring, disk, rest.console, None)?;
+            let first = Occasion::First(rest.console);
+            midwife.device(device, rest.generation, wiring, disk, first)?;
         }
         Ok(())
     }
@@ -393,7 +424,8 @@ impl Household {
             nursery,
             household: self,
         };
-        midwife.device(device, id.generation, wiring, disk, positions, size)
+        let again = Occasion::Again(positions, size);
+        midwife.device(device, id.generation, wiring, disk, again)
     }
 
     /// The same for the legacy process.
@@ -534,7 +566,7 @@ impl Midwife<'_, '_> {
         }
         let positions = |device: &DevicePlan| match device.kind {
             VirtioKind::Console => console,
-            VirtioKind::Blk | VirtioKind::Rng => Positions::default(),
+            VirtioKind::Blk | VirtioKind::Rng | VirtioKind::Vsock => Positions::default(),
         };
         let slots = devices.iter().map(|d| d.as_slot(generation, positions(d)));
         let config = VcpuConfig {
@@ -590,26 +622,38 @@ impl Midwife<'_, '_> {
         generation: u32,
         wiring: &DeviceWiring,
         disk: Option<&DiskFiles>,
-        positions: Positions,
-        size: Option<(u16, u16)>,
+        occasion: Occasion,
     ) -> Result<(), RunError> {
         let rings = self.nursery.rings;
-        let standing = &self.household.standing;
+        let standing = &mut self.household.standing;
         let entropy = standing
             .entropy
             .try_clone()
             .map_err(|cause| RunError::Host {
                 lacks: format!("a descriptor: {cause}"),
             })?;
+        let (positions, size, is_successor) = match occasion {
+            Occasion::First(positions) => (positions, None, false),
+            Occasion::Again(positions, size) => (positions, size, true),
+        };
+        let listener = (device.kind == VirtioKind::Vsock).then(|| listener(standing));
+        let listener = listener.transpose()?;
         let mut gifts = Vec::from(wiring.gifts(0));
+        gifts.extend(
+            listener
+                .as_ref()
+                .map(|fd| Gift::new(FdRole::Listener, fd.as_fd())),
+        );
         match (device.kind, &rings.console) {
             (VirtioKind::Blk, _) => gifts.extend(disk.into_iter().flat_map(DiskFiles::gifts)),
             (VirtioKind::Rng, _) => gifts.push(Gift::new(FdRole::Entropy, entropy.as_fd())),
             (VirtioKind::Console, Some(ring)) => gifts.extend(ring.gifts()),
-            (VirtioKind::Console, None) => {}
+            (VirtioKind::Console, None) | (VirtioKind::Vsock, _) => {}
         }
         let record = self.nursery.keeper.record();
-        let config = KindConfig::Device(device.as_device(positions, size, record));
+        let mut config = device.as_device(positions, size, record);
+        config.own = config.own.born_as(generation, is_successor);
+        let config = KindConfig::Device(config);
         let id = ProcId {
             kind: device.kind.proc_kind(),
             index: device.index,
@@ -711,6 +755,22 @@ impl Midwife<'_, '_> {
         let sent = launched.bear(&birth);
         sent.map_err(|cause| fails(cause.into()))
     }
+}
+
+/// The machine's listening socket, for another process.
+fn listener(standing: &mut Standing) -> Result<OwnedFd, RunError> {
+    let fails = |reason: String| RunError::Start {
+        who: "vsock".to_owned(),
+        reason: format!("the machine's socket {reason}"),
+    };
+    let socket = standing.vsock.as_mut();
+    let socket = socket.ok_or_else(|| fails("is out of reach".to_owned()))?;
+    let listener = socket
+        .listener()
+        .map_err(|error| fails(error.to_string()))?;
+    listener
+        .try_clone_to_owned()
+        .map_err(|error| fails(error.to_string()))
 }
 
 /// How much of the host's memory the files of a disk may take, which is charged to its process: each as

@@ -5,6 +5,7 @@ use super::home::{Home, HomeError};
 use super::record::{Phase, ProcessRecord, Record, RecordError};
 use super::session::RunOptions;
 use super::spec::VmSpec;
+use super::vsock;
 use crate::escape::escaped;
 use bulkhead_ipc::ident::ProcId;
 use std::path::Path;
@@ -168,6 +169,11 @@ impl Keeper {
 
     /// The machine is over: nothing of it stays on record.
     pub fn close(self) {
+        // The one in its runtime directory goes with that.
+        let vsock = self.record.spec.vsock.as_ref();
+        if let Some(path) = vsock.and_then(|vsock| vsock.path.as_deref()) {
+            vsock::remove(path);
+        }
         self.home.remove();
     }
 }

@@ -17,5 +17,6 @@ pub mod resources;
 pub mod session;
 pub mod spec;
 pub mod state;
+pub mod vsock;
 
 pub use driver::{Over, adopt as take_over, adopt_and_keep, clear, run, run_and_keep};

@@ -7,6 +7,7 @@ use super::home::MACHINES;
 use super::record::Record;
 use super::session::{RunError, RunOptions};
 use super::spec::{DiskSpec, KernelSource, VmSpec};
+use super::vsock::{self, MachineSocket, SocketError};
 use crate::escape::escaped;
 use crate::image::ephemeral;
 use crate::launch::Gift;
@@ -37,6 +38,8 @@ pub struct Resources {
     pub disks: Vec<DiskFiles>,
     /// The host's random numbers.
     pub entropy: File,
+    /// The machine's Unix socket.
+    pub vsock: Option<MachineSocket>,
     /// Whether the host's KVM is incomplete.
     pub quirks: bool,
 }
@@ -105,8 +108,32 @@ impl Resources {
             core: options.core.as_deref().map(core_file).transpose()?,
             kvm: device("/dev/kvm", true)?,
             entropy: device("/dev/urandom", false)?,
+            vsock: vsock(spec, options)?,
             quirks: Path::new("/sys/module/kvm_pvm").exists(),
         })
+    }
+}
+
+/// Binds the machine's Unix socket.
+fn vsock(spec: &VmSpec, options: &RunOptions) -> Result<Option<MachineSocket>, RunError> {
+    let Some(path) = vsock::path_for(spec, options) else {
+        return Ok(None);
+    };
+    let fault = |cause| match cause {
+        SocketError::Io(cause) => configuration("vsock", &path, plain(&cause)),
+        other => configuration("vsock", &path, other),
+    };
+    let mut socket = MachineSocket::at(&path).map_err(fault)?;
+    let until = Instant::now() + remains::LONGEST;
+    loop {
+        match socket.listener() {
+            Ok(_) => return Ok(Some(socket)),
+            // Perhaps a process that is just being started has its descriptors from whoever is dead.
+            Err(SocketError::InUse) if Instant::now() < until => {
+                std::thread::sleep(REMAINS_POLL);
+            }
+            Err(error) => return Err(fault(error)),
+        }
     }
 }
 

@@ -23,7 +23,15 @@ pub const DISK_QUEUES_MAX: u8 = 8;
 /// Most files of one disk: its image and extents, and as many below it.
 pub const FILES_MAX: usize = 32;
 /// Most disks of one VM: every slot but console's and rng's.
-pub const DISKS_MAX: usize = VIRTIO_MMIO_SLOTS - 2;
+pub const DISKS_MAX: usize = VIRTIO_MMIO_SLOTS - DEVICES_MIN;
+/// Slots of console and rng.
+const DEVICES_MIN: usize = 2;
+/// Context ids that a guest may have: those below are the host's, the last means any (virtio 1.2, section
+/// 5.10.4).
+pub const CIDS: std::ops::RangeInclusive<u32> = 3..=u32::MAX - 1;
+/// Longest file name of a machine's Unix socket in bytes: with a port behind it, it has to fit a socket's
+/// address, in which its directory is a descriptor.
+pub const SOCKET_NAME_BYTES_MAX: usize = 64;
 /// Smallest and largest history of a console in bytes.
 pub const HISTORY_BYTES: (u64, u64) = (4096, 64 << 20);
 
@@ -48,6 +56,9 @@ pub struct VmSpec {
     pub cmdline: String,
     /// Disks, in slot order.
     pub disks: Vec<DiskSpec>,
+    /// The socket device.
+    #[serde(default)]
+    pub vsock: Option<VsockSpec>,
     /// The consoles.
     pub console: ConsoleSpec,
     /// What happens when the guest ends by itself.
@@ -147,6 +158,26 @@ impl DiskSpec {
             serial: String::new(),
             queues: 1,
             bytes_min: 0,
+        }
+    }
+}
+
+/// A socket device: connections between programs of the guest and Unix sockets of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockSpec {
+    /// Context id of the guest, in [`CIDS`].
+    pub cid: u32,
+    /// The Unix socket at which clients ask for connections to the guest; listeners for connections from
+    /// the guest are beside it, as `PATH_PORT`. `None` for the one in the machine's runtime directory.
+    #[serde(with = "any_path::option")]
+    pub path: Option<PathBuf>,
+}
+
+impl Default for VsockSpec {
+    fn default() -> Self {
+        Self {
+            cid: *CIDS.start(),
+            path: None,
         }
     }
 }
@@ -309,6 +340,7 @@ impl VmSpec {
             initrd: None,
             cmdline: String::new(),
             disks: Vec::new(),
+            vsock: None,
             console: ConsoleSpec::default(),
             lifecycle: Lifecycle::default(),
             autostart: false,
@@ -341,6 +373,16 @@ impl VmSpec {
             "cmdline",
             format!("{} bytes", self.cmdline.len()),
             "at most 4096 bytes without NUL",
+        )?;
+        if let Some(vsock) = &self.vsock {
+            vsock.check()?;
+        }
+        let devices = DEVICES_MIN + self.disks.len() + usize::from(self.vsock.is_some());
+        expect(
+            devices <= VIRTIO_MMIO_SLOTS,
+            "devices",
+            devices,
+            "at most 16 virtio devices: console, rng, disks and vsock",
         )?;
         expect(
             self.disks.len() <= DISKS_MAX,
@@ -388,6 +430,27 @@ impl VmSpec {
             ConsoleChoice::Virtio => "console=hvc0",
         };
         format!("{console} {}", self.cmdline).trim_end().to_owned()
+    }
+}
+
+impl VsockSpec {
+    fn check(&self) -> Result<(), SpecError> {
+        expect(
+            CIDS.contains(&self.cid),
+            "vsock.cid",
+            self.cid,
+            "3 to 4294967294",
+        )?;
+        let Some(path) = &self.path else {
+            return Ok(());
+        };
+        let name = path.file_name();
+        expect(
+            name.is_some_and(|name| name.len() <= SOCKET_NAME_BYTES_MAX),
+            "vsock.path",
+            path.display(),
+            "a path whose last part has at most 64 bytes",
+        )
     }
 }
 

@@ -1,13 +1,14 @@
 //! From a [`Draft`] to a [`VmSpec`]: fills in the defaults and checks the draft against the rules
 //! of machines and against this host, before any process is started.
 
-use super::draft::{Draft, DraftDisk, DraftLimits};
+use super::draft::{Draft, DraftDisk, DraftLimits, DraftVsock};
 use super::host::{Facts, HostMemory, inspect};
 use super::problem::{Located, Place, Problem, Problems};
 use super::quantity::show_size;
 use crate::vm::spec::{
     BackingSpec, CMDLINE_BYTES_MAX, ConsoleChoice, DISKS_MAX, DiskSpec, FILES_MAX, FileSpec,
-    HISTORY_BYTES, KernelSource, NAME_BYTES_MAX, SERIAL_BYTES_MAX, VmSpec,
+    HISTORY_BYTES, KernelSource, NAME_BYTES_MAX, SERIAL_BYTES_MAX, SOCKET_NAME_BYTES_MAX, VmSpec,
+    VsockSpec,
 };
 use bulkhead_ipc::platform::MEMORY_BYTES_MIN;
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
@@ -106,6 +107,7 @@ impl Checker {
             spec.cmdline = cmdline.value;
         }
         self.disks(&draft.disks, &mut spec);
+        spec.vsock = draft.vsock.as_ref().map(|vsock| self.vsock(vsock));
         if let Some(virtio) = &draft.console_virtio {
             spec.console.virtio = virtio.value;
         }
@@ -230,6 +232,33 @@ impl Checker {
             self.expect(fits, initrd, expectation);
         }
         Some(initrd.value.clone())
+    }
+
+    fn vsock(&mut self, draft: &DraftVsock) -> VsockSpec {
+        if let Some(path) = &draft.path {
+            let name = path.value.file_name();
+            self.expect(
+                name.is_some_and(|name| name.len() <= SOCKET_NAME_BYTES_MAX),
+                path,
+                format!("expected a file name of at most {SOCKET_NAME_BYTES_MAX} bytes"),
+            );
+            let directory = path.value.parent();
+            self.expect(
+                directory.is_some_and(std::path::Path::is_dir),
+                path,
+                "expected a socket to be made in a directory that is there",
+            );
+        }
+        VsockSpec {
+            path: draft.path.as_ref().map(|path| path.value.clone()),
+            ..draft
+                .cid
+                .as_ref()
+                .map_or_else(VsockSpec::default, |cid| VsockSpec {
+                    cid: cid.value,
+                    path: None,
+                })
+        }
     }
 
     fn disks(&mut self, drafts: &[DraftDisk], spec: &mut VmSpec) {

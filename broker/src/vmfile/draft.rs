@@ -21,6 +21,7 @@ pub struct Draft {
     pub initrd: Option<Located<PathBuf>>,
     pub cmdline: Option<Located<String>>,
     pub disks: Vec<DraftDisk>,
+    pub vsock: Option<DraftVsock>,
     pub console_virtio: Option<Located<bool>>,
     pub console_attach: Option<Located<ConsoleChoice>>,
     pub console_on_cmdline: Option<Located<bool>>,
@@ -34,6 +35,23 @@ pub struct Draft {
     pub autostart: Option<Located<bool>>,
     /// Nothing of it depends on anything else, so no place is kept.
     pub share: HostShare,
+}
+
+/// A socket device, perhaps with gaps.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[expect(missing_docs, reason = "the fields are those of the VM file")]
+pub struct DraftVsock {
+    pub cid: Option<Located<u32>>,
+    pub path: Option<Located<PathBuf>>,
+}
+
+impl DraftVsock {
+    fn or(self, other: Self) -> Self {
+        Self {
+            cid: self.cid.or(other.cid),
+            path: self.path.or(other.path),
+        }
+    }
 }
 
 /// A disk, perhaps with gaps.
@@ -111,6 +129,10 @@ impl Draft {
             initrd: self.initrd.or(other.initrd),
             cmdline: self.cmdline.or(other.cmdline),
             disks,
+            vsock: match (self.vsock, other.vsock) {
+                (Some(own), Some(other)) => Some(own.or(other)),
+                (own, other) => own.or(other),
+            },
             console_virtio: self.console_virtio.or(other.console_virtio),
             console_attach: self.console_attach.or(other.console_attach),
             console_on_cmdline: self.console_on_cmdline.or(other.console_on_cmdline),

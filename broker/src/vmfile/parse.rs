@@ -1,9 +1,9 @@
 //! From the text of a VM file to a [`Draft`]. Pure: looks at nothing but the text.
 
-use super::draft::{Draft, DraftDisk, DraftLimits};
+use super::draft::{Draft, DraftDisk, DraftLimits, DraftVsock};
 use super::problem::{Located, Problem, Problems};
 use super::section::{Key, Section, Source, key, later};
-use crate::vm::spec::{ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnDiskFull, OnEnd};
+use crate::vm::spec::{CIDS, ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnDiskFull, OnEnd};
 use bulkhead_ipc::platform::VCPUS_MAX;
 use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
 use std::path::{Path, PathBuf};
@@ -19,13 +19,13 @@ pub(super) const ROOT_KEYS: &[Key] = &[
     key("machine"),
     key("boot"),
     key("disk"),
+    key("vsock"),
     key("console"),
     key("lifecycle"),
     key("limits"),
     key("autostart"),
     later("net"),
     later("share"),
-    later("vsock"),
     later("snapshots"),
     later("policy"),
 ];
@@ -60,6 +60,7 @@ pub(super) const DISK_LIMITS_KEYS: &[Key] = &[
     key("requests_per_s"),
     key("requests_burst"),
 ];
+pub(super) const VSOCK_KEYS: &[Key] = &[key("cid"), key("path")];
 pub(super) const CONSOLE_KEYS: &[Key] = &[
     key("virtio"),
     key("attach"),
@@ -177,6 +178,13 @@ fn read_root(root: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
     }
     for disk in root.tables("disk", problems) {
         draft.disks.push(read_disk(&disk, directory, problems));
+    }
+    if let Some(vsock) = root.table("vsock", problems) {
+        vsock.check_keys(VSOCK_KEYS, problems);
+        draft.vsock = Some(DraftVsock {
+            cid: vsock.number("cid", (*CIDS.start(), *CIDS.end()), problems),
+            path: path(&vsock, "path", directory, problems),
+        });
     }
     if let Some(console) = root.table("console", problems) {
         console.check_keys(CONSOLE_KEYS, problems);

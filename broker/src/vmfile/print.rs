@@ -6,7 +6,7 @@
 
 use super::parse::{CONSOLES, HUGE_PAGES, ON_DISK_FULL, ON_END};
 use super::quantity::show_size;
-use crate::vm::spec::{DiskSpec, HostShare, KernelSource, VmSpec};
+use crate::vm::spec::{DiskSpec, HostShare, KernelSource, VmSpec, VsockSpec};
 use bulkhead_ipc::protocol::birth::DiskLimits;
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -35,6 +35,8 @@ pub(super) struct VmFile {
     #[serde(default)]
     #[schemars(length(max = 14))]
     disk: Vec<Disk>,
+    /// Sockets between programs of the guest and of the host.
+    vsock: Option<Vsock>,
     /// Serial port and virtio console.
     console: Option<Console>,
     /// What happens when the guest ends by itself.
@@ -211,6 +213,25 @@ struct Limits {
     disk_write_iops: Option<u32>,
 }
 
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Vsock {
+    /// Context id of the guest. Default: 3.
+    #[schemars(range(min = 3, max = 4_294_967_294_u32))]
+    cid: Option<u32>,
+    /// Unix socket for connections to the guest, which begin with "CONNECT PORT" in a line; connections
+    /// from the guest go to PATH_PORT. The file name has at most 64 bytes. Default: vsock.sock in the
+    /// machine's runtime directory.
+    path: Option<String>,
+}
+
+fn vsock(spec: &VsockSpec) -> Result<Vsock, PrintError> {
+    Ok(Vsock {
+        cid: Some(spec.cid),
+        path: spec.path.as_deref().map(utf8).transpose()?,
+    })
+}
+
 fn limits(share: &HostShare) -> Option<Limits> {
     (*share != HostShare::default()).then(|| Limits {
         cpu_weight: share.cpu_weight,
@@ -272,6 +293,7 @@ pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
             cmdline: Some(spec.cmdline.clone()),
         }),
         disk: spec.disks.iter().map(disk).collect::<Result<_, _>>()?,
+        vsock: spec.vsock.as_ref().map(vsock).transpose()?,
         console: Some(Console {
             virtio: Some(spec.console.virtio),
             attach: word(&CONSOLES, &spec.console.attach),

@@ -1,6 +1,7 @@
 use super::*;
 use crate::vm::spec::{
-    ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits, OnEnd, VmSpec,
+    ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits, OnEnd,
+    VmSpec, VsockSpec,
 };
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
 use proptest::prelude::*;
@@ -29,6 +30,10 @@ path = "data.img"
 readonly = true
 serial = "D4"
 queues = 2
+
+[vsock]
+cid = 7
+path = "v.sock"
 
 [console]
 attach = "virtio"
@@ -110,6 +115,10 @@ fn every_key_reaches_the_specification() {
                 ..disk("disk1", "data.img")
             },
         ],
+        vsock: Some(VsockSpec {
+            cid: 7,
+            path: Some(dir.path().join("v.sock")),
+        }),
         console: ConsoleSpec {
             attach: ConsoleChoice::Virtio,
             history_bytes: 64 << 10,
@@ -159,7 +168,7 @@ fn unknown_keys_name_the_nearest_known_one() {
     fault(
         "[lifecycle]",
         "[livecycle]",
-        "vm.toml:28:2: livecycle: unknown key; did you mean `lifecycle`?",
+        "vm.toml:32:2: livecycle: unknown key; did you mean `lifecycle`?",
     );
     fault(
         "readonly =",
@@ -169,32 +178,51 @@ fn unknown_keys_name_the_nearest_known_one() {
 }
 
 #[test]
+fn socket_has_a_place_and_a_number_that_a_guest_can_have() {
+    fault(
+        "cid = 7",
+        "cid = 2",
+        "vm.toml:24:7: vsock.cid = 2: expected a whole number from 3 to 4294967294",
+    );
+    fault(
+        "path = \"v.sock\"",
+        "path = \"none/v.sock\"",
+        "vm.toml:25:8: vsock.path = \"none/v.sock\": expected a socket to be made in a directory",
+    );
+    let long = format!("path = \"{}\"", "v".repeat(65));
+    fault("path = \"v.sock\"", &long, "vm.toml:25:8: vsock.path");
+    let none = GOOD.replace("cid = 7\npath = \"v.sock\"\n", "");
+    let spec = read(&place(), &none).unwrap();
+    assert_eq!(spec.vsock, Some(VsockSpec::default()));
+}
+
+#[test]
 fn keys_of_later_features_are_refused_not_ignored() {
     let later = "this key is not supported yet";
     fault(
         "name = \"web\"",
-        "vsock = true",
-        &format!("vm.toml:1:1: vsock = true: {later}"),
+        "policy = true",
+        &format!("vm.toml:1:1: policy = true: {later}"),
     );
     fault(
         "[lifecycle]",
         "[[net]]\nnetwork = 'n'\n[lifecycle]",
-        &format!("vm.toml:28:3: net: {later}"),
+        &format!("vm.toml:32:3: net: {later}"),
     );
     fault(
         "[lifecycle]",
         "[snapshots]\n[lifecycle]",
-        &format!("vm.toml:28:2: snapshots: {later}"),
+        &format!("vm.toml:32:2: snapshots: {later}"),
     );
     fault(
         "cpu_weight = 50",
         "cpu_weight = 0",
-        "vm.toml:32:14: limits.cpu_weight = 0: expected a whole number from 1 to 10000",
+        "vm.toml:36:14: limits.cpu_weight = 0: expected a whole number from 1 to 10000",
     );
     fault(
         "disk_read_per_s = \"1MiB\"",
         "disk_read_per_s = \"1KiB\"",
-        "vm.toml:33:19: limits.disk_read_per_s = \"1KiB\": expected at least \"4KiB\" a second",
+        "vm.toml:37:19: limits.disk_read_per_s = \"1KiB\": expected at least \"4KiB\" a second",
     );
     fault(
         "queues = 2",
@@ -480,6 +508,7 @@ fn schema_knows_exactly_the_keys_that_work() {
         ("/$defs/Machine/properties", parse::MACHINE_KEYS),
         ("/$defs/Boot/properties", parse::BOOT_KEYS),
         ("/$defs/Disk/properties", parse::DISK_KEYS),
+        ("/$defs/Vsock/properties", parse::VSOCK_KEYS),
         ("/$defs/Console/properties", parse::CONSOLE_KEYS),
         ("/$defs/Lifecycle/properties", parse::LIFECYCLE_KEYS),
         ("/$defs/Limits/properties", parse::LIMITS_KEYS),
@@ -557,6 +586,7 @@ prop_compose! {
         huge in 0usize..2,
         cmdline in "[^\0]{0,200}",
         with_initrd: bool,
+        cid in prop::option::of(3u32..u32::MAX),
         disks in prop::collection::vec(any_disk(), 0..4),
         (virtio, attach, on_cmdline) in (any::<bool>(), any::<bool>(), any::<bool>()),
         history_bytes in 4096u64..=(64 << 20),
@@ -573,6 +603,7 @@ prop_compose! {
             huge_pages: parse::HUGE_PAGES[huge].1,
             kernel: KernelSource::File(PathBuf::new()),
             initrd: None,
+            vsock: cid.map(|cid| VsockSpec { cid, path: None }),
             console: ConsoleSpec {
                 virtio,
                 attach: if virtio && attach { ConsoleChoice::Virtio } else { ConsoleChoice::Serial },
@@ -603,6 +634,9 @@ proptest! {
         };
         spec.kernel = KernelSource::File(file("kernel \"é\""));
         spec.initrd = with_initrd.then(|| file("in\\itrd"));
+        if let Some(vsock) = spec.vsock.as_mut().filter(|vsock| vsock.cid % 2 == 0) {
+            vsock.path = Some(home.path().join("v \" sock"));
+        }
         for (n, disk) in spec.disks.iter_mut().enumerate() {
             disk.path = file(&format!("d{n}"));
             disk.name = format!("{n}{}", disk.name);

@@ -138,7 +138,10 @@ impl Newborn {
         sys::share_heap();
         if kind != ProcKind::Vcpu {
             // The kernels that vCPU processes unpack should not stay in their heaps.
-            sys::settle_heap(HEAP_BYTES);
+            sys::settle_heap(match kind {
+                ProcKind::Vsock => CONNECTIONS_HEAP_BYTES,
+                _ => HEAP_BYTES,
+            });
         }
         sys::harden().map_err(Stillbirth::Harden)?;
         sys::prefer_short_slices();
@@ -264,6 +267,9 @@ fn fail(channel: &Channel, cause: &Stillbirth) -> ! {
 /// Heap that a process can use without asking the kernel: a control message with its buffer, and
 /// what its queues keep.
 const HEAP_BYTES: i32 = 1 << 20;
+/// The same of a socket device, which keeps 64 KiB for each of a thousand clients that do not read, in blocks
+/// that have grown to that size.
+const CONNECTIONS_HEAP_BYTES: i32 = 160 << 20;
 
 /// Version of this program.
 fn program_version() -> &'static str {

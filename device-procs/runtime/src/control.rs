@@ -5,12 +5,13 @@ use crate::adoption::Adoption;
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::protocol::birth::DiskLimits;
 use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
+use std::os::fd::OwnedFd;
 
 /// Messages that are looked at before the device's own work has its turn again.
 const MESSAGES_PER_TURN: usize = 16;
 
 /// What the broker wants of the device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Default)]
 pub struct Wishes {
     /// Finish what is in flight and end.
     pub shutdown: bool,
@@ -20,6 +21,8 @@ pub struct Wishes {
     pub try_again: bool,
     /// What the device may do in a second has changed.
     pub limits: Option<DiskLimits>,
+    /// Answers to [`FromDevice::Dial`], by number; `None` when nobody was reached.
+    pub dialled: Vec<(u64, Option<OwnedFd>)>,
     /// There may be more messages.
     pub more: bool,
 }
@@ -75,6 +78,11 @@ impl Control {
                 }
                 Ok(Some((ToDevice::TryAgain, _))) => wishes.try_again = true,
                 Ok(Some((ToDevice::Limits(limits), _))) => wishes.limits = Some(limits),
+                Ok(Some((ToDevice::Dialled { id }, fds))) => {
+                    // More than one socket is not what was asked for; they are closed.
+                    let socket = <[OwnedFd; 1]>::try_from(fds).ok().map(|[socket]| socket);
+                    wishes.dialled.push((id, socket));
+                }
                 Err(error) => tracing::error!(%error, "the broker sent what is no message"),
             }
         }
@@ -88,11 +96,19 @@ impl Control {
             tracing::warn!(%error, "message to the broker is lost");
         }
     }
+
+    /// Asks for a connection. Returns whether the question is under way: a broker that is dead for
+    /// long is asked no more.
+    #[must_use]
+    pub fn ask(&self, dial: &FromDevice) -> bool {
+        self.channel.send(dial, &[]).is_ok()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     #[test]
     fn pings_are_answered_and_wishes_collected() {
@@ -117,11 +133,32 @@ mod tests {
         let control = Control::from(device);
         broker.send(&(200u8, 1u8), &[]).unwrap();
         broker.send(&ToDevice::Ping(3), &[]).unwrap();
-        assert_eq!(control.listen(), Wishes::default());
+        assert!(!control.listen().more);
         let (answer, _) = broker.try_recv::<FromDevice>().unwrap().unwrap();
         assert_eq!(answer, FromDevice::Pong(3));
         drop(broker);
-        assert_eq!(control.listen(), Wishes::default());
+        let wishes = control.listen();
+        assert!(!wishes.shutdown && !wishes.try_again && !wishes.more);
+        let dial = FromDevice::Dial {
+            id: 1,
+            port: 2,
+            asked_ms: 3,
+        };
+        assert!(!control.ask(&dial));
+    }
+
+    #[test]
+    fn answers_bring_one_socket_or_none() {
+        let (broker, device) = Channel::pair().unwrap();
+        let control = Control::from(device);
+        let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
+        let near = near.as_fd();
+        for (id, sockets) in [(7, vec![near]), (8, vec![]), (9, vec![near, near])] {
+            broker.send(&ToDevice::Dialled { id }, &sockets).unwrap();
+        }
+        let dialled = control.listen().dialled;
+        let got: Vec<_> = dialled.iter().map(|(id, fd)| (*id, fd.is_some())).collect();
+        assert_eq!(got, [(7, true), (8, false), (9, false)]);
     }
 
     #[test]

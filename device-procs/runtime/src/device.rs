@@ -9,16 +9,17 @@ use crate::grants::Grants;
 use crate::queues::{Chain, Queues, WindowMemory};
 use crate::serve::Server;
 use crate::spin::Spin;
-use crate::wait::Waiter;
+use crate::wait::{SocketNews, Waiter, Watcher};
 use crate::{log, sys};
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{DeviceConfig, DiskLimits, FdRole, KindConfig, UringGrant};
+use bulkhead_ipc::protocol::device::FromDevice;
 use bulkhead_ipc::shared::Doorbell;
 use bulkhead_ipc::window::{Doorbells, Window, WindowLayout};
 use nix::errno::Errno;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Why a device cannot go on. Its gate then sets DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +94,12 @@ impl<'a> Setup<'a> {
             .watch(fd, token)
             .map_err(|e| Stillbirth::setup(format_args!("watching a descriptor: {e}")))
     }
+
+    /// What has [`Device::on_socket`] called for sockets that the device is given while it serves.
+    #[must_use]
+    pub fn watcher(&self) -> Watcher {
+        self.waiter.watcher()
+    }
 }
 
 /// Whether the host has room for what is written.
@@ -155,6 +162,40 @@ pub trait Device: Sized {
     fn on_event(&mut self, token: u8, queues: &mut Queues) -> Result<(), DeviceFault> {
         let _nothing_watched = (token, queues);
         Ok(())
+    }
+
+    /// There is something new on a socket that it watches.
+    ///
+    /// # Errors
+    /// As [`Device::on_request`].
+    fn on_socket(&mut self, news: SocketNews, queues: &mut Queues) -> Result<(), DeviceFault> {
+        let _no_sockets = (news, queues);
+        Ok(())
+    }
+
+    /// The next connection that it wants of the broker: [`FromDevice::Dial`]. Called after each
+    /// [`Device::settle`] until there is none.
+    fn next_dial(&mut self) -> Option<FromDevice> {
+        None
+    }
+
+    /// What became of the connection that was asked for under `id`: a socket when somebody was reached.
+    ///
+    /// # Errors
+    /// As [`Device::on_request`].
+    fn on_dialled(
+        &mut self,
+        id: u64,
+        socket: Option<OwnedFd>,
+        queues: &mut Queues,
+    ) -> Result<(), DeviceFault> {
+        let _never_asked = (id, socket, queues);
+        Ok(())
+    }
+
+    /// When it wants [`Device::settle`] to be called although nothing has happened.
+    fn deadline(&self) -> Option<Instant> {
+        None
     }
 
     /// The driver has negotiated `features`, or (`None`) was reset. Requests that wait for something

@@ -186,6 +186,7 @@ fn check_kind(role: FdRole, index: u16, fd: &OwnedFd) -> Result<(), GrantError> 
         | FdRole::Window
         | FdRole::LegacyPage
         | FdRole::Input => (&[SFlag::S_IFREG], "a regular file"),
+        FdRole::Listener => (&[SFlag::S_IFSOCK], "a socket"),
         FdRole::Kick
         | FdRole::Call
         | FdRole::LegacyKick
@@ -253,6 +254,9 @@ mod tests {
         let null: OwnedFd = File::open("/dev/null").unwrap().into();
         assert!(check_kind(FdRole::Entropy, 0, &null).is_ok());
         assert!(check_kind(FdRole::Disk, 0, &null).is_err());
+        let socket: OwnedFd = std::os::unix::net::UnixStream::pair().unwrap().0.into();
+        assert!(check_kind(FdRole::Listener, 0, &socket).is_ok());
+        assert!(check_kind(FdRole::Listener, 0, &null).is_err());
     }
 
     #[test]

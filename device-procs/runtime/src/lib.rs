@@ -17,6 +17,7 @@ pub mod grants;
 pub mod log;
 pub mod queues;
 mod serve;
+pub mod socket;
 pub mod spin;
 mod sys;
 #[cfg(any(test, feature = "testing"))]

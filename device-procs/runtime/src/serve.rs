@@ -120,7 +120,7 @@ impl<D: Device> Server<D> {
                 self.sleep(Some(rest))?;
             } else if !self.look() && !self.ask_for_kicks()? {
                 let asleep = Instant::now();
-                self.sleep(None)?;
+                self.sleep(self.patience(asleep))?;
                 self.spin.slept(asleep.elapsed());
             }
         }
@@ -150,6 +150,7 @@ impl<D: Device> Server<D> {
         if let Some(room) = self.device.room_news() {
             self.tell_of_room(room);
         }
+        self.ask_for_connections()?;
         let at_once = self.device.is_at_once();
         if std::mem::replace(&mut self.at_once, at_once) != at_once {
             self.window.set_at_once(at_once);
@@ -158,6 +159,16 @@ impl<D: Device> Server<D> {
             self.doorbells.call.ring();
         }
         Ok(busy)
+    }
+
+    fn ask_for_connections(&mut self) -> Result<(), DeviceFault> {
+        while let Some(dial) = self.device.next_dial() {
+            let asked = self.control.as_ref().is_some_and(|c| c.ask(&dial));
+            if let (false, FromDevice::Dial { id, .. }) = (asked, dial) {
+                self.device.on_dialled(id, None, &mut self.queues)?;
+            }
+        }
+        Ok(())
     }
 
     fn tell_of_room(&self, room: Room) {
@@ -200,6 +211,12 @@ impl<D: Device> Server<D> {
     fn rest(&mut self) -> Option<Duration> {
         let rest = self.device.rests().filter(|_| !self.draining)?;
         (!self.device.has_news()).then_some(rest.max(REST_MIN))
+    }
+
+    /// How long to sleep when nothing happens; for ever if `None`.
+    fn patience(&self, now: Instant) -> Option<Duration> {
+        let deadline = self.device.deadline()?;
+        Some(deadline.saturating_duration_since(now))
     }
 
     /// Looks for work for as long as the spin budget says.
@@ -246,6 +263,9 @@ impl<D: Device> Server<D> {
                 self.device.on_event(token, &mut self.queues)?;
             }
         }
+        for news in woken.sockets {
+            self.device.on_socket(news, &mut self.queues)?;
+        }
         Ok(())
     }
 
@@ -259,12 +279,16 @@ impl<D: Device> Server<D> {
             resize,
             try_again,
             limits,
+            dialled,
             more,
         } = control.listen();
         if let Some(limits) = limits {
             self.device.on_limits(&limits);
         }
         self.draining |= shutdown;
+        for (id, socket) in dialled {
+            self.device.on_dialled(id, socket, &mut self.queues)?;
+        }
         if try_again && !self.draining {
             self.device.try_again(&mut self.queues)?;
         }

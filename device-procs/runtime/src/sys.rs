@@ -11,6 +11,7 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
 use std::sync::OnceLock;
 use vm_memory::VolatileSlice;
 
@@ -134,9 +135,13 @@ pub(crate) fn settle_heap(bytes: i32) {
         (libc::M_TRIM_THRESHOLD, i32::MAX),
         (libc::M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES),
     ]);
-    // Makes the heap that large; freed, the room stays with it.
-    let room = Vec::<u8>::with_capacity(usize::try_from(bytes).unwrap_or(0));
-    drop(std::hint::black_box(room));
+    // Makes the heap that large; freed, the room stays with it. In pieces, since a large block would come from
+    // a mapping of its own.
+    let piece = usize::try_from(HEAP_BLOCK_BYTES / 2).unwrap_or(0);
+    let bytes = usize::try_from(bytes).unwrap_or(0);
+    let pieces = (0..bytes).step_by(piece.max(1));
+    let room = pieces.map(|at| Vec::<u8>::with_capacity(piece.min(bytes - at)));
+    drop(std::hint::black_box(room.collect::<Vec<_>>()));
 }
 
 /// Installs a seccomp filter for the calling thread.
@@ -239,6 +244,18 @@ pub(crate) fn write_at(
     // SAFETY: the guard's range is mapped and readable for the length given.
     let n = unsafe { libc::pwrite(file.as_raw_fd(), guard.as_ptr().cast(), from.len(), offset) };
     Errno::result(n).map(|n| u32::try_from(n).unwrap_or(0))
+}
+
+/// Takes a connection of a listening socket. Never blocks if the listener does not; the new socket never
+/// does.
+pub(crate) fn accept(listener: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    let listener = listener.as_raw_fd();
+    // SAFETY: no address is asked for, so nothing is written.
+    let fd = unsafe { libc::accept4(listener, ptr::null_mut(), ptr::null_mut(), flags) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Ends the process at once, with no destructor and no exit handler: those would unmap and close,

@@ -1,4 +1,5 @@
-//! Sleeping until one of a fixed set of descriptors has something new.
+//! Sleeping until one of a set of descriptors has something new: of a fixed few, each with a token, and
+//! of the sockets that a process is given while it serves, each with a number.
 //!
 //! Descriptors are watched edge-triggered: a doorbell need not be read after it has rung, which
 //! saves a system call for each wake-up, and a peer that keeps one ringing cannot make the process
@@ -7,27 +8,49 @@
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
-/// Most descriptors that one process waits for.
+/// Most descriptors with tokens that one process waits for.
 pub const WATCHED_MAX: usize = 8;
+/// Most events that one look takes. Those of others are not lost: they come with the next.
+const EVENTS_MAX: usize = 64;
+/// Set in what is registered of a socket; the rest is its number.
+const SOCKET: u64 = 1 << 63;
 
-/// The set. Made in the start-up phase; nothing is added after lock.
+/// The set. Made in the start-up phase, in which everything with a token is added.
 #[derive(Debug)]
 pub struct Waiter {
-    epoll: Epoll,
+    epoll: Arc<Epoll>,
 }
 
-/// What woke the process: one bit for each token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// Adds sockets to the set of a process that serves.
+#[derive(Debug, Clone)]
+pub struct Watcher {
+    epoll: Arc<Epoll>,
+}
+
+/// There is something new on a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SocketNews {
+    /// Its number.
+    pub number: u64,
+    /// Whether both of its directions have ended.
+    pub hung_up: bool,
+}
+
+/// What woke the process: one bit for each token, and the sockets.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Woken {
     tokens: u64,
+    /// Sockets with something new.
+    pub sockets: Vec<SocketNews>,
 }
 
 impl Woken {
     /// Whether the descriptor of `token` has something new.
     #[must_use]
-    pub const fn by(self, token: u8) -> bool {
+    pub const fn by(&self, token: u8) -> bool {
         token < 64 && self.tokens & (1 << token) != 0
     }
 }
@@ -38,7 +61,18 @@ impl Waiter {
     /// # Errors
     /// The kernel's errno.
     pub fn new() -> Result<Self, Errno> {
-        Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map(|epoll| Self { epoll })
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        Ok(Self {
+            epoll: Arc::new(epoll),
+        })
+    }
+
+    /// What adds sockets later.
+    #[must_use]
+    pub fn watcher(&self) -> Watcher {
+        Watcher {
+            epoll: Arc::clone(&self.epoll),
+        }
     }
 
     /// Adds a descriptor under a token from 0 to 63.
@@ -60,16 +94,39 @@ impl Waiter {
             let ms = d.as_nanos().div_ceil(1_000_000);
             EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX)
         });
-        let mut events = [EpollEvent::empty(); WATCHED_MAX];
+        let mut events = [EpollEvent::empty(); EVENTS_MAX];
         let got = match self.epoll.wait(&mut events, timeout) {
             Err(Errno::EINTR) => 0,
             other => other?,
         };
         let mut woken = Woken::default();
         for event in events.iter().take(got) {
-            woken.tokens |= 1 << (event.data() % 64);
+            if event.data() & SOCKET == 0 {
+                woken.tokens |= 1 << (event.data() % 64);
+            } else {
+                woken.sockets.push(SocketNews {
+                    number: event.data() & !SOCKET,
+                    hung_up: event.events().contains(EpollFlags::EPOLLHUP),
+                });
+            }
         }
         Ok(woken)
+    }
+}
+
+impl Watcher {
+    /// Adds a socket under a number below 2^63, for as long as it is open. What is new on it already is
+    /// told as well.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn watch(&self, socket: impl AsFd, number: u64) -> Result<(), Errno> {
+        let flags = EpollFlags::EPOLLIN
+            | EpollFlags::EPOLLOUT
+            | EpollFlags::EPOLLRDHUP
+            | EpollFlags::EPOLLET;
+        let event = EpollEvent::new(flags, SOCKET | number);
+        self.epoll.add(socket, event)
     }
 }
 
@@ -77,6 +134,48 @@ impl Waiter {
 mod tests {
     use super::*;
     use bulkhead_ipc::shared::Doorbell;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn socket_has_news_until_it_is_closed() {
+        let waiter = Waiter::new().unwrap();
+        let (mut near, mut far) = UnixStream::pair().unwrap();
+        waiter.watcher().watch(&near, 77).unwrap();
+        let news = |hung_up| {
+            vec![SocketNews {
+                number: 77,
+                hung_up,
+            }]
+        };
+        let look = || waiter.sleep(Some(Duration::ZERO)).unwrap().sockets;
+        // There is room to write.
+        assert_eq!(look(), news(false));
+        assert_eq!(look(), []);
+        far.write_all(b"x").unwrap();
+        assert_eq!(look(), news(false));
+        near.read_exact(&mut [0; 1]).unwrap();
+        drop(far);
+        assert_eq!(look(), news(true));
+        drop(near);
+        assert_eq!(look(), []);
+    }
+
+    #[test]
+    fn more_events_than_one_look_takes_come_with_the_next() {
+        let waiter = Waiter::new().unwrap();
+        let pairs: Vec<_> = (0..EVENTS_MAX + 5)
+            .map(|_| UnixStream::pair().unwrap())
+            .collect();
+        for (number, (near, _)) in (0..).zip(&pairs) {
+            waiter.watcher().watch(near, number).unwrap();
+        }
+        let look = || waiter.sleep(Some(Duration::ZERO)).unwrap().sockets;
+        let mut numbers: Vec<u64> = look().iter().map(|news| news.number).collect();
+        numbers.extend(look().iter().map(|news| news.number));
+        numbers.sort_unstable();
+        assert!(numbers.into_iter().eq(0..EVENTS_MAX as u64 + 5));
+    }
 
     #[test]
     fn every_ring_wakes_once_without_being_read() {

@@ -17,6 +17,10 @@ const RESETS_MAX: usize = 1024;
 /// First port of the host's side of connections that clients ask for, as with Firecracker.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
+/// Ports on the host's side that the processes of one device begin with in turn.
+const PORTS_PER_BLOCK: u32 = 1 << 20;
+const PORT_BLOCKS: u32 = (u32::MAX - FIRST_HOST_PORT) / PORTS_PER_BLOCK;
+
 /// A name of a connection for the caller, never used again.
 pub type LinkId = u64;
 
@@ -67,6 +71,15 @@ impl<S: Stream> Exchange<S> {
             next_id: 0,
             next_port: FIRST_HOST_PORT,
         }
+    }
+
+    /// As [`Exchange::new`], for a process of generation `generation`: its ports on the host's side are
+    /// not those of the processes before it, of whose connections a guest may still know.
+    #[must_use]
+    pub const fn of_generation(guest_cid: u64, generation: u32) -> Self {
+        let mut exchange = Self::new(guest_cid);
+        exchange.next_port = FIRST_HOST_PORT + (generation % PORT_BLOCKS) * PORTS_PER_BLOCK;
+        exchange
     }
 
     /// Number of connections, with clients that have not said yet what they want.
@@ -234,6 +247,12 @@ impl<S: Stream> Exchange<S> {
                 return Some(dial);
             }
         }
+    }
+
+    /// Whether [`Exchange::next_dial`] may have one.
+    #[must_use]
+    pub fn wants_to_dial(&self) -> bool {
+        !self.dials.is_empty()
     }
 
     /// What became of a [`Dial`]: `None` when nobody listens. A connection that the guest has given up

@@ -75,6 +75,8 @@ pub enum FdRole {
     InputBell,
     /// The host's entropy source (`/dev/urandom`), read only.
     Entropy,
+    /// The machine's Unix socket, at which clients ask for connections to the guest.
+    Listener,
 }
 
 /// One granted descriptor.
@@ -319,6 +321,31 @@ pub enum DeviceOwn {
     },
     /// Entropy source.
     Rng,
+    /// Socket device.
+    Vsock {
+        /// Context id of the guest.
+        guest_cid: u32,
+        /// Generation of the process.
+        generation: u32,
+        /// Whether it takes the place of a process whose connections have ended with it, which the guest
+        /// has to be told.
+        is_successor: bool,
+    },
+}
+
+impl DeviceOwn {
+    /// For a process of this generation, which takes the place of another or is the first.
+    #[must_use]
+    pub fn born_as(self, generation: u32, is_successor: bool) -> Self {
+        match self {
+            Self::Vsock { guest_cid, .. } => Self::Vsock {
+                guest_cid,
+                generation,
+                is_successor,
+            },
+            other => other,
+        }
+    }
 }
 
 /// Answer to [`Birth`]. Sender: the process.

@@ -1,4 +1,4 @@
-//! Broker and device processes (`legacy`, `console`, `blk`, `rng`), after birth.
+//! Broker and device processes (`legacy`, `console`, `blk`, `rng`, `vsock`), after birth.
 
 use super::birth::DiskLimits;
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,12 @@ pub enum ToDevice {
     TryAgain,
     /// What the device may do in a second from now on (disks only).
     Limits(DiskLimits),
+    /// Answer to [`FromDevice::Dial`], with one descriptor if a listener was reached and none
+    /// otherwise (sockets only). Not idempotent: the descriptor is another one each time.
+    Dialled {
+        /// Number of the question.
+        id: u64,
+    },
 }
 
 /// Sender: device process.
@@ -39,4 +45,23 @@ pub enum FromDevice {
     NoRoom,
     /// Everything that waited for room has been done.
     HasRoom,
+    /// The guest asks for a connection to the listener of this port: a connected socket is wanted
+    /// (sockets only). At most [`DIALS_MAX`] wait for an answer, and [`DIALS_PER_S`] are asked in a
+    /// second. Not idempotent: each is a connection.
+    Dial {
+        /// Number of the question, which its answer has.
+        id: u64,
+        /// The port on the host's side.
+        port: u32,
+        /// When the device asked, on the clock that counts milliseconds since the host's start: nobody
+        /// waits for the answer to an old question any more.
+        asked_ms: u64,
+    },
 }
+
+/// Questions of one device for connections that may wait for their answers.
+pub const DIALS_MAX: usize = 64;
+/// Questions of one device for connections in a second, beside [`DIALS_MAX`] at once.
+pub const DIALS_PER_S: u32 = 200;
+/// Age in milliseconds at which nobody waits for the answer to a question any more.
+pub const DIAL_AGE_MS_MAX: u64 = 5000;

@@ -112,6 +112,11 @@ fn denied_calls_of_a_taken_over_rng_end_it_and_harm_nobody_else() {
 }
 
 #[test]
+fn denied_calls_of_a_taken_over_vsock_end_it_and_harm_nobody_else() {
+    calls_of_device(ProcKind::Vsock);
+}
+
+#[test]
 fn denied_calls_of_a_taken_over_console_end_it_and_harm_nobody_else() {
     calls_of_device(ProcKind::Console);
 }
@@ -142,8 +147,8 @@ fn denied_calls_of_a_taken_over_vcpu_end_its_machine_and_harm_no_neighbour() {
         let mut neighbour = start("neighbour", &binaries, &disks, seconds);
         let (expected, memory) = expected_memory(&mut neighbour);
         let ended = while_watched(&what, (&expected, &memory), || {
-            let pids =
-                ["vcpu", "blk", "console", "legacy", "rng"].map(|kind| neighbour.process(kind));
+            let kinds = ["vcpu", "blk", "console", "legacy", "rng", "vsock"];
+            let pids = kinds.map(|kind| neighbour.process(kind));
             nothing_changes(&what, &pids, &[pids[0], neighbour.pid()]);
             for &at in some {
                 let own = [disk_with_canary()];

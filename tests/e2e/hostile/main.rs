@@ -64,6 +64,7 @@ fn start(name: &str, programs: &Path, disks: &[NamedTempFile], seconds: u32) -> 
         disks.len() - 1
     );
     let mut arguments = vec!["--name", name, "--libexec-dir", programs.to_str().unwrap()];
+    arguments.push("--vsock");
     for disk in disks {
         arguments.extend(["--disk", disk.path().to_str().unwrap()]);
     }
@@ -335,6 +336,11 @@ fn taken_over_rng_harms_nobody_else() {
 }
 
 #[test]
+fn taken_over_vsock_harms_nobody_else() {
+    attacked_by("vsock");
+}
+
+#[test]
 fn taken_over_console_harms_nobody_else() {
     attacked_by("console");
 }
@@ -403,7 +409,7 @@ fn taken_over_vcpu_harms_neither_its_broker_nor_a_neighbour() {
 /// Whatever a hostile vCPU process says of itself, its machine ends when it is told to, and nothing of it stays.
 fn attacked_by_vcpu(what: &str, machine: Machine, neighbour: &Machine) {
     let _locked = machine.process("vcpu");
-    let kinds = ["vcpu", "blk", "console", "legacy", "rng"];
+    let kinds = ["vcpu", "blk", "console", "legacy", "rng", "vsock"];
     let pids = kinds.map(|kind| neighbour.process(kind));
     let growing = [neighbour.process("vcpu"), neighbour.pid(), machine.pid()];
     nothing_changes(what, &pids, &growing);
@@ -419,7 +425,7 @@ fn attacked_by_vcpu(what: &str, machine: Machine, neighbour: &Machine) {
 /// Kind and private memory of each device process that is alive.
 fn device_sizes(machine: &Machine) -> Vec<(&'static str, u64)> {
     let processes = machine.processes();
-    let sizes = ["blk", "console", "legacy", "rng"]
+    let sizes = ["blk", "console", "legacy", "rng", "vsock"]
         .map(|kind| Some((kind, resident_kib(processes.of(kind)?)?)));
     sizes.into_iter().flatten().collect()
 }

@@ -40,7 +40,7 @@ fn paused_beside(kind: &str) {
         let name = format!("hostile-{method}-1");
         let disks = [disk_with_canary(), disk_with_canary()];
         let paths = disks.each_ref().map(|disk| disk.path().to_str().unwrap());
-        let more = ["--disk", paths[0], "--disk", paths[1]];
+        let more = ["--vsock", "--disk", paths[0], "--disk", paths[1]];
         daemon.create_and_start(&name, "mode=beside fill=1 seconds=100 disk=1", &more);
         let memory = GuestMemory::of(daemon.process(&name, "vcpu"), MEMORY_BYTES);
         if kind == "legacy" {
@@ -76,6 +76,11 @@ fn paused_beside(kind: &str) {
 #[test]
 fn memory_of_a_paused_machine_stands_still_beside_a_taken_over_rng() {
     paused_beside("rng");
+}
+
+#[test]
+fn memory_of_a_paused_machine_stands_still_beside_a_taken_over_vsock() {
+    paused_beside("vsock");
 }
 
 #[test]

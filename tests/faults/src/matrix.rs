@@ -97,7 +97,8 @@ impl Phase {
                     false => [
                         ("to-vcpu.prepare-slot", Some(1)),
                         ("from-vcpu.slot-prepared", Some(1)),
-                        ("from-vcpu.slot-serving", Some(4)),
+                        // Behind those of the four devices at boot.
+                        ("from-vcpu.slot-serving", Some(5)),
                     ],
                 });
                 messages
@@ -534,7 +535,7 @@ pub fn all() -> Vec<Scenario> {
         of_requests(phase, &mut scenarios);
     }
     of_calls(&mut scenarios);
-    for kind in ["blk", "console", "rng", "legacy"] {
+    for kind in ["blk", "console", "rng", "vsock", "legacy"] {
         let mut fault = bare(&format!("window.{kind}"), Action::Corrupt);
         fault.at_ms = Some(AT_MS);
         fault.bytes = Some(4096);
@@ -599,6 +600,7 @@ fn of_windows(phase: Phase, into: &mut Vec<Scenario>) {
         (ProcKind::Blk, Action::Shake),
         (ProcKind::Console, Action::Corrupt),
         (ProcKind::Rng, Action::Corrupt),
+        (ProcKind::Vsock, Action::Corrupt),
         (ProcKind::Legacy, Action::Corrupt),
     ] {
         let mut fault = bare(&format!("window.{kind}"), action);

@@ -144,7 +144,7 @@ pub const ON_MESSAGES: [Action; 8] = [
     Action::Corrupt,
     Action::Truncate,
 ];
-const DEVICES: [&str; 4] = ["blk", "console", "legacy", "rng"];
+const DEVICES: [&str; 5] = ["blk", "console", "legacy", "rng", "vsock"];
 const ON_PROCESSES: [Action; 4] = [Action::Kill, Action::Stop, Action::Slow, Action::Starve];
 /// Calls of a disk in memory that are made all the time, and what a process must stand.
 const CALLS: [(&str, Action); 6] = [

@@ -15,7 +15,7 @@ const FAULTS_MS: [u64; 2] = [250, 3300];
 /// Heartbeats come once a second: a fault of one has to be due by then.
 const BEATS_MS: u64 = 2300;
 /// Kinds of device processes.
-const DEVICES: [&str; 4] = ["blk", "console", "legacy", "rng"];
+const DEVICES: [&str; 5] = ["blk", "console", "legacy", "rng", "vsock"];
 /// Faults of one scenario that must leave guests unharmed.
 const AT_ONCE: usize = 11;
 
@@ -212,11 +212,11 @@ fn harmless(dice: &mut Dice) -> Vec<Fault> {
     let mut shake = at("window.blk", Action::Shake, dice);
     shake.ms = Some(30);
     faults.push(shake);
-    let kind = dice.pick(&["rng", "console"]).copied().unwrap_or("rng");
+    let kind = dice.pick(&["rng", "console", "vsock"]).copied().unwrap_or("rng");
     let mut spoil = at(&format!("window.{kind}"), Action::Corrupt, dice);
     spoil.bytes = Some(512);
     faults.push(spoil);
-    let kinds = ["vcpu", "blk", "console", "rng", "broker"];
+    let kinds = ["vcpu", "blk", "console", "rng", "vsock", "broker"];
     let kind = dice.pick(&kinds).copied().unwrap_or("blk");
     faults.push(at(&format!("clock.{kind}"), Action::Jump, dice));
     let mut starve = at("machine", Action::Starve, dice);
@@ -238,7 +238,8 @@ fn steps(dice: &mut Dice) -> Vec<Step> {
     };
     let at_ms = dice.between(FAULTS_MS[0], FAULTS_MS[1]);
     let vm = dice.pick(&["web", "db"]).copied().unwrap_or("web");
-    let device = dice.pick(&["disk0", "console", "legacy", "rng"]).copied();
+    let devices = ["disk0", "console", "legacy", "rng", "vsock"];
+    let device = dice.pick(&devices).copied();
     match dice.between(0, 4) {
         0 => step(at_ms, Deed::RestartDevice, vm, device),
         1 => step(at_ms, Deed::Upgrade, vm, device),

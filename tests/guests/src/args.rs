@@ -15,6 +15,7 @@ const KNOWN: &[&str] = &[
     "lines",
     "mode",
     "op",
+    "port",
     "qd",
     "rate",
     "requests",

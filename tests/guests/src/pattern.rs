@@ -34,6 +34,15 @@ pub fn first_difference(seed: u64, sector: u64, data: &[u8]) -> Option<u64> {
     Some(sector + (byte / SECTOR) as u64)
 }
 
+/// The byte at `place` of a stream of bytes.
+pub fn stream_byte(seed: u64, place: u64) -> u8 {
+    let word = seed
+        .wrapping_add(place >> 3)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let at = usize::try_from(place % 8).unwrap_or(0);
+    word.to_le_bytes()[at]
+}
+
 /// A sum over 64-bit words that depends on their order. Goes on from `start` (0 at first).
 pub fn checksum(start: u64, data: &[u8]) -> u64 {
     data.chunks(8).fold(start, |sum, bytes| {

@@ -268,13 +268,21 @@ fn flood(prey: &Prey, channel: &Channel, prng: &mut Prng) {
 }
 
 fn lie(channel: &Channel, prng: &mut Prng) {
-    let _told = match below(prng, 3) {
+    let _told = match below(prng, 4) {
         0 => channel.send(&FromDevice::Pong(prng.draw()), &[]),
         1 => channel.send(
             &Born::Locked {
                 version: 77,
                 landlock_abi: 255,
                 program: "\u{1b}[2J".repeat(200),
+            },
+            &[],
+        ),
+        2 => channel.send(
+            &FromDevice::Dial {
+                id: prng.draw(),
+                port: edge32(prng),
+                asked_ms: prng.draw(),
             },
             &[],
         ),

@@ -55,6 +55,7 @@ fn kind(name: &str) -> ProcKind {
         ProcKind::Console,
         ProcKind::Rng,
         ProcKind::Vcpu,
+        ProcKind::Vsock,
     ];
     let named = |kind: &ProcKind| name.ends_with(&format!("-{kind}"));
     kinds.into_iter().find(named).unwrap_or(ProcKind::Legacy)

@@ -8,6 +8,9 @@ use bulkhead_ipc::ident::ProcKind;
 use bulkhead_tests::{Ended, Machine, kill, tool};
 use nix::sys::signal::Signal;
 use std::fs;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 use tempfile::{NamedTempFile, TempDir};
@@ -36,6 +39,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         "entropy, legacy devices, consoles, several CPUs",
         other_devices,
     ),
+    plain("sockets of both sides", sockets),
     plain("a console that is typed at", typed_at),
     plain("a guest that resets", resets),
     plain("a guest that crashes, with a core", crashes),
@@ -51,6 +55,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     starved("blk cannot start", ProcKind::Blk, 14),
     starved("console cannot start", ProcKind::Console, 17),
     starved("rng cannot start", ProcKind::Rng, 14),
+    starved("vsock cannot start", ProcKind::Vsock, 14),
     denied("blk reports a denial", ProcKind::Blk, "main", "epoll_wait"),
     Scenario {
         denies: Some((ProcKind::Image, "main", "fdatasync")),
@@ -63,6 +68,12 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         "epoll_wait",
     ),
     denied("rng reports a denial", ProcKind::Rng, "main", "epoll_wait"),
+    denied(
+        "vsock reports a denial",
+        ProcKind::Vsock,
+        "main",
+        "epoll_wait",
+    ),
     denied(
         "legacy reports a denial",
         ProcKind::Legacy,
@@ -243,6 +254,41 @@ fn other_devices(stage: &Stage) {
     good(stage.guest("mode=rng,legacy,console,smp,memory,hello", &["-c", "4"]));
 }
 
+/// A client of the host is answered by the guest, and the guest by a listener of the host.
+fn sockets(stage: &Stage) {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("s");
+    let listener = UnixListener::bind(directory.path().join("s_5000")).unwrap();
+    let vsock = format!("--vsock={}", socket.display());
+    let load = "mode=vsock-echo,vsock-ask count=1 size=256k timeout=20";
+    let mut machine = stage.guest(load, &[&vsock]);
+    machine.expect("BH vsock-echo.ready");
+    let mut client = UnixStream::connect(&socket).unwrap();
+    let patience = Some(Duration::from_secs(20));
+    client.set_read_timeout(patience).unwrap();
+    client.write_all(b"CONNECT 5000\nhello").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    let read = client.read_to_string(&mut answer);
+    assert!(
+        answer.starts_with("OK ") && answer.ends_with("\nhello"),
+        "{read:?} {answer}"
+    );
+    std::thread::spawn(move || {
+        let (mut from, _) = listener.accept().unwrap();
+        let mut to = from.try_clone().unwrap();
+        let _cut = std::io::copy(&mut from, &mut to);
+        let _gone = to.shutdown(Shutdown::Write);
+        let _end = from.read(&mut [0; 1]);
+    });
+    let ended = machine.wait();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(
+        ended.console.contains("BH vsock-ask.end whole=1 "),
+        "{ended:?}"
+    );
+}
+
 fn typed_at(stage: &Stage) {
     let load = "mode=console lines=2 count=2 timeout=60";
     let mut machine = stage.guest(load, &["--console", "virtio"]);
@@ -307,6 +353,7 @@ fn every_device(stage: &Stage) {
     let (ring, memory) = (on_a_ring(), in_memory());
     let disks = ["--disk", path(&ring), "--disk", path(&memory), "-c", "2"];
     good(stage.guest("mode=blk,rng,legacy,console,smp", &disks));
+    sockets(stage);
 }
 
 fn longest_chains(stage: &Stage) {
@@ -320,7 +367,7 @@ fn longest_chains(stage: &Stage) {
 
 fn next_broker(stage: &Stage) {
     let disk = in_memory();
-    let more = ["--disk", path(&disk), "--name=web"];
+    let more = ["--vsock", "--disk", path(&disk), "--name=web"];
     let mut machine = stage.guest("mode=button", &more);
     machine.expect("BH button.ready");
     for kind in ProcKind::OF_MACHINES {
@@ -383,7 +430,7 @@ fn adopt(stage: &Stage, machine: &Machine) -> Option<Ending> {
 /// The policy denies what the process cannot do without: it says so, and ends by itself.
 fn reports_a_denial(stage: &Stage) {
     let disk = on_a_ring();
-    let machine = stage.guest("mode=idle", &["--disk", path(&disk)]);
+    let machine = stage.guest("mode=idle", &["--vsock", "--disk", path(&disk)]);
     machine.expect_error("is not granted to thread");
     machine.expect_error("was stopped by the kernel");
     machine.signal(Signal::SIGTERM);
@@ -394,7 +441,7 @@ fn reports_a_denial(stage: &Stage) {
 fn cannot_start(stage: &Stage) {
     let disk = on_a_ring();
     let ended = stage
-        .guest("mode=idle seconds=60", &["--disk", path(&disk)])
+        .guest("mode=idle seconds=60", &["--vsock", "--disk", path(&disk)])
         .wait();
     assert_eq!(ended.code, 6, "{ended:?}");
     assert!(ended.errors.contains("Too many open files"), "{ended:?}");

@@ -419,12 +419,17 @@ impl GateQueue {
     }
 
     /// The device is gone: answers everything in flight, and everything that the guest has put
-    /// since, with an error that its driver understands.
+    /// since, with an error that its driver understands. What waits for input waits on.
     pub(crate) fn fail_all(
         &mut self,
         backing: &mut Backing<'_>,
         budget: &mut u32,
     ) -> Result<(), GuestFault> {
+        if self.framing.waits_for_input {
+            // Buffers for what will never come: a driver that got them back empty would offer them again at
+            // once, and for ever.
+            return Ok(());
+        }
         for slot in 0..self.journal.len() {
             let Some(place) = self.journal.get_mut(slot) else {
                 break;
@@ -541,6 +546,9 @@ impl GateQueue {
 
     /// Asks the guest for kicks only; used when the device is gone.
     pub(crate) fn listen_guest(&mut self, memory: &GuestMemoryMmap) -> bool {
+        if self.framing.waits_for_input {
+            return false;
+        }
         self.guest
             .as_mut()
             .is_some_and(|g| g.enable_notification(memory).unwrap_or(false))

@@ -423,6 +423,7 @@ impl Run {
         );
         let cpus = machine.vm.cpus.unwrap_or(1).to_string();
         let mut arguments = vec!["create", "--name", name, "--disk", &disk, "--cpus", &cpus];
+        arguments.push("--vsock");
         arguments.extend(work.iter().map(String::as_str));
         let created = self.command(host, &arguments);
         if !created.is_good() && !created.errors.contains("already") {

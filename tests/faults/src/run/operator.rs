@@ -27,7 +27,7 @@ fn file_of(path: &std::path::Path) -> Option<(u64, u64)> {
 /// The kind of process that serves a device with this name.
 fn kind_of(device: &str) -> &str {
     match device {
-        "console" | "legacy" | "rng" => device,
+        "console" | "legacy" | "rng" | "vsock" => device,
         _ => "blk",
     }
 }

@@ -195,7 +195,7 @@ fn company(machine: &Machine, disk: u64, lines: &mut [Option<Line>]) -> Result<u
     let verified = mmio::find(machine, id::BLK, disk)?.slot;
     mmio::each(machine, |device| {
         let wanted = match device.id {
-            id::RNG | id::CONSOLE => true,
+            id::RNG | id::CONSOLE | id::VSOCK => true,
             id::BLK => device.slot != verified,
             _ => false,
         };
@@ -219,8 +219,11 @@ fn company(machine: &Machine, disk: u64, lines: &mut [Option<Line>]) -> Result<u
 /// Starts a device and puts requests in flight on its queues. Returns how many lines that took.
 fn join(device: Device, lines: &mut [Option<Line>]) -> Result<usize, Failure> {
     let features = device.negotiate(feature::EVENT_IDX)?;
-    // Of a console the receive queue and the transmit queue, of everything else the first one.
-    let queues = if device.id == id::CONSOLE { 2 } else { 1 };
+    // Of consoles and sockets the receive queue and the transmit queue, of everything else the first one.
+    let queues = match device.id {
+        id::CONSOLE | id::VSOCK => 2,
+        _ => 1,
+    };
     let lines = lines
         .get_mut(..queues)
         .ok_or(Failure::Parameter("devices"))?;

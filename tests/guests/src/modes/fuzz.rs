@@ -13,9 +13,12 @@ use crate::sys::time::Deadline;
 use crate::virtio::blk::{Blk, WANTED};
 use crate::virtio::mmio::{self, Device, feature, id, reg, status};
 use crate::virtio::queue::Segment;
+use crate::virtio::vsock::{Task, Vsock};
 
 const CANARY: usize = 64 << 10;
 const ITERATIONS: u64 = 100;
+/// A port of the host at which nobody listens.
+const CLOSED_PORT: u32 = 0xdead;
 /// How long a device may think about nonsense that it need not answer.
 const PATIENCE_MS: u64 = 3;
 
@@ -177,8 +180,13 @@ fn descriptors(
     }
     arena.spoil(&queue, shape, prng);
     queue.kick_always();
-    // A console that has no input owes nothing for the buffers of its first queue.
-    let owed = shape.must_be_answered() && !(device.id == id::CONSOLE && index == 0);
+    // Who has no input owes nothing for the buffers that wait for it.
+    let waits = match device.id {
+        id::CONSOLE => index == 0,
+        id::VSOCK => index != 1,
+        _ => false,
+    };
+    let owed = shape.must_be_answered() && !waits;
     let deadline = Deadline::after_ms(if owed { timeout_ms } else { PATIENCE_MS });
     loop {
         if queue.used().read::<u16>(2) != 0 {
@@ -209,6 +217,16 @@ fn works(device: Device, timeout_ms: u64) -> Result<(), Failure> {
     if device.id == id::BLK {
         let mut sector = [0; SECTOR];
         return Blk::start(device, WANTED)?.read_sector(0, &mut sector, deadline);
+    }
+    if device.id == id::VSOCK {
+        let mut vsock = Vsock::start(device, timeout_ms)?;
+        let task = Task::Ask { bytes: 0, seed: 0 };
+        vsock.connect(CLOSED_PORT, task)?;
+        let answered = vsock.run(deadline, |vsock| Ok(vsock.open_connections() == 0))?;
+        return match answered {
+            true => Ok(()),
+            false => Err(Failure::Timeout("refusal")),
+        };
     }
     let features = device.negotiate(feature::INDIRECT_DESC | feature::EVENT_IDX)?;
     match device.id {

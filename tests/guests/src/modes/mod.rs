@@ -25,6 +25,7 @@ mod rng;
 mod serial;
 mod smp;
 mod spare;
+mod vsock;
 
 use bulkhead_guest::record::Escaped;
 
@@ -59,6 +60,8 @@ const MODES: &[(&str, Mode)] = &[
     ("rng", rng::run),
     ("serial", serial::run),
     ("smp", smp::run),
+    ("vsock-ask", vsock::ask),
+    ("vsock-echo", vsock::echo),
 ];
 
 /// Runs the modes of the command line in order; a failure ends its mode, not the others.

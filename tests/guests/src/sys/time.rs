@@ -64,7 +64,7 @@ fn khz_from_timer() -> Option<u64> {
 }
 
 /// A moment after which waiting has failed.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deadline(u64);
 
 impl Deadline {

@@ -3,3 +3,4 @@
 pub mod blk;
 pub mod mmio;
 pub mod queue;
+pub mod vsock;
