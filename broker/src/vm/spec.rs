@@ -377,18 +377,18 @@ impl VmSpec {
         if let Some(vsock) = &self.vsock {
             vsock.check()?;
         }
+        expect(
+            self.disks.len() <= DISKS_MAX,
+            "disks",
+            self.disks.len(),
+            "at most 14 disks",
+        )?;
         let devices = DEVICES_MIN + self.disks.len() + usize::from(self.vsock.is_some());
         expect(
             devices <= VIRTIO_MMIO_SLOTS,
             "devices",
             devices,
             "at most 16 virtio devices: console, rng, disks and vsock",
-        )?;
-        expect(
-            self.disks.len() <= DISKS_MAX,
-            "disks",
-            self.disks.len(),
-            "at most 14 disks",
         )?;
         for (n, disk) in self.disks.iter().enumerate() {
             disk.check(n)?;

@@ -617,8 +617,9 @@ impl Vsock {
             } else if !c.ended && (c.peer_ended || matches!(c.task, Task::Ask { .. })) {
                 self.connections[index].ended = true;
                 self.say(index, op::SHUTDOWN, SHUTDOWN_SEND)?;
-            } else if c.ended && c.peer_ended && self.is_whole(index) {
-                // Both have said all. The other side confirms with a reset, which nobody waits for.
+            } else if c.ended && c.peer_ended && matches!(c.task, Task::Ask { .. }) {
+                // Both have said all. Who was asked waits for the end of who asked, since that shows
+                // that everything has arrived.
                 let both = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
                 self.say(index, op::SHUTDOWN, both)?;
                 self.end(index, End::Whole);

@@ -14,7 +14,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 /// Kinds of process that are replaced when they die.
-const KINDS: [&str; 4] = ["blk", "console", "legacy", "rng"];
+const KINDS: [&str; 5] = ["blk", "console", "legacy", "rng", "vsock"];
 /// Longest time between two faults.
 const PAUSE_MS_MAX: u64 = 400;
 /// Longest time for which a process is stopped: it is found out when it misses heartbeats.

@@ -87,7 +87,7 @@ impl<'a> Lives<'a> {
              [machine]\nmemory = \"64MiB\"\n\
              [boot]\nkernel = {:?}\n\
              cmdline = \"mode=beside seconds={GUEST_S} seed={seed} qd=16 timeout=120\"\n\
-             [[disk]]\npath = {disk:?}\n",
+             [vsock]\n[[disk]]\npath = {disk:?}\n",
             self.guest
         );
         fs::write(&file, text)?;
