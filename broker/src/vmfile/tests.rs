@@ -31,10 +31,6 @@ readonly = true
 serial = "D4"
 queues = 2
 
-[vsock]
-cid = 7
-path = "v.sock"
-
 [console]
 attach = "virtio"
 history = "64KiB"
@@ -46,6 +42,10 @@ on_reboot = "destroy"
 [limits]
 cpu_weight = 50
 disk_read_per_s = "1MiB"
+
+[vsock]
+cid = 7
+path = "v.sock"
 "#;
 
 fn around() -> Surroundings {
@@ -168,7 +168,7 @@ fn unknown_keys_name_the_nearest_known_one() {
     fault(
         "[lifecycle]",
         "[livecycle]",
-        "vm.toml:32:2: livecycle: unknown key; did you mean `lifecycle`?",
+        "vm.toml:28:2: livecycle: unknown key; did you mean `lifecycle`?",
     );
     fault(
         "readonly =",
@@ -182,15 +182,15 @@ fn socket_has_a_place_and_a_number_that_a_guest_can_have() {
     fault(
         "cid = 7",
         "cid = 2",
-        "vm.toml:24:7: vsock.cid = 2: expected a whole number from 3 to 4294967294",
+        "vm.toml:36:7: vsock.cid = 2: expected a whole number from 3 to 4294967294",
     );
     fault(
         "path = \"v.sock\"",
         "path = \"none/v.sock\"",
-        "vm.toml:25:8: vsock.path = \"none/v.sock\": expected a socket to be made in a directory",
+        "vm.toml:37:8: vsock.path = \"none/v.sock\": expected a socket to be made in a directory",
     );
     let long = format!("path = \"{}\"", "v".repeat(65));
-    fault("path = \"v.sock\"", &long, "vm.toml:25:8: vsock.path");
+    fault("path = \"v.sock\"", &long, "vm.toml:37:8: vsock.path");
     let none = GOOD.replace("cid = 7\npath = \"v.sock\"\n", "");
     let spec = read(&place(), &none).unwrap();
     assert_eq!(spec.vsock, Some(VsockSpec::default()));
@@ -207,22 +207,22 @@ fn keys_of_later_features_are_refused_not_ignored() {
     fault(
         "[lifecycle]",
         "[[net]]\nnetwork = 'n'\n[lifecycle]",
-        &format!("vm.toml:32:3: net: {later}"),
+        &format!("vm.toml:28:3: net: {later}"),
     );
     fault(
         "[lifecycle]",
         "[snapshots]\n[lifecycle]",
-        &format!("vm.toml:32:2: snapshots: {later}"),
+        &format!("vm.toml:28:2: snapshots: {later}"),
     );
     fault(
         "cpu_weight = 50",
         "cpu_weight = 0",
-        "vm.toml:36:14: limits.cpu_weight = 0: expected a whole number from 1 to 10000",
+        "vm.toml:32:14: limits.cpu_weight = 0: expected a whole number from 1 to 10000",
     );
     fault(
         "disk_read_per_s = \"1MiB\"",
         "disk_read_per_s = \"1KiB\"",
-        "vm.toml:37:19: limits.disk_read_per_s = \"1KiB\": expected at least \"4KiB\" a second",
+        "vm.toml:33:19: limits.disk_read_per_s = \"1KiB\": expected at least \"4KiB\" a second",
     );
     fault(
         "queues = 2",
