@@ -94,7 +94,10 @@ fn echo(listener: UnixListener) -> Arc<AtomicU64> {
 /// The number behind `key=` in the last record named `record`.
 fn told(console: &str, record: &str, key: &str) -> u64 {
     let start = format!("BH {record} ");
-    let line = console.lines().rev().find_map(|l| l.trim().strip_prefix(&start));
+    let line = console
+        .lines()
+        .rev()
+        .find_map(|l| l.trim().strip_prefix(&start));
     let line = line.unwrap_or_else(|| panic!("no {record} in {console}"));
     let value = line.split(' ').find_map(|word| {
         let (name, value) = word.split_once('=')?;
@@ -231,7 +234,11 @@ fn process_that_is_killed_cuts_its_connections_and_new_ones_work_at_once() {
                 Err(error) => assert!(killed.elapsed() < PATIENCE, "{error}"),
             }
         };
-        assert!(killed.elapsed() < Duration::from_secs(10), "{:?}", killed.elapsed());
+        assert!(
+            killed.elapsed() < Duration::from_secs(10),
+            "{:?}",
+            killed.elapsed()
+        );
         exchange(client, round as u64, MIB);
         loads.into_iter().for_each(|load| load.join().unwrap());
         machine.expect_restarts(round);
@@ -249,7 +256,10 @@ fn guest_whose_connections_are_cut_again_and_again_gets_no_wrong_byte() {
     let path = dir.path().join("web.sock");
     let _bytes = echo(UnixListener::bind(dir.path().join("web.sock_5000")).unwrap());
     let vsock = format!("--vsock={}", path.display());
-    let mut machine = test_guest("mode=vsock-ask count=4 size=1m seconds=10 timeout=60", &vsock);
+    let mut machine = test_guest(
+        "mode=vsock-ask count=4 size=1m seconds=10 timeout=60",
+        &vsock,
+    );
     machine.expect("BH vsock-ask.round");
     for n in 1..=10 {
         kill(machine.process("vsock"));
@@ -334,7 +344,11 @@ fn archive(name: &str, program: &[u8]) -> Vec<u8> {
             0,
         ];
         all.extend(b"070701");
-        all.extend(fields.iter().flat_map(|field| format!("{field:08x}").into_bytes()));
+        all.extend(
+            fields
+                .iter()
+                .flat_map(|field| format!("{field:08x}").into_bytes()),
+        );
         for part in [&[name.as_bytes(), &[0]].concat(), content] {
             all.extend(part);
             all.resize(all.len().next_multiple_of(4), 0);

@@ -17,7 +17,11 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 // Not by way of the library of the tests, which is too much for a RAM disk.
 #[path = "../guests/src/pattern.rs"]
-#[allow(dead_code, unreachable_pub, reason = "the test guest's, of which one function is used")]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "the test guest's, of which one function is used"
+)]
 mod pattern;
 #[path = "../guests/src/prng.rs"]
 #[allow(
@@ -98,7 +102,12 @@ fn ask(port: u32, bytes: u64) {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    let number = |at: usize| arguments.get(at).and_then(|word| word.parse().ok()).unwrap();
+    let number = |at: usize| {
+        arguments
+            .get(at)
+            .and_then(|word| word.parse().ok())
+            .unwrap()
+    };
     match arguments.get(1).map(String::as_str) {
         Some("echo") => echo(number(2), number(3)),
         Some("ask") => ask(number(2), number(3).into()),

@@ -212,7 +212,10 @@ fn harmless(dice: &mut Dice) -> Vec<Fault> {
     let mut shake = at("window.blk", Action::Shake, dice);
     shake.ms = Some(30);
     faults.push(shake);
-    let kind = dice.pick(&["rng", "console", "vsock"]).copied().unwrap_or("rng");
+    let kind = dice
+        .pick(&["rng", "console", "vsock"])
+        .copied()
+        .unwrap_or("rng");
     let mut spoil = at(&format!("window.{kind}"), Action::Corrupt, dice);
     spoil.bytes = Some(512);
     faults.push(spoil);
