@@ -5,7 +5,7 @@ use bulkhead_ipc::ring::{RequestLayout, Span};
 use bulkhead_runtime::testing::Rig;
 use proptest::prelude::*;
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use tempfile::TempDir;
 
 const GUEST: u64 = 3;
