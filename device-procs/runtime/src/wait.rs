@@ -134,48 +134,6 @@ impl Watcher {
 mod tests {
     use super::*;
     use bulkhead_ipc::shared::Doorbell;
-    use std::io::{Read, Write};
-    use std::os::unix::net::UnixStream;
-
-    #[test]
-    fn socket_has_news_until_it_is_closed() {
-        let waiter = Waiter::new().unwrap();
-        let (mut near, mut far) = UnixStream::pair().unwrap();
-        waiter.watcher().watch(&near, 77).unwrap();
-        let news = |hung_up| {
-            vec![SocketNews {
-                number: 77,
-                hung_up,
-            }]
-        };
-        let look = || waiter.sleep(Some(Duration::ZERO)).unwrap().sockets;
-        // There is room to write.
-        assert_eq!(look(), news(false));
-        assert_eq!(look(), []);
-        far.write_all(b"x").unwrap();
-        assert_eq!(look(), news(false));
-        near.read_exact(&mut [0; 1]).unwrap();
-        drop(far);
-        assert_eq!(look(), news(true));
-        drop(near);
-        assert_eq!(look(), []);
-    }
-
-    #[test]
-    fn more_events_than_one_look_takes_come_with_the_next() {
-        let waiter = Waiter::new().unwrap();
-        let pairs: Vec<_> = (0..EVENTS_MAX + 5)
-            .map(|_| UnixStream::pair().unwrap())
-            .collect();
-        for (number, (near, _)) in (0..).zip(&pairs) {
-            waiter.watcher().watch(near, number).unwrap();
-        }
-        let look = || waiter.sleep(Some(Duration::ZERO)).unwrap().sockets;
-        let mut numbers: Vec<u64> = look().iter().map(|news| news.number).collect();
-        numbers.extend(look().iter().map(|news| news.number));
-        numbers.sort_unstable();
-        assert!(numbers.into_iter().eq(0..EVENTS_MAX as u64 + 5));
-    }
 
     #[test]
     fn every_ring_wakes_once_without_being_read() {
