@@ -5,6 +5,7 @@
 //! maps guest memory, never keeps a KVM descriptor after handing it over, and parses nothing that
 //! a guest wrote.
 
+pub mod agent;
 pub mod api;
 pub mod authority;
 pub mod cli;
@@ -16,6 +17,7 @@ pub mod launch;
 pub mod learn;
 pub mod registry;
 pub mod remains;
+pub mod seed;
 pub mod serve;
 pub mod supervisor;
 pub mod vm;

@@ -11,6 +11,7 @@
 //! peer wrote.
 
 pub mod adoption;
+pub mod agent_frames;
 pub mod channel;
 pub mod control_page;
 pub mod device_kind;

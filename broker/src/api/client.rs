@@ -1,6 +1,6 @@
 //! The client of the API: one connection for each request, over the daemon's Unix socket.
 
-use super::{ApiError, CONSOLE_PROTOCOL, SOCKET_NAME};
+use super::{ApiError, CONSOLE_PROTOCOL, SOCKET_NAME, VSOCK_PROTOCOL};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
@@ -200,11 +200,24 @@ impl Client {
         let which = console.map(|which| format!("&console={which}"));
         let which = which.unwrap_or_default();
         let path = format!("/v1/vms/{name}/console?history={history}{which}");
+        self.upgraded(path, CONSOLE_PROTOCOL).await
+    }
+
+    /// Connects to a machine's vsock socket. The descriptor is non-blocking.
+    ///
+    /// # Errors
+    /// As [`Client::get`].
+    pub async fn vsock(&self, name: &str) -> Result<Attached, ClientError> {
+        self.upgraded(format!("/v1/vms/{name}/vsock"), VSOCK_PROTOCOL)
+            .await
+    }
+
+    async fn upgraded(&self, path: String, protocol: &str) -> Result<Attached, ClientError> {
         let request = Request::builder()
             .uri(path)
             .header(HOST, "bulkhead")
             .header(CONNECTION, "upgrade")
-            .header(UPGRADE, CONSOLE_PROTOCOL)
+            .header(UPGRADE, protocol)
             .body(Full::default());
         let response = self.send(request.map_err(broken)?).await?;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
@@ -215,7 +228,7 @@ impl Client {
     }
 }
 
-/// An attached console.
+/// An attached console, or another connection.
 #[derive(Debug)]
 pub struct Attached {
     /// The near end of the connection.

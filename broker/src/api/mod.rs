@@ -26,6 +26,8 @@ pub const SCHEMA_VERSION: u32 = 1;
 pub const SOCKET_NAME: &str = "bulkhead.sock";
 /// The protocol that an attached console is upgraded to ([`frame`]).
 pub const CONSOLE_PROTOCOL: &str = "bulkhead-console";
+/// What a connection to a machine's vsock socket is upgraded to.
+pub const VSOCK_PROTOCOL: &str = "bulkhead-vsock";
 /// Largest body of a request in bytes: a VM file of the largest size, escaped.
 pub const REQUEST_BYTES_MAX: usize = 4 << 20;
 

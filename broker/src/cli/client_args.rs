@@ -5,9 +5,9 @@ use super::paths::{PathOptions, Paths};
 use crate::api::client::{Client, ClientError};
 use clap::Args;
 
-/// Which daemon, and how to print.
+/// Which daemon.
 #[derive(Debug, Clone, Args)]
-pub(super) struct ClientArgs {
+pub(super) struct HostArgs {
     /// Socket of the daemon: unix:///PATH or /PATH [default: bulkhead.sock in the runtime directory]
     #[arg(
         long,
@@ -16,14 +16,32 @@ pub(super) struct ClientArgs {
         hide_env_values = true
     )]
     host: Option<String>,
+}
+
+/// Which daemon, and how to print.
+#[derive(Debug, Clone, Args)]
+pub(super) struct ClientArgs {
+    #[command(flatten)]
+    pub(super) daemon: HostArgs,
     /// Print JSON
     #[arg(long)]
     pub(super) json: bool,
 }
 
 impl ClientArgs {
+    /// Talks to the daemon.
+    pub(super) fn talk<T>(
+        &self,
+        options: &PathOptions,
+        work: impl AsyncFnOnce(Client) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        self.daemon.talk(options, work)
+    }
+}
+
+impl HostArgs {
     /// The client of the daemon that is meant.
-    pub(super) fn client(&self, options: &PathOptions) -> Result<Client, Failure> {
+    fn client(&self, options: &PathOptions) -> Result<Client, Failure> {
         match &self.host {
             Some(host) => Client::of_host(host)
                 .map_err(|e| Failure::new(USAGE, format!("--host {host}: {e}"))),

@@ -65,6 +65,45 @@ Examples:
   bulkhead image commit web.qcow2 --backing debian.img:raw
 ")]
     Commit(CommitArgs),
+    /// Make a disk that cloud-init reads (NoCloud): a small FAT file system labelled CIDATA
+    #[command(after_long_help = "\
+A machine with [cloud_init] in its VM file, or run --cloud-init, gets such a disk by itself.
+
+Examples:
+  bulkhead image seed seed.img --user-data user-data --hostname web
+  bulkhead image seed seed.img --name web --ssh-key \"$(cat ~/.ssh/id_ed25519.pub)\"
+")]
+    Seed(SeedArgs),
+}
+
+/// Options of `image seed`.
+#[derive(Debug, Args)]
+pub(super) struct SeedArgs {
+    /// File to make
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(super) path: PathBuf,
+    /// File of user data
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(super) user_data: Option<PathBuf>,
+    /// File of meta data
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(conflicts_with_all = ["name", "ssh_keys", "hostname"])]
+    pub(super) meta_data: Option<PathBuf>,
+    /// File of network configuration
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(super) network_config: Option<PathBuf>,
+    /// Name of the machine, which its instance id is made of
+    #[arg(long, value_name = "NAME", default_value = "seed")]
+    pub(super) name: String,
+    /// Public key that may log in; may be given several times
+    #[arg(long = "ssh-key", value_name = "KEY")]
+    pub(super) ssh_keys: Vec<String>,
+    /// Host name [default: the machine's name]
+    #[arg(long, value_name = "NAME")]
+    pub(super) hostname: Option<String>,
+    /// Replace a file that is there
+    #[arg(long)]
+    pub(super) force: bool,
 }
 
 /// Files besides the image itself.

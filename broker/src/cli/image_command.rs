@@ -4,7 +4,7 @@ use super::SCHEMA_VERSION;
 use super::failure::{Failure, START, USAGE, print, print_json};
 use super::image_args::{
     ChainArgs, CheckArgs, CommitArgs, ConvertArgs, CreateArgs, From, ImageCommand, InfoArgs,
-    RebaseArgs, ResizeArgs,
+    RebaseArgs, ResizeArgs, SeedArgs,
 };
 use super::image_target::Target;
 use super::paths::{PathOptions, Paths};
@@ -12,7 +12,9 @@ use super::run_command::{make_private, users};
 use crate::image::chain::{Chain, Link, name_of};
 use crate::image::raw::{self, ImageError};
 use crate::image::work::{self, Place, WorkError};
+use crate::seed::{self, SeedError};
 use crate::vm::session::RunError;
+use crate::vm::spec::CloudInitSpec;
 use crate::vmfile::show_size;
 use bulkhead_ipc::protocol::birth::ImageFormat;
 use bulkhead_ipc::protocol::image::{ImageConfig, ImageJob, ImageReport};
@@ -266,6 +268,7 @@ pub(super) fn run(command: &ImageCommand, options: &PathOptions) -> Result<u8, F
         ImageCommand::Check(args) => check(args, &Workshop::new(options, args.json)?),
         ImageCommand::Rebase(args) => rebase(args, &Workshop::new(options, args.json)?),
         ImageCommand::Commit(args) => commit(args, &Workshop::new(options, args.json)?),
+        ImageCommand::Seed(args) => seed(args),
     }
 }
 
@@ -503,5 +506,35 @@ fn commit(args: &CommitArgs, shop: &Workshop) -> Result<u8, Failure> {
         fresh.keep()?;
     }
     shop.show(&args.path, ImageFormat::Qcow2, &report)?;
+    Ok(0)
+}
+
+/// Makes a seed disk. No process does it: only files of the user are read, and as they are.
+fn seed(args: &SeedArgs) -> Result<u8, Failure> {
+    let spec = CloudInitSpec {
+        user_data: args.user_data.clone(),
+        meta_data: args.meta_data.clone(),
+        network_config: args.network_config.clone(),
+        ssh_keys: args
+            .ssh_keys
+            .iter()
+            .map(|key| key.trim().to_owned())
+            .collect(),
+        hostname: args.hostname.clone(),
+    };
+    let failed = |error: SeedError| {
+        let code = match &error {
+            SeedError::Write { cause, .. } => match cause.kind() {
+                std::io::ErrorKind::AlreadyExists
+                | std::io::ErrorKind::NotFound
+                | std::io::ErrorKind::PermissionDenied => USAGE,
+                _ => START,
+            },
+            SeedError::Read { .. } | SeedError::Large(_) | SeedError::TooLarge(_) => USAGE,
+        };
+        Failure::because(code, "", &error)
+    };
+    let image = seed::image(&spec, &args.name).map_err(failed)?;
+    seed::write(&args.path, &image, args.force).map_err(failed)?;
     Ok(0)
 }

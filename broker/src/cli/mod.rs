@@ -4,12 +4,16 @@
 //! Nothing is decided here that an API would have to decide again. Only commands that work are
 //! registered.
 
+mod agent_command;
+mod agent_target;
 mod authority_command;
 mod client_args;
 mod console_command;
+mod cp_command;
 mod device_commands;
 mod disk_arg;
 mod doctor_command;
+mod exec_command;
 mod failure;
 mod fault_command;
 mod generate;
@@ -106,6 +110,11 @@ enum Command {
     /// Show the events of a machine's life, or the output of its guest
     Logs(show_commands::LogsArgs),
     Console(console_command::ConsoleArgs),
+    Exec(exec_command::ExecArgs),
+    Cp(cp_command::CpArgs),
+    /// Ask the agent inside a machine's guest
+    #[command(subcommand)]
+    Agent(agent_command::AgentCommand),
     /// Remove machines, with their logs and console history; disks stay
     Rm(machine_commands::RemoveArgs),
     /// Wait until machines have ended, and exit with the code that run would have
@@ -194,6 +203,9 @@ pub fn main() -> ExitCode {
         Command::Stats(names) => show_commands::stats(&names, &cli.paths),
         Command::Logs(args) => show_commands::logs(&args, &cli.paths),
         Command::Console(args) => console_command::run(&args, &cli.paths),
+        Command::Exec(args) => exec_command::run(&args, &cli.paths),
+        Command::Cp(args) => cp_command::run(&args, &cli.paths),
+        Command::Agent(command) => agent_command::run(&command, &cli.paths),
         Command::Rm(args) => machine_commands::remove(&args, &cli.paths),
         Command::Wait(names) => machine_commands::wait(&names, &cli.paths),
         Command::Device(command) => device_commands::run(&command, &cli.paths),

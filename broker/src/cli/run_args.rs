@@ -4,13 +4,13 @@ use super::disk_arg::parse_disk;
 use crate::console::keys::parse_escape;
 use crate::vm::spec::{ConsoleChoice, OnEnd};
 use crate::vmfile::{
-    Draft, DraftVsock, Located, Place, Problems, parse_console_size, parse_duration, parse_size,
-    show_size,
+    Draft, DraftCloudInit, DraftVsock, Located, Place, Problem, Problems, parse_console_size,
+    parse_duration, parse_size, show_size,
 };
 use bulkhead_ipc::protocol::birth::HugePages;
 use clap::{Args, ValueEnum, ValueHint};
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Backing of guest memory.
@@ -83,6 +83,10 @@ pub(super) struct MachineArgs {
         help_heading = "Machine"
     )]
     disks: Vec<OsString>,
+    /// What cloud-init finds in the guest: a folder with user-data, meta-data or network-config, or a file
+    /// of user data
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = "Machine")]
+    cloud_init: Option<PathBuf>,
     /// Host pages behind the memory; without a value, reserved [default: transparent]
     #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "reserved", help_heading = "Machine")]
@@ -212,6 +216,26 @@ fn located<T>(option: &str, shown: impl Into<String>, value: T) -> Located<T> {
     }
 }
 
+/// What `--cloud-init` says.
+fn seed(path: &Path) -> Result<DraftCloudInit, Problem> {
+    const OPTION: &str = "--cloud-init";
+    let shown = path.display().to_string();
+    let found = crate::seed::of_path(path).map_err(|expectation| Problem {
+        place: Place::Option {
+            option: OPTION.to_owned(),
+            value: shown.clone(),
+        },
+        expectation,
+    })?;
+    let file = |path: Option<PathBuf>| path.map(|path| located(OPTION, shown.clone(), path));
+    Ok(DraftCloudInit {
+        user_data: file(found.user_data),
+        meta_data: file(found.meta_data),
+        network_config: file(found.network_config),
+        ..DraftCloudInit::default()
+    })
+}
+
 impl MachineArgs {
     /// The machine as far as the options describe it.
     ///
@@ -222,6 +246,13 @@ impl MachineArgs {
         for disk in &self.disks {
             match parse_disk(disk) {
                 Ok(disk) => disks.push(disk),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        let mut cloud_init = None;
+        if let Some(path) = &self.cloud_init {
+            match seed(path) {
+                Ok(draft) => cloud_init = Some(draft),
                 Err(problem) => problems.push(problem),
             }
         }
@@ -261,6 +292,7 @@ impl MachineArgs {
                 cid: None,
                 path: path("--vsock", socket),
             }),
+            cloud_init,
             console_attach: self.console.map(|name| match name {
                 ConsoleName::Serial => located("--console", "serial", ConsoleChoice::Serial),
                 ConsoleName::Virtio => located("--console", "virtio", ConsoleChoice::Virtio),

@@ -139,7 +139,7 @@ pub fn attach(
 }
 
 /// The bell of the signal handlers, made once: it must outlive every handler.
-fn leaked_bell() -> io::Result<&'static Doorbell> {
+pub(crate) fn leaked_bell() -> io::Result<&'static Doorbell> {
     static BELL: std::sync::OnceLock<Doorbell> = std::sync::OnceLock::new();
     if let Some(bell) = BELL.get() {
         return Ok(bell);

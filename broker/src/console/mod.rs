@@ -11,7 +11,7 @@
 pub mod attach;
 pub mod keys;
 pub mod link;
-mod stream;
+pub(crate) mod stream;
 pub mod terminal;
 #[cfg(test)]
 mod tests;

@@ -27,14 +27,14 @@ enum How {
 
 /// A stream to write to.
 #[derive(Debug)]
-pub(super) struct OutStream {
+pub(crate) struct OutStream {
     fd: OwnedFd,
     how: How,
 }
 
 impl OutStream {
     /// A stream to where `fd` leads.
-    pub(super) fn new(fd: impl AsFd) -> io::Result<Self> {
+    pub(crate) fn new(fd: impl AsFd) -> io::Result<Self> {
         let fd = fd.as_fd();
         let kind = SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT;
         if kind == SFlag::S_IFIFO || kind == SFlag::S_IFCHR {
@@ -54,7 +54,7 @@ impl OutStream {
     }
 
     /// Writes what can be written now; call when poll says so. `None`: nothing, try later.
-    pub(super) fn write(&self, bytes: &[u8]) -> io::Result<Option<usize>> {
+    pub(crate) fn write(&self, bytes: &[u8]) -> io::Result<Option<usize>> {
         let result = match self.how {
             How::Own => nix::unistd::write(&self.fd, bytes),
             How::Socket => send(

@@ -72,6 +72,8 @@ pub struct LimitsSection {
     pub connections: usize,
     /// Most attached consoles.
     pub consoles: usize,
+    /// Most connections to guests that are passed through.
+    pub sockets: usize,
     /// Bytes kept of each machine's log of events.
     #[serde(deserialize_with = "size")]
     pub log: Option<u64>,
@@ -86,6 +88,7 @@ impl Default for LimitsSection {
             machines: 512,
             connections: 256,
             consoles: 64,
+            sockets: 64,
             log: None,
         }
     }
@@ -151,6 +154,7 @@ impl Config {
             ("machines", limits.machines, 1..=4096),
             ("connections", limits.connections, 8..=4096),
             ("consoles", limits.consoles, 1..=1024),
+            ("sockets", limits.sockets, 1..=1024),
         ];
         for (key, value, range) in counts {
             if !range.contains(&value) {

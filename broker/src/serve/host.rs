@@ -29,6 +29,8 @@ pub(super) struct Host {
     pub(super) going_down: AtomicBool,
     /// Consoles that may be attached.
     pub(super) consoles: Arc<tokio::sync::Semaphore>,
+    /// Connections to guests that may be passed through.
+    pub(super) sockets: Arc<tokio::sync::Semaphore>,
 }
 
 impl Host {
@@ -50,6 +52,7 @@ impl Host {
             changing: tokio::sync::Mutex::default(),
             going_down: AtomicBool::new(false),
             consoles: Arc::new(tokio::sync::Semaphore::new(shared.config.limits.consoles)),
+            sockets: Arc::new(tokio::sync::Semaphore::new(shared.config.limits.sockets)),
             shared,
         });
         for record in records.clone() {

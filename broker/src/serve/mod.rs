@@ -35,6 +35,7 @@ mod stats;
 mod stream;
 mod verbs;
 mod view;
+mod vsock;
 
 use crate::api::{ApiError, Code};
 use crate::launch::cgroup::{Place, Reach};

@@ -1,7 +1,7 @@
 //! The requests of the API: each takes its parts from the request, asks, and answers with JSON.
 
 use super::host::Host;
-use super::{attach, devices, shutdown, stats, stream};
+use super::{attach, devices, shutdown, stats, stream, vsock};
 use crate::api::{
     ApiError, Code, Create, HostShutdown, REQUEST_BYTES_MAX, SCHEMA_VERSION, Stop, Version,
 };
@@ -46,6 +46,7 @@ pub(super) fn router(host: Arc<Host>) -> Router {
         .route("/v1/vms/{name}/events", get(stream::events))
         .route("/v1/vms/{name}/output", get(stream::output))
         .route("/v1/vms/{name}/console", get(attach::console))
+        .route("/v1/vms/{name}/vsock", get(vsock::connect))
         .route("/v1/vms/{name}/devices", get(devices::list))
         .route(
             "/v1/vms/{name}/devices/{device}/restart",

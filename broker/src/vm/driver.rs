@@ -109,6 +109,8 @@ impl Over {
 /// Everything that is needed before the first process.
 fn begin(spec: &VmSpec, options: &RunOptions) -> Result<(Keeper, Launcher, Compiled), RunError> {
     let configuration = |e: &dyn std::fmt::Display| RunError::Configuration(e.to_string());
+    let spec = &*crate::seed::with_disk(spec, options)
+        .map_err(|e| RunError::Configuration(format!("cloud_init: {e}")))?;
     spec.check().map_err(|e| configuration(&e))?;
     // First of all, since it makes namespaces while the rest is being prepared.
     let mut launcher =

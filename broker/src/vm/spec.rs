@@ -61,6 +61,9 @@ pub struct VmSpec {
     pub vsock: Option<VsockSpec>,
     /// The consoles.
     pub console: ConsoleSpec,
+    /// What cloud-init finds on a disk of its own, [`SEED_DISK`].
+    #[serde(default)]
+    pub cloud_init: Option<CloudInitSpec>,
     /// What happens when the guest ends by itself.
     pub lifecycle: Lifecycle,
     /// Whether the daemon starts it when the host starts; `run` does not care.
@@ -136,6 +139,27 @@ pub struct DiskSpec {
     #[serde(default)]
     pub bytes_min: u64,
 }
+
+/// What cloud-init is told. Files that are not given are made up, but for that of the network.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct CloudInitSpec {
+    /// What to do.
+    #[serde(with = "any_path::option")]
+    pub user_data: Option<PathBuf>,
+    /// Which machine it is.
+    #[serde(with = "any_path::option")]
+    pub meta_data: Option<PathBuf>,
+    /// How its network is configured.
+    #[serde(with = "any_path::option")]
+    pub network_config: Option<PathBuf>,
+    /// Public keys that may log in; only without [`CloudInitSpec::meta_data`], which says that, too.
+    pub ssh_keys: Vec<String>,
+    /// Host name, the machine's name unless it is given; as above.
+    pub hostname: Option<String>,
+}
+
+/// Name of the disk that cloud-init reads.
+pub const SEED_DISK: &str = "cloud-init";
 
 const fn raw() -> ImageFormat {
     ImageFormat::Raw
@@ -342,6 +366,7 @@ impl VmSpec {
             disks: Vec::new(),
             vsock: None,
             console: ConsoleSpec::default(),
+            cloud_init: None,
             lifecycle: Lifecycle::default(),
             autostart: false,
             limits: Limits::default(),

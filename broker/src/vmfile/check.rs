@@ -1,14 +1,14 @@
 //! From a [`Draft`] to a [`VmSpec`]: fills in the defaults and checks the draft against the rules
 //! of machines and against this host, before any process is started.
 
-use super::draft::{Draft, DraftDisk, DraftLimits, DraftVsock};
+use super::draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftVsock};
 use super::host::{Facts, HostMemory, inspect};
 use super::problem::{Located, Place, Problem, Problems};
 use super::quantity::show_size;
 use crate::vm::spec::{
-    BackingSpec, CMDLINE_BYTES_MAX, ConsoleChoice, DISKS_MAX, DiskSpec, FILES_MAX, FileSpec,
-    HISTORY_BYTES, KernelSource, NAME_BYTES_MAX, SERIAL_BYTES_MAX, SOCKET_NAME_BYTES_MAX, VmSpec,
-    VsockSpec,
+    BackingSpec, CMDLINE_BYTES_MAX, CloudInitSpec, ConsoleChoice, DISKS_MAX, DiskSpec, FILES_MAX,
+    FileSpec, HISTORY_BYTES, KernelSource, NAME_BYTES_MAX, SEED_DISK, SERIAL_BYTES_MAX,
+    SOCKET_NAME_BYTES_MAX, VmSpec, VsockSpec,
 };
 use bulkhead_ipc::platform::MEMORY_BYTES_MIN;
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
@@ -108,6 +108,9 @@ impl Checker {
         }
         self.disks(&draft.disks, &mut spec);
         spec.vsock = draft.vsock.as_ref().map(|vsock| self.vsock(vsock));
+        spec.cloud_init = draft
+            .cloud_init
+            .map(|told| self.cloud_init(told, &draft.disks));
         if let Some(virtio) = &draft.console_virtio {
             spec.console.virtio = virtio.value;
         }
@@ -285,6 +288,51 @@ impl Checker {
                 self.problems.push(name.problem(message));
             }
             spec.disks.push(disk);
+        }
+    }
+
+    fn cloud_init(&mut self, draft: DraftCloudInit, disks: &[DraftDisk]) -> CloudInitSpec {
+        for file in [&draft.user_data, &draft.meta_data, &draft.network_config] {
+            let Some(path) = file else { continue };
+            if let Some(facts) = self.file(path, "a file for cloud-init", false, false) {
+                let most = crate::seed::FILE_BYTES_MAX;
+                let expectation = format!("expected at most {}", show_size(most));
+                self.expect(facts.bytes <= most, path, expectation);
+            }
+        }
+        let told = "expected no meta_data beside it: that file says this, too";
+        if let Some(hostname) = &draft.hostname {
+            self.expect(draft.meta_data.is_none(), hostname, told);
+            let rule = "expected letters, digits, '-' and '.', at most 64";
+            self.expect(is_hostname(&hostname.value), hostname, rule);
+        }
+        if let Some(keys) = &draft.ssh_keys {
+            self.expect(draft.meta_data.is_none(), keys, told);
+            let rule = "expected public keys, one line each, such as \"ssh-ed25519 AAAA… me\"";
+            self.expect(keys.value.iter().all(|key| is_public_key(key)), keys, rule);
+        }
+        for disk in disks {
+            if let Some(name) = disk.name.as_ref().filter(|name| name.value == SEED_DISK) {
+                let rule = "expected another name: the disk that cloud-init reads has it";
+                self.problems.push(name.problem(rule));
+            }
+        }
+        if let Some(last) = disks.get(DISKS_MAX - 1) {
+            self.problems.push(Problem {
+                place: last.place.clone(),
+                expectation: format!(
+                    "expected at most {} disks beside that which cloud-init reads",
+                    DISKS_MAX - 1
+                ),
+            });
+        }
+        let path = |path: Option<Located<PathBuf>>| path.map(|path| path.value);
+        CloudInitSpec {
+            user_data: path(draft.user_data),
+            meta_data: path(draft.meta_data),
+            network_config: path(draft.network_config),
+            ssh_keys: draft.ssh_keys.map(|keys| keys.value).unwrap_or_default(),
+            hostname: draft.hostname.map(|name| name.value),
         }
     }
 
@@ -469,6 +517,25 @@ impl Checker {
         self.files.push((path.clone(), facts, writes));
         Some(facts)
     }
+}
+
+fn is_hostname(name: &str) -> bool {
+    let plain = |label: &str| {
+        let inner = label
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-');
+        (1..=63).contains(&label.len()) && inner && !label.starts_with('-') && !label.ends_with('-')
+    };
+    name.len() <= 64 && name.split('.').all(plain)
+}
+
+/// Whether it looks like one; what it is worth is for the guest to find out.
+fn is_public_key(key: &str) -> bool {
+    let kind = key.split(' ').next().unwrap_or_default();
+    let known = ["ssh-", "ecdsa-", "sk-"]
+        .iter()
+        .any(|known| kind.starts_with(known));
+    known && key.contains(' ') && key.len() <= 16 << 10 && !key.chars().any(char::is_control)
 }
 
 /// `disk0` for the first disk and so on, past the names that other disks have been given.

@@ -22,6 +22,7 @@ pub struct Draft {
     pub cmdline: Option<Located<String>>,
     pub disks: Vec<DraftDisk>,
     pub vsock: Option<DraftVsock>,
+    pub cloud_init: Option<DraftCloudInit>,
     pub console_virtio: Option<Located<bool>>,
     pub console_attach: Option<Located<ConsoleChoice>>,
     pub console_on_cmdline: Option<Located<bool>>,
@@ -71,6 +72,29 @@ pub struct DraftDisk {
     pub limits: DraftLimits,
     pub serial: Option<Located<String>>,
     pub queues: Option<Located<u8>>,
+}
+
+/// What cloud-init is told, perhaps with gaps.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[expect(missing_docs, reason = "the fields are those of the VM file")]
+pub struct DraftCloudInit {
+    pub user_data: Option<Located<PathBuf>>,
+    pub meta_data: Option<Located<PathBuf>>,
+    pub network_config: Option<Located<PathBuf>>,
+    pub ssh_keys: Option<Located<Vec<String>>>,
+    pub hostname: Option<Located<String>>,
+}
+
+impl DraftCloudInit {
+    fn or(self, other: Self) -> Self {
+        Self {
+            user_data: self.user_data.or(other.user_data),
+            meta_data: self.meta_data.or(other.meta_data),
+            network_config: self.network_config.or(other.network_config),
+            ssh_keys: self.ssh_keys.or(other.ssh_keys),
+            hostname: self.hostname.or(other.hostname),
+        }
+    }
 }
 
 /// What a disk may do in a second, perhaps with gaps.
@@ -130,6 +154,10 @@ impl Draft {
             cmdline: self.cmdline.or(other.cmdline),
             disks,
             vsock: match (self.vsock, other.vsock) {
+                (Some(own), Some(other)) => Some(own.or(other)),
+                (own, other) => own.or(other),
+            },
+            cloud_init: match (self.cloud_init, other.cloud_init) {
                 (Some(own), Some(other)) => Some(own.or(other)),
                 (own, other) => own.or(other),
             },

@@ -1,6 +1,6 @@
 //! From the text of a VM file to a [`Draft`]. Pure: looks at nothing but the text.
 
-use super::draft::{Draft, DraftDisk, DraftLimits, DraftVsock};
+use super::draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftVsock};
 use super::problem::{Located, Problem, Problems};
 use super::section::{Key, Section, Source, key, later};
 use crate::vm::spec::{CIDS, ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnDiskFull, OnEnd};
@@ -20,6 +20,7 @@ pub(super) const ROOT_KEYS: &[Key] = &[
     key("boot"),
     key("disk"),
     key("vsock"),
+    key("cloud_init"),
     key("console"),
     key("lifecycle"),
     key("limits"),
@@ -61,6 +62,13 @@ pub(super) const DISK_LIMITS_KEYS: &[Key] = &[
     key("requests_burst"),
 ];
 pub(super) const VSOCK_KEYS: &[Key] = &[key("cid"), key("path")];
+pub(super) const CLOUD_INIT_KEYS: &[Key] = &[
+    key("user_data"),
+    key("meta_data"),
+    key("network_config"),
+    key("ssh_keys"),
+    key("hostname"),
+];
 pub(super) const CONSOLE_KEYS: &[Key] = &[
     key("virtio"),
     key("attach"),
@@ -186,6 +194,16 @@ fn read_root(root: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
             path: path(&vsock, "path", directory, problems),
         });
     }
+    if let Some(section) = root.table("cloud_init", problems) {
+        section.check_keys(CLOUD_INIT_KEYS, problems);
+        draft.cloud_init = Some(DraftCloudInit {
+            user_data: path(&section, "user_data", directory, problems),
+            meta_data: path(&section, "meta_data", directory, problems),
+            network_config: path(&section, "network_config", directory, problems),
+            ssh_keys: section.get("ssh_keys", problems, read_texts),
+            hostname: section.string("hostname", problems),
+        });
+    }
     if let Some(console) = root.table("console", problems) {
         console.check_keys(CONSOLE_KEYS, problems);
         draft.console_virtio = console.boolean("virtio", problems);
@@ -295,6 +313,13 @@ fn read_extents(value: &DeValue<'_>, directory: &Path) -> Result<Vec<PathBuf>, S
         let path = value.as_str().filter(|path| is_path(path));
         path.map(|path| directory.join(path)).ok_or_else(expected)
     };
+    let values = value.as_array().ok_or_else(expected)?;
+    values.iter().map(|value| read(value.get_ref())).collect()
+}
+
+fn read_texts(value: &DeValue<'_>) -> Result<Vec<String>, String> {
+    let expected = || "expected a list of strings".to_owned();
+    let read = |value: &DeValue<'_>| value.as_str().map(str::to_owned).ok_or_else(expected);
     let values = value.as_array().ok_or_else(expected)?;
     values.iter().map(|value| read(value.get_ref())).collect()
 }

@@ -6,7 +6,9 @@
 
 use super::parse::{CONSOLES, HUGE_PAGES, ON_DISK_FULL, ON_END};
 use super::quantity::show_size;
-use crate::vm::spec::{DiskSpec, HostShare, KernelSource, VmSpec, VsockSpec};
+use crate::vm::spec::{
+    CloudInitSpec, DiskSpec, HostShare, KernelSource, SEED_DISK, VmSpec, VsockSpec,
+};
 use bulkhead_ipc::protocol::birth::DiskLimits;
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -37,6 +39,9 @@ pub(super) struct VmFile {
     disk: Vec<Disk>,
     /// Sockets between programs of the guest and of the host.
     vsock: Option<Vsock>,
+    /// What cloud-init finds in the guest: a read-only disk labelled CIDATA, the last one. It is made anew
+    /// whenever the machine starts.
+    cloud_init: Option<CloudInit>,
     /// Serial port and virtio console.
     console: Option<Console>,
     /// What happens when the guest ends by itself.
@@ -147,6 +152,34 @@ struct Backing {
     /// Its format.
     #[schemars(extend("enum" = ["raw", "qcow2"]))]
     format: String,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct CloudInit {
+    /// File of user data. Default: nothing is to be done.
+    user_data: Option<String>,
+    /// File of meta data. Default: the machine's name as instance and host name, and the keys.
+    meta_data: Option<String>,
+    /// File of network configuration. Default: none.
+    network_config: Option<String>,
+    /// Public SSH keys of the image's default user; not beside meta_data. Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(default)]
+    ssh_keys: Vec<String>,
+    /// Host name; not beside meta_data. Default: the machine's name.
+    hostname: Option<String>,
+}
+
+fn cloud_init(spec: &CloudInitSpec) -> Result<CloudInit, PrintError> {
+    let path = |path: &Option<std::path::PathBuf>| path.as_deref().map(utf8).transpose();
+    Ok(CloudInit {
+        user_data: path(&spec.user_data)?,
+        meta_data: path(&spec.meta_data)?,
+        network_config: path(&spec.network_config)?,
+        ssh_keys: spec.ssh_keys.clone(),
+        hostname: spec.hostname.clone(),
+    })
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -279,6 +312,9 @@ pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
         KernelSource::Image { name, .. } => return Err(PrintError::NoPath(name.to_string())),
     };
     let (columns, rows) = spec.console.size;
+    // One that runs has its seed among its disks; the next start makes another.
+    let is_seed = |disk: &DiskSpec| spec.cloud_init.is_some() && disk.name == SEED_DISK;
+    let disks = spec.disks.iter().filter(|disk| !is_seed(disk));
     let file = VmFile {
         name: Some(spec.name.clone()),
         autostart: Some(spec.autostart),
@@ -292,8 +328,9 @@ pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
             initrd: spec.initrd.as_deref().map(utf8).transpose()?,
             cmdline: Some(spec.cmdline.clone()),
         }),
-        disk: spec.disks.iter().map(disk).collect::<Result<_, _>>()?,
+        disk: disks.map(disk).collect::<Result<_, _>>()?,
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
+        cloud_init: spec.cloud_init.as_ref().map(cloud_init).transpose()?,
         console: Some(Console {
             virtio: Some(spec.console.virtio),
             attach: word(&CONSOLES, &spec.console.attach),

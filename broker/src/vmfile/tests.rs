@@ -1,7 +1,7 @@
 use super::*;
 use crate::vm::spec::{
-    ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits, OnEnd,
-    VmSpec, VsockSpec,
+    CloudInitSpec, ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle,
+    Limits, OnEnd, VmSpec, VsockSpec,
 };
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
 use proptest::prelude::*;
@@ -495,6 +495,49 @@ fn options_win_over_the_file_and_add_disks() {
 }
 
 #[test]
+fn cloud_init_has_files_that_are_there_and_says_nothing_twice() {
+    let dir = place();
+    let with = |section: &str| read(&dir, &format!("{GOOD}\n[cloud_init]\n{section}"));
+    let spec = with("user_data = \"data.img\"\nhostname = \"web.example\"").unwrap();
+    let cloud_init = spec.cloud_init.clone().unwrap();
+    assert_eq!(cloud_init.user_data, Some(dir.path().join("data.img")));
+    // What runs has the seed among its disks, and a VM file does not say it a second time.
+    let mut runs = spec.clone();
+    let seed = DiskSpec {
+        name: crate::vm::spec::SEED_DISK.to_owned(),
+        ..spec.disks[1].clone()
+    };
+    runs.disks.push(seed);
+    assert_eq!(print(&runs).unwrap(), print(&spec).unwrap());
+    for (section, wanted) in [
+        (
+            "user_data = \"none\"",
+            "cloud_init.user_data = \"none\": expected a file for cloud-init",
+        ),
+        (
+            "hostname = \"a b\"",
+            "cloud_init.hostname = \"a b\": expected letters",
+        ),
+        (
+            "ssh_keys = [\"hello\"]",
+            "expected public keys, one line each",
+        ),
+        ("ssh_keys = \"x\"", "expected a list of strings"),
+        (
+            "meta_data = \"data.img\"\nhostname = \"x\"",
+            "expected no meta_data beside it",
+        ),
+        ("userdata = \"x\"", "unknown key; did you mean `user_data`?"),
+    ] {
+        let error = with(section).unwrap_err().to_string();
+        assert!(error.contains(wanted), "{section}: {error}");
+    }
+    let taken = GOOD.replace("name = \"root\"", "name = \"cloud-init\"") + "\n[cloud_init]\n";
+    let error = read(&dir, &taken).unwrap_err().to_string();
+    assert!(error.contains("expected another name"), "{error}");
+}
+
+#[test]
 fn schema_knows_exactly_the_keys_that_work() {
     let schema = json_schema();
     let keys = |pointer: &str| -> Vec<String> {
@@ -509,6 +552,7 @@ fn schema_knows_exactly_the_keys_that_work() {
         ("/$defs/Boot/properties", parse::BOOT_KEYS),
         ("/$defs/Disk/properties", parse::DISK_KEYS),
         ("/$defs/Vsock/properties", parse::VSOCK_KEYS),
+        ("/$defs/CloudInit/properties", parse::CLOUD_INIT_KEYS),
         ("/$defs/Console/properties", parse::CONSOLE_KEYS),
         ("/$defs/Lifecycle/properties", parse::LIFECYCLE_KEYS),
         ("/$defs/Limits/properties", parse::LIMITS_KEYS),
@@ -595,6 +639,7 @@ prop_compose! {
         full in 0usize..2,
         autostart: bool,
         share in any_share(),
+        cloud_init in prop::option::of(("[a-z]{1,9}", any::<bool>())),
     ) -> (VmSpec, bool) {
         let end = |n: usize| parse::ON_END[n].1;
         let spec = VmSpec {
@@ -609,6 +654,11 @@ prop_compose! {
                 attach: if virtio && attach { ConsoleChoice::Virtio } else { ConsoleChoice::Serial },
                 on_cmdline, history_bytes, size,
             },
+            cloud_init: cloud_init.map(|(name, keys)| CloudInitSpec {
+                hostname: keys.then_some(name),
+                ssh_keys: if keys { vec!["ssh-rsa \"A\\ é".to_owned()] } else { Vec::new() },
+                ..CloudInitSpec::default()
+            }),
             lifecycle: Lifecycle {
                 on_poweroff: end(ends[0]), on_reboot: end(ends[1]), on_crash: end(ends[2]),
                 on_host_shutdown: end(ends[3]),
@@ -640,6 +690,12 @@ proptest! {
         for (n, disk) in spec.disks.iter_mut().enumerate() {
             disk.path = file(&format!("d{n}"));
             disk.name = format!("{n}{}", disk.name);
+        }
+        if let Some(cloud_init) = &mut spec.cloud_init {
+            cloud_init.user_data = Some(file("user data"));
+            if cloud_init.hostname.is_none() {
+                cloud_init.meta_data = Some(file("meta"));
+            }
         }
         let text = print(&spec).unwrap();
         // Another directory: printed paths must not depend on where the file lies.

@@ -2,6 +2,7 @@
 //! sizes, no I/O. Each message says who sends it and whether it may be sent again (*idempotent*).
 
 pub mod adopt;
+pub mod agent;
 pub mod birth;
 pub mod device;
 pub mod image;

@@ -60,8 +60,10 @@ fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
             "binutils",
             "busybox-static",
             "cpio",
+            "dosfstools",
             "e2fsprogs",
             "gdb",
+            "mtools",
             "qemu-utils",
         ])
     })?;
