@@ -33,6 +33,7 @@ pub mod settings;
 mod switch;
 mod table;
 pub mod wire;
+pub mod wires;
 
 pub use bulkhead_ipc::protocol::birth::Rate;
 pub use counters::{Cause, Counters};

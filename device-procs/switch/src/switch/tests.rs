@@ -515,7 +515,7 @@ fn machine_gets_a_lease_and_may_use_it_alone() {
         let mut went = lab.send(n.into(), &frame);
         let (port, answer) = went.pop()?;
         assert!(
-            went.is_empty() && port == n.into(),
+            went.is_empty() && port == PortId::from(n),
             "an answer is the asker's alone"
         );
         let packet = SlicedPacket::from_ethernet(&answer).unwrap();
@@ -799,7 +799,7 @@ proptest! {
             for (to, queue) in std::mem::take(&mut lab.queues.go) {
                 for (_, frame) in queue {
                     let ethernet = Ethernet::read(&frame).unwrap();
-                    let own = ethernet.src == GATEWAY_MAC && to == port.into();
+                    let own = ethernet.src == GATEWAY_MAC && to == PortId::from(port);
                     let partner = matches!((port, to), (1, 2) | (2, 1)) && ethernet.src == mac(port);
                     prop_assert!(own || partner, "{port} to {to}: {ethernet:?}");
                     prop_assert!(frame.len() <= 1514 || partner);
