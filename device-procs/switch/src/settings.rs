@@ -305,8 +305,11 @@ impl PortSettings {
     /// Whether frames may pass between this port and `other`, VLANs aside.
     #[must_use]
     pub fn may_talk_to(&self, other: &Self) -> bool {
-        if self.role == Role::Uplink || other.role == Role::Uplink {
-            return true;
+        match (self.role, other.role) {
+            // They may lead to the same place, and frames would go round for ever.
+            (Role::Uplink, Role::Uplink) => return false,
+            (Role::Uplink, _) | (_, Role::Uplink) => return true,
+            (Role::Machine, Role::Machine) => {}
         }
         match (self.isolation, other.isolation) {
             (Isolation::Open, Isolation::Open) => true,
@@ -382,5 +385,6 @@ mod tests {
         for x in [&a, &b, &open, &alone] {
             assert!(x.may_talk_to(&uplink) && uplink.may_talk_to(x));
         }
+        assert!(!uplink.may_talk_to(&uplink), "frames would go round");
     }
 }
