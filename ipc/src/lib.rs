@@ -4,7 +4,8 @@
 //! per process ([`channel`]) and are rare; a broker that is new to a process finds it by its
 //! [`adoption`] socket. *Data* travels through shared memory that both sides map:
 //! a device's [`window`] with its shadow virtqueues ([`ring`]), the [`legacy_page`], the console
-//! rings ([`output_ring`], [`input_ring`]); eventfds are the doorbells.
+//! rings ([`output_ring`], [`input_ring`]), the [`port`] between a network card and its switch; eventfds
+//! are the doorbells.
 //!
 //! Everything that a peer can write is hostile: it is read once into local memory, range-checked and
 //! then used. Nothing here blocks on a peer without a deadline and nothing here panics on what a
@@ -24,6 +25,7 @@ pub mod legacy_page;
 mod models;
 pub mod output_ring;
 pub mod platform;
+pub mod port;
 pub mod protocol;
 pub mod ring;
 pub mod shared;

@@ -9,6 +9,7 @@ mod bell;
 mod device;
 mod input;
 mod legacy;
+mod port;
 mod queue;
 mod window;
 
