@@ -46,7 +46,8 @@ impl Home {
     fn ext4(&self, name: &str) -> String {
         let image = self.text(name);
         let tree = self.text("tree");
-        tool("mke2fs", &["-q", "-F", "-t", "ext4", "-d", &tree, &image, DISK]);
+        let options = ["-q", "-F", "-t", "ext4", "-b", "4096", "-d"];
+        tool("mke2fs", &[&options[..], &[&tree, &image, DISK]].concat());
         image
     }
 
@@ -91,9 +92,13 @@ fn fails(disk: &str, more: &[&str], code: i32, wanted: &str) -> Ended {
     let errors = ended.errors.trim_end();
     assert!(errors.contains(wanted), "no `{wanted}` in {errors}");
     assert!(!errors.contains("panicked"), "{errors}");
-    let left = fs::read_dir(scratch.path().join("run")).into_iter().flatten();
+    let left = fs::read_dir(scratch.path().join("run"))
+        .into_iter()
+        .flatten();
     let left: Vec<_> = left.flatten().map(|entry| entry.file_name()).collect();
-    let work = left.iter().filter(|name| name.to_string_lossy().starts_with("work-"));
+    let work = left
+        .iter()
+        .filter(|name| name.to_string_lossy().starts_with("work-"));
     assert_eq!(work.count(), 0, "{left:?}");
     ended
 }
@@ -105,19 +110,33 @@ fn kernel_on_a_disk_of_any_format_is_booted() {
     boots(&raw, &[]);
     boots(&raw, &["--boot-from-disk=disk0"]);
     boots(&raw, &["--ephemeral"]);
-    boots(&format!("{raw},readonly,name=system"), &["--boot-from-disk=system"]);
+    boots(
+        &format!("{raw},readonly,name=system"),
+        &["--boot-from-disk=system"],
+    );
 
     let overlay = home.text("top.qcow2");
-    tool("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &raw, "-F", "raw", &overlay]);
+    tool(
+        "qemu-img",
+        &[
+            "create", "-q", "-f", "qcow2", "-b", &raw, "-F", "raw", &overlay,
+        ],
+    );
     boots(&format!("{overlay},format=qcow2,backing={raw}:raw"), &[]);
 
     let packed = home.text("packed.qcow2");
-    tool("qemu-img", &["convert", "-q", "-c", "-O", "qcow2", &raw, &packed]);
+    tool(
+        "qemu-img",
+        &["convert", "-q", "-c", "-O", "qcow2", &raw, &packed],
+    );
     boots(&format!("{packed},format=qcow2"), &[]);
 
     let vmdk = home.text("d.vmdk");
     let flat = "subformat=monolithicFlat";
-    tool("qemu-img", &["convert", "-q", "-O", "vmdk", "-o", flat, &raw, &vmdk]);
+    tool(
+        "qemu-img",
+        &["convert", "-q", "-O", "vmdk", "-o", flat, &raw, &vmdk],
+    );
     let extent = home.text("d-flat.vmdk");
     boots(&format!("{vmdk},format=vmdk,extent={extent}"), &[]);
 }
@@ -154,14 +173,29 @@ fn what_is_lacking_is_told_in_one_line() {
                     /boot/vmlinuz-VERSION) in an ext4 file system";
     let empty = home.text("empty.img");
     fs::write(&empty, [0; 1 << 20]).unwrap();
-    fails(&empty, &[], 2, &format!("{expected}, found the whole disk: no ext4 file system"));
+    fails(
+        &empty,
+        &[],
+        2,
+        &format!("{expected}, found the whole disk: no ext4 file system"),
+    );
 
     let disk = home.ext4("d.img");
     let other = ["--kernel", "/boot/other"];
-    fails(&disk, &other, 2, "expected the kernel /boot/other in an ext4 file system");
+    fails(
+        &disk,
+        &other,
+        2,
+        "expected the kernel /boot/other in an ext4 file system",
+    );
     let initrd = ["--initrd", "/boot/other"];
     fails(&disk, &initrd, 2, "/boot/other: there is no such file");
-    fails(&disk, &["--boot-from-disk=data"], 2, "expected one of the machine's disks: disk0");
+    fails(
+        &disk,
+        &["--boot-from-disk=data"],
+        2,
+        "expected one of the machine's disks: disk0",
+    );
 
     fs::remove_file(home.path("tree/vmlinuz")).unwrap();
     symlink("boot/vmlinuz", home.path("tree/vmlinuz")).unwrap();
@@ -277,7 +311,10 @@ fn daemon_looks_for_the_kernel_at_each_start() {
     change("unlink /boot/vmlinuz-6.1.0-9-test");
     let started = daemon.run(&["start", "web"]);
     assert_ne!(started.code, 0, "{started:?}");
-    assert!(started.errors.contains("expected a kernel (/vmlinuz"), "{started:?}");
+    assert!(
+        started.errors.contains("expected a kernel (/vmlinuz"),
+        "{started:?}"
+    );
 
     let guest = bulkhead_tests::path("BULKHEAD_TEST_GUEST");
     change(&format!("write {} /boot/vmlinuz-7", guest.display()));
@@ -299,7 +336,10 @@ fn guest_that_changes_its_kernel_boots_the_new_one() {
     symlink("boot/vmlinuz-5-small", home.path("tree/vmlinuz")).unwrap();
     let image = home.text("d.img");
     let tree = home.text("tree");
-    tool("mke2fs", &["-q", "-F", "-t", "ext4", "-d", &tree, &image, "96M"]);
+    tool(
+        "mke2fs",
+        &["-q", "-F", "-t", "ext4", "-d", &tree, &image, "96M"],
+    );
 
     let cmdline = format!(
         "{} mode=hello bh.mount=/dev/vda \

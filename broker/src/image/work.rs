@@ -219,14 +219,20 @@ pub fn run_in(
         config: KindConfig::Image(config),
     };
     worker.0.bear(&birth).map_err(|e| start(&e))?;
-    let born = worker.0.control.recv_within::<Born>(patience(BIRTH_PATIENCE)?);
+    let born = worker
+        .0
+        .control
+        .recv_within::<Born>(patience(BIRTH_PATIENCE)?);
     match born {
         Ok((Born::Locked { .. }, _)) => {}
         Ok((Born::Failed { reason }, _)) => return Err(WorkError::Start(reason)),
         Err(error) => return Err(worker.lost(&error, shop.policies)),
     }
     loop {
-        let heard = worker.0.control.recv_within::<FromImage>(patience(SILENCE)?);
+        let heard = worker
+            .0
+            .control
+            .recv_within::<FromImage>(patience(SILENCE)?);
         match heard {
             Ok((FromImage::Progress { done, total }, _)) => progress(done, total),
             Ok((FromImage::Done(report), _)) => return Ok(report),

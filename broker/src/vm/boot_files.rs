@@ -48,7 +48,11 @@ pub(super) fn take_out(
         return Err(RunError::Configuration(missing));
     };
     let host = |cause: io::Error| RunError::Host {
-        lacks: format!("memory for the kernel of disk {}: {}", disk.name, plain(&cause)),
+        lacks: format!(
+            "memory for the kernel of disk {}: {}",
+            disk.name,
+            plain(&cause)
+        ),
     };
     // The changes to an ephemeral disk are made from nothing at each start.
     let layers = devices::layers(disk).split_off(usize::from(disk.ephemeral));

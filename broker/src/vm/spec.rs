@@ -414,7 +414,9 @@ impl VmSpec {
         expect(
             self.initrd.is_none(),
             "initrd",
-            self.initrd.as_deref().map_or(String::new(), |path| path.display().to_string()),
+            self.initrd
+                .as_deref()
+                .map_or(String::new(), |path| path.display().to_string()),
             "none beside a kernel from a disk, which has its own",
         )
     }

@@ -1,6 +1,7 @@
 use super::*;
 use crate::vm::spec::{
-    BootDisk, ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits, OnEnd, VmSpec,
+    BootDisk, ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits,
+    OnEnd, VmSpec,
 };
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
 use proptest::prelude::*;
@@ -418,7 +419,11 @@ fn option_for_a_kernel_replaces_all_that_the_file_says_of_kernels() {
         value,
         place: Place::Default { key: String::new() },
     };
-    let on_disk = parse("vm.toml", dir.path(), &booting("from_disk = \"root\"\ninitrd = \"i\"\n"));
+    let on_disk = parse(
+        "vm.toml",
+        dir.path(),
+        &booting("from_disk = \"root\"\ninitrd = \"i\"\n"),
+    );
     let on_host = parse("vm.toml", dir.path(), GOOD).unwrap();
     let on_disk = on_disk.unwrap();
     let option = Draft {

@@ -36,9 +36,9 @@ pub(super) fn look(fs: &Ext4, wish: &Wish) -> Result<Option<Found>, Fault> {
         return Ok(None);
     };
     let initrd = match &wish.initrd {
-        Some(path) => Some(
-            file(fs, path.as_bytes())?.ok_or_else(|| (path.clone(), Ext4Error::NotFound))?,
-        ),
+        Some(path) => {
+            Some(file(fs, path.as_bytes())?.ok_or_else(|| (path.clone(), Ext4Error::NotFound))?)
+        }
         None => initrd_of(fs, &kernel.0)?,
     };
     Ok(Some(Found { kernel, initrd }))
@@ -95,7 +95,9 @@ fn kernels_in(fs: &Ext4, directory: &str) -> Result<Vec<Vec<u8>>, Fault> {
         let spare = ["old", "bak", "dpkg-new", "dpkg-tmp", "rpmsave"];
         let is_spare = text.ends_with('~')
             || text.contains("rescue")
-            || text.rsplit_once('.').is_some_and(|(_, end)| spare.contains(&end));
+            || text
+                .rsplit_once('.')
+                .is_some_and(|(_, end)| spare.contains(&end));
         if name.starts_with(PREFIX) && !is_spare {
             names.push(name.to_vec());
         }
@@ -106,7 +108,10 @@ fn kernels_in(fs: &Ext4, directory: &str) -> Result<Vec<Vec<u8>>, Fault> {
 /// The initial RAM disk that belongs to a kernel, by the names that distributions use.
 fn initrd_of(fs: &Ext4, kernel: &PathBuf) -> Result<Option<(PathBuf, u64)>, Fault> {
     let kernel: &[u8] = kernel.as_ref();
-    let at = kernel.iter().rposition(|&byte| byte == b'/').map_or(0, |at| at + 1);
+    let at = kernel
+        .iter()
+        .rposition(|&byte| byte == b'/')
+        .map_or(0, |at| at + 1);
     let (directory, name) = kernel.split_at(at);
     let names: Vec<Vec<u8>> = match name.strip_prefix(PREFIX) {
         Some(version) => [
@@ -157,7 +162,9 @@ fn split(bytes: &[u8], belongs: impl Fn(&u8) -> bool) -> (&[u8], &[u8]) {
 /// Digits as something that compares like their number, however many they are.
 fn value(digits: &[u8]) -> (usize, &[u8]) {
     let start = digits.iter().position(|&digit| digit != b'0');
-    let digits = start.and_then(|start| digits.get(start..)).unwrap_or_default();
+    let digits = start
+        .and_then(|start| digits.get(start..))
+        .unwrap_or_default();
     (digits.len(), digits)
 }
 

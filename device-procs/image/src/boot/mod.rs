@@ -14,9 +14,7 @@ mod partition;
 
 use crate::ImageError;
 use crate::offline::{Offline, PART_BYTES, Readable, write_all};
-use bulkhead_ipc::protocol::image::{
-    BootFile, BootReport, INITRD_BYTES_MAX, KERNEL_BYTES_MAX,
-};
+use bulkhead_ipc::protocol::image::{BootFile, BootReport, INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
 use ext4_view::{Ext4, Ext4Error, Ext4Read, PathBuf};
 use nix::errno::Errno;
 use partition::Volume;
@@ -171,7 +169,9 @@ fn find(disk: &Rc<dyn Reader>, wish: &Wish) -> Result<(Volume, Ext4, kernel::Fou
                 continue;
             }
             Mount::Damaged(what) => {
-                seen.push(format!("{volume}: an ext4 file system that cannot be read: {what}"));
+                seen.push(format!(
+                    "{volume}: an ext4 file system that cannot be read: {what}"
+                ));
                 continue;
             }
         };
@@ -258,7 +258,9 @@ fn check_superblock(superblock: &[u8; SUPERBLOCK_BYTES], bytes: u64) -> Result<(
     };
     let log = field(24);
     if log > BLOCK_LOG_MAX {
-        return Err(format!("its block size is 2^{log} KiB, expected at most 64 KiB"));
+        return Err(format!(
+            "its block size is 2^{log} KiB, expected at most 64 KiB"
+        ));
     }
     const IS_64BIT: u32 = 0x80;
     let high = match field(96) & IS_64BIT {

@@ -85,8 +85,14 @@ fn links_are_followed_inside_of_the_file_system() {
     symlink("boot/vmlinuz-6.1.0-9", tree.path().join("vmlinuz")).unwrap();
     let disk = ext4(tree.path(), &[]);
     let (report, kernel, initrd) = taken(&disk, &Wish::default()).unwrap();
-    assert_eq!((kernel.as_slice(), initrd.as_slice()), (&b"old"[..], &b""[..]));
-    assert_eq!((report.kernel.path.as_str(), report.initrd), ("/boot/vmlinuz-6.1.0-9", None));
+    assert_eq!(
+        (kernel.as_slice(), initrd.as_slice()),
+        (&b"old"[..], &b""[..])
+    );
+    assert_eq!(
+        (report.kernel.path.as_str(), report.initrd),
+        ("/boot/vmlinuz-6.1.0-9", None)
+    );
 
     // A link that is absolute, or goes up too far, starts at the root of the guest.
     fs::remove_file(tree.path().join("vmlinuz")).unwrap();
@@ -109,7 +115,10 @@ fn named_files_are_taken_and_missing_ones_are_named() {
     let disk = ext4(tree.path(), &[]);
     let named = wish("/boot/vmlinuz-6.1.0-9", "/boot/initrd.img-6.1.0-10");
     let (_, kernel, initrd) = taken(&disk, &named).unwrap();
-    assert_eq!((kernel.as_slice(), initrd.as_slice()), (&b"old"[..], INITRD));
+    assert_eq!(
+        (kernel.as_slice(), initrd.as_slice()),
+        (&b"old"[..], INITRD)
+    );
     let error = taken(&disk, &wish("/boot/other", "")).unwrap_err();
     assert!(error.contains("expected the kernel /boot/other"), "{error}");
     let error = taken(&disk, &wish("", "/boot/other")).unwrap_err();
@@ -124,7 +133,10 @@ fn links_that_lead_in_a_circle_are_an_error() {
     symlink("boot/vmlinuz", tree.path().join("vmlinuz")).unwrap();
     symlink("../vmlinuz", tree.path().join("boot/vmlinuz")).unwrap();
     let error = taken(&ext4(tree.path(), &[]), &Wish::default()).unwrap_err();
-    assert!(error.contains("/vmlinuz: too many symbolic links"), "{error}");
+    assert!(
+        error.contains("/vmlinuz: too many symbolic links"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -147,7 +159,9 @@ fn file_that_is_too_large_or_empty_is_refused_unread() {
 #[test]
 fn every_layout_of_the_file_system_is_read() {
     let tree = tree();
-    let large: Vec<u8> = (0..1_500_000u32).map(|n| n.to_le_bytes()[n as usize % 3]).collect();
+    let large: Vec<u8> = (0..1_500_000u32)
+        .map(|n| n.to_le_bytes()[n as usize % 3])
+        .collect();
     fs::write(tree.path().join("vmlinuz"), &large).unwrap();
     let layouts: [&[&str]; 6] = [
         &["-b", "1024"],
@@ -226,7 +240,10 @@ fn sound() -> &'static [u8] {
         let tree = tree();
         symlink("boot/vmlinuz-6.1.0-10", tree.path().join("vmlinuz")).unwrap();
         // Without checksums, which would refuse nearly every change.
-        ext4(tree.path(), &["-b", "1024", "-N", "64", "-O", "^metadata_csum,^uninit_bg"])
+        ext4(
+            tree.path(),
+            &["-b", "1024", "-N", "64", "-O", "^metadata_csum,^uninit_bg"],
+        )
     })
 }
 
@@ -235,7 +252,10 @@ fn used() -> &'static [usize] {
     static USED: OnceLock<Vec<usize>> = OnceLock::new();
     USED.get_or_init(|| {
         let bytes = sound().iter().enumerate();
-        bytes.filter(|(_, byte)| **byte != 0).map(|(at, _)| at).collect()
+        bytes
+            .filter(|(_, byte)| **byte != 0)
+            .map(|(at, _)| at)
+            .collect()
     })
 }
 
