@@ -415,9 +415,8 @@ fn kernel_on_a_disk_is_found_by_paths_of_the_guest() {
 #[test]
 fn option_for_a_kernel_replaces_all_that_the_file_says_of_kernels() {
     let dir = place();
-    let located = |value| Located {
-        value,
-        place: Place::Default { key: String::new() },
+    let place = Place::Default {
+        key: "option".to_owned(),
     };
     let on_disk = parse(
         "vm.toml",
@@ -427,7 +426,10 @@ fn option_for_a_kernel_replaces_all_that_the_file_says_of_kernels() {
     let on_host = parse("vm.toml", dir.path(), GOOD).unwrap();
     let on_disk = on_disk.unwrap();
     let option = Draft {
-        kernel: Some(located(dir.path().join("vmlinuz"))),
+        kernel: Some(Located {
+            value: dir.path().join("vmlinuz"),
+            place: place.clone(),
+        }),
         ..Draft::default()
     };
     let spec = check(option.or(on_disk.clone()), &around()).unwrap();
@@ -435,7 +437,7 @@ fn option_for_a_kernel_replaces_all_that_the_file_says_of_kernels() {
     assert_eq!(spec.initrd, None);
 
     let option = Draft {
-        from_disk: Some(located(None::<String>)),
+        from_disk: Some(Located { value: None, place }),
         ..Draft::default()
     };
     let spec = check(option.clone().or(on_host), &around()).unwrap();
