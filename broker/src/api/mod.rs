@@ -11,8 +11,7 @@ pub mod frame;
 pub mod time;
 
 pub use device::{
-    BackingFile, ChangeMedium, Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited,
-    ResizeDevice,
+    BackingFile, ChangeMedium, Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited, ResizeDevice,
 };
 pub use error::{ApiError, Code};
 

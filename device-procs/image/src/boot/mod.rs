@@ -293,7 +293,7 @@ fn explain(error: &Ext4Error) -> String {
         }
         Ext4Error::IsADirectory | Ext4Error::IsASpecialFile => "expected a regular file".to_owned(),
         Ext4Error::Incompatible(_) => format!(
-            "{error}; expected a file system that the reader knows: one that a recent Linux has unmounted"
+            "{error}; expected what mkfs.ext4 makes by default, unmounted or with checksums in its journal"
         ),
         Ext4Error::Corrupt(_) => format!("{error}; expected a sound file system (see e2fsck)"),
         _ => error.to_string(),
