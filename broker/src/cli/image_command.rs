@@ -129,7 +129,7 @@ impl Workshop {
         done.map_err(|error| {
             let code = match error {
                 WorkError::Failed(_) | WorkError::Policy(_) => USAGE,
-                WorkError::Start(_) | WorkError::Lost(_) => START,
+                WorkError::Start(_) | WorkError::Lost(_) | WorkError::Late(_) => START,
             };
             Failure::because(code, doing, &error)
         })

@@ -54,6 +54,14 @@ pub(super) struct MachineArgs {
     /// Kernel: bzImage, or ELF with PVH, Linux or Multiboot entry
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Machine")]
     pub(super) kernel: Option<PathBuf>,
+    /// Boot the kernel that is on a disk, the first one unless named
+    ///
+    /// It is looked for at each start: an ext4 file system on the disk or on one of its partitions, in it
+    /// /vmlinuz, /boot/vmlinuz or the newest /boot/vmlinuz-VERSION, with the initial RAM disk of that kernel.
+    /// --kernel and --initrd are paths there then. --cmdline says what the guest's root is.
+    #[arg(long, value_name = "DISK", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "", help_heading = "Machine")]
+    pub(super) boot_from_disk: Option<String>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Machine")]
     initrd: Option<PathBuf>,
@@ -124,7 +132,7 @@ pub(super) struct MachineArgs {
 /// Run a virtual machine in this terminal
 ///
 /// The machine is described by VMFILE (TOML), by options, or by both: an option wins over the file,
-/// and --disk adds to its disks. With neither VMFILE nor --kernel the built-in guest is started.
+/// and --disk adds to its disks. With neither VMFILE nor a kernel the built-in guest is started.
 ///
 /// Everything is checked before any process is started. Then each part of the machine runs in a
 /// sandboxed process of its own; this program stays outside of every data path.
@@ -202,6 +210,8 @@ Examples:
         runs the machine that web.toml describes
   bulkhead run --kernel vmlinuz --initrd initrd.img --disk root.img -m 512MiB -c 2
         runs a Linux kernel
+  bulkhead run --disk debian.img --boot-from-disk --cmdline root=/dev/vda -m 1GiB
+        boots the kernel that the disk itself has
   bulkhead run --kernel vmlinuz --disk base.img,readonly --disk data.img --print-config > vm.toml
         writes the VM file for these options
 ";
@@ -261,7 +271,10 @@ impl MachineArgs {
         }
         let path = |option: &str, path: &Option<PathBuf>| {
             let path = path.as_ref()?;
-            let absolute = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let absolute = match self.boot_from_disk {
+                Some(_) => PathBuf::from("/").join(path),
+                None => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
+            };
             Some(located(option, path.display().to_string(), absolute))
         };
         let size = |option: &str, bytes: Option<u64>| {
@@ -283,6 +296,10 @@ impl MachineArgs {
                 HugePagesChoice::Reserved => {
                     located("--hugepages", "reserved", HugePages::Reserved)
                 }
+            }),
+            from_disk: self.boot_from_disk.as_ref().map(|disk| {
+                let name = (!disk.is_empty()).then(|| disk.clone());
+                located("--boot-from-disk", disk.clone(), name)
             }),
             kernel: path("--kernel", &self.kernel),
             initrd: path("--initrd", &self.initrd),

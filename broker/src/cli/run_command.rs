@@ -57,7 +57,8 @@ pub(super) fn specification(
     };
     let mut draft = options.or(file.unwrap_or_default());
     args.make_ephemeral(&mut draft);
-    let kernel = if args.vmfile.is_none() && draft.kernel.is_none() {
+    let named = draft.kernel.is_some() || draft.from_disk.is_some();
+    let kernel = if args.vmfile.is_none() && !named {
         Some(paths.built_in_guest()?)
     } else {
         None

@@ -17,6 +17,7 @@ use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long the process may take to be ready.
@@ -43,6 +44,9 @@ pub enum WorkError {
     /// It has ended without a word, or says nothing.
     #[error("the process for the work was lost: {0}")]
     Lost(String),
+    /// It is not done in time.
+    #[error("it was not done after {0:?}")]
+    Late(Duration),
 }
 
 /// Where things are.
@@ -58,12 +62,32 @@ pub struct Place<'a> {
     pub users: UserRange,
 }
 
+/// What a process for work is started with.
+#[derive(Debug)]
+pub struct Shop<'a> {
+    /// Starts processes.
+    pub launcher: &'a mut Launcher,
+    /// The policies in force.
+    pub compiled: &'a Compiled,
+    /// Policy overrides, for the explanation of a denial.
+    pub policies: Option<&'a Path>,
+    /// Directory for sockets.
+    pub runtime: &'a Path,
+    /// For whom, in logs.
+    pub name: &'a str,
+    /// When it has to be done; `None` for when it is.
+    pub within: Option<Duration>,
+}
+
 /// A directory for the process's socket, which is gone afterwards.
 struct Nook(PathBuf);
 
 impl Nook {
     fn make(runtime: &Path) -> io::Result<Self> {
-        let path = runtime.join(format!("work-{}", std::process::id()));
+        // Machines of one daemon may have work done at the same time.
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let path = runtime.join(format!("work-{}-{number}", std::process::id()));
         fs::create_dir_all(runtime)?;
         fs::DirBuilder::new().mode(0o700).create(&path)?;
         Ok(Self(path))
@@ -130,25 +154,55 @@ pub fn run(
     place: &Place<'_>,
     config: ImageConfig,
     gifts: &[Gift<'_>],
+    progress: impl FnMut(u64, u64),
+) -> Result<ImageReport, WorkError> {
+    let compiled = Compiled::fresh(place.policies, false);
+    let compiled = compiled.map_err(|e| WorkError::Policy(e.to_string()))?;
+    let launcher = Launcher::new(place.binaries, place.users);
+    let shop = Shop {
+        launcher: &mut launcher.map_err(|e| WorkError::Start(e.to_string()))?,
+        compiled: &compiled,
+        policies: place.policies,
+        runtime: place.runtime,
+        name: "image",
+        within: None,
+    };
+    run_in(shop, config, gifts, progress)
+}
+
+/// As [`run`], by a broker that has everything at hand.
+///
+/// # Errors
+/// As [`run`]; [`WorkError::Late`] when it is not done in time.
+pub fn run_in(
+    shop: Shop<'_>,
+    config: ImageConfig,
+    gifts: &[Gift<'_>],
     mut progress: impl FnMut(u64, u64),
 ) -> Result<ImageReport, WorkError> {
-    let policies = Compiled::fresh(place.policies, false);
-    let policies = policies.map_err(|e| WorkError::Policy(e.to_string()))?;
-    let Some((policy, filters)) = policies.get(ProcKind::Image) else {
+    let Some((policy, filters)) = shop.compiled.get(ProcKind::Image) else {
         return Err(WorkError::Policy("there is none for image".to_owned()));
+    };
+    let until = shop.within.map(|within| (Instant::now() + within, within));
+    // How long to wait for it now, given how long it may say nothing.
+    let patience = |most: Duration| match until {
+        None => Ok(most),
+        Some((until, within)) => match until.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => Err(WorkError::Late(within)),
+            left => Ok(left.min(most)),
+        },
     };
     let start = |e: &dyn std::fmt::Display| WorkError::Start(e.to_string());
     let launch = |e: LaunchError| start(&e);
-    let nook = Nook::make(place.runtime).map_err(|e| start(&e))?;
+    let nook = Nook::make(shop.runtime).map_err(|e| start(&e))?;
     let directory = File::open(&nook.0).map_err(|e| start(&e))?;
     let adoption = bind_in(directory.as_fd(), "s").map_err(|e| start(&e))?;
-    let mut launcher = Launcher::new(place.binaries, place.users).map_err(launch)?;
     let id = ProcId {
         kind: ProcKind::Image,
         index: 0,
         generation: 1,
     };
-    let launched = launcher.launch(id, policy, gifts, &adoption);
+    let launched = shop.launcher.launch(id, policy, gifts, &adoption);
     let worker = Worker(launched.map_err(launch)?);
     let mut token = [0; 32];
     let random = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut token));
@@ -156,7 +210,7 @@ pub fn run(
     let birth = Birth {
         version: PROTOCOL_VERSION,
         id,
-        vm: "image".to_owned(),
+        vm: shop.name.to_owned(),
         token,
         grants: worker.0.grants.clone(),
         startup: filters.startup.clone(),
@@ -165,17 +219,29 @@ pub fn run(
         config: KindConfig::Image(config),
     };
     worker.0.bear(&birth).map_err(|e| start(&e))?;
-    match worker.0.control.recv_within::<Born>(BIRTH_PATIENCE) {
+    let born = worker
+        .0
+        .control
+        .recv_within::<Born>(patience(BIRTH_PATIENCE)?);
+    match born {
         Ok((Born::Locked { .. }, _)) => {}
         Ok((Born::Failed { reason }, _)) => return Err(WorkError::Start(reason)),
-        Err(error) => return Err(worker.lost(&error, place.policies)),
+        Err(error) => return Err(worker.lost(&error, shop.policies)),
     }
     loop {
-        match worker.0.control.recv_within::<FromImage>(SILENCE) {
+        let heard = worker
+            .0
+            .control
+            .recv_within::<FromImage>(patience(SILENCE)?);
+        match heard {
             Ok((FromImage::Progress { done, total }, _)) => progress(done, total),
             Ok((FromImage::Done(report), _)) => return Ok(report),
             Ok((FromImage::Failed { reason }, _)) => return Err(WorkError::Failed(reason)),
-            Err(error) => return Err(worker.lost(&error, place.policies)),
+            Err(error) => {
+                // Whether it was silent for too long is known when the time is over.
+                patience(SILENCE)?;
+                return Err(worker.lost(&error, shop.policies));
+            }
         }
     }
 }

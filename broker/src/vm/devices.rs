@@ -196,7 +196,7 @@ fn disk(slot: u8, index: u16, spec: &DiskSpec, waits_for_room: bool) -> DevicePl
 }
 
 /// The images of a disk as its process is told of them, in the order of their descriptors.
-fn layers(spec: &DiskSpec) -> Vec<ImageLayer> {
+pub(super) fn layers(spec: &DiskSpec) -> Vec<ImageLayer> {
     let layer = |format, files| ImageLayer { format, files };
     let own = std::iter::once(&spec.path).chain(spec.extents.iter().map(|extent| &extent.path));
     let own = layer(spec.format, own.map(|path| name_of(path)).collect());

@@ -19,7 +19,7 @@ use super::record::{Phase, since_boot_ms};
 use super::report::Report;
 use super::resources::{Fence, Resources};
 use super::session::{Command, Event, Finished, Restart, RunError, RunOptions};
-use super::spec::VmSpec;
+use super::spec::{KernelSource, VmSpec};
 use super::state::{Input, Life, Output, Verdict};
 use crate::launch::{Launched, Launcher};
 use crate::supervisor::driver::{NOTICES_CAPACITY, Notice, watch};
@@ -126,7 +126,9 @@ fn begin(spec: &VmSpec, options: &RunOptions) -> Result<(Keeper, Launcher, Compi
 fn find_programs(launcher: &mut Launcher, spec: &VmSpec) -> Result<(), RunError> {
     let devices = devices::plan(spec);
     let kinds = devices.iter().map(|device| device.kind.proc_kind());
-    for kind in [ProcKind::Vcpu, ProcKind::Legacy].into_iter().chain(kinds) {
+    let reader = matches!(spec.kernel, KernelSource::Disk(_)).then_some(ProcKind::Image);
+    let first = [ProcKind::Vcpu, ProcKind::Legacy].into_iter().chain(reader);
+    for kind in first.chain(kinds) {
         launcher.find_program(kind).map_err(|e| RunError::Start {
             who: kind.name().to_owned(),
             reason: e.to_string(),
@@ -169,13 +171,13 @@ async fn run_at(
             (None, Some(processes), rings)
         }
         Begin::Again => {
-            let resources = Resources::open(&spec, options)?;
+            let resources = Resources::open(&spec, options, &mut launcher, compiled)?;
             let kept = Rings::adopt(&spec, &options.state, Vec::new());
             let rings = kept.or_else(|_| Rings::make(&spec, &options.state))?;
             (Some(resources), None, rings)
         }
         Begin::First => {
-            let resources = Resources::open(&spec, options)?;
+            let resources = Resources::open(&spec, options, &mut launcher, compiled)?;
             (Some(resources), None, Rings::make(&spec, &options.state)?)
         }
     };
@@ -276,7 +278,7 @@ async fn run_at(
                 // With its disks as they are now.
                 spec = keeper.record().spec_now();
                 devices = devices::plan(&spec);
-                resources = Some(Resources::open(&spec, options)?);
+                resources = Some(Resources::open(&spec, options, &mut launcher, compiled)?);
             }
         }
     }

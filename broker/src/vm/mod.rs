@@ -3,6 +3,7 @@
 
 pub mod adopt;
 mod any_path;
+mod boot_files;
 mod consoles;
 pub mod devices;
 mod disk_hold;

@@ -3,6 +3,7 @@
 //! A file that is missing, of the wrong kind or in use is an error here, before any process is
 //! started. The broker keeps none of it once the processes have it.
 
+use super::boot_files;
 use super::home::MACHINES;
 use super::record::Record;
 use super::session::{RunError, RunOptions};
@@ -10,9 +11,10 @@ use super::spec::{DiskSpec, KernelSource, VmSpec};
 use super::vsock::{self, MachineSocket, SocketError};
 use crate::escape::escaped;
 use crate::image::ephemeral;
-use crate::launch::Gift;
+use crate::launch::{Gift, Launcher};
 use crate::remains;
 use bulkhead_ipc::protocol::birth::{FdRole, ImageFormat};
+use bulkhead_policies::cache::Compiled;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -82,29 +84,47 @@ fn configuration(what: &str, path: &Path, cause: impl std::fmt::Display) -> RunE
     RunError::Configuration(format!("{what} {path}: {cause}"))
 }
 
-fn plain(error: &io::Error) -> String {
+pub(super) fn plain(error: &io::Error) -> String {
     let errno = error.raw_os_error().map(Errno::from_raw);
     errno.map_or_else(|| error.to_string(), |errno| errno.desc().to_owned())
 }
 
 impl Resources {
-    /// Opens everything that `spec` names.
+    /// Opens everything that `spec` names. A kernel on a disk is read by a process that `launcher` starts.
     ///
     /// # Errors
     /// The first thing that cannot be had, and why.
-    pub fn open(spec: &VmSpec, options: &RunOptions) -> Result<Self, RunError> {
-        let kernel = match &spec.kernel {
-            KernelSource::File(path) => read_only("kernel", path)?,
-            KernelSource::Image { name, bytes } => image(name, bytes)?,
+    pub fn open(
+        spec: &VmSpec,
+        options: &RunOptions,
+        launcher: &mut Launcher,
+        compiled: &Compiled,
+    ) -> Result<Self, RunError> {
+        let named = match &spec.kernel {
+            KernelSource::File(path) => Some(read_only("kernel", path)?),
+            KernelSource::Image { name, bytes } => Some(image(name, bytes)?),
+            KernelSource::Disk(_) => None,
         };
         let initrd = spec.initrd.as_deref();
         let initrd = initrd.map(|path| read_only("initrd", path)).transpose()?;
         let open_disk = |spec: &DiskSpec| disk_files(spec, options);
-        let disks: Result<_, _> = spec.disks.iter().map(open_disk).collect();
+        let disks: Result<Vec<_>, _> = spec.disks.iter().map(open_disk).collect();
+        let disks = disks?;
+        let (kernel, initrd) = match (named, &spec.kernel) {
+            // The locks are held from here on until the machine is over: what is read now is what the
+            // guest finds.
+            (None, KernelSource::Disk(boot)) => {
+                boot_files::take_out(spec, boot, &disks, options, launcher, compiled)?
+            }
+            (named, _) => (
+                named.ok_or_else(|| RunError::Configuration("there is no kernel".to_owned()))?,
+                initrd,
+            ),
+        };
         Ok(Self {
             kernel,
             initrd,
-            disks: disks?,
+            disks,
             core: options.core.as_deref().map(core_file).transpose()?,
             kvm: device("/dev/kvm", true)?,
             entropy: device("/dev/urandom", false)?,
@@ -278,13 +298,17 @@ fn image(name: &str, bytes: &[u8]) -> Result<File, RunError> {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let mut file = File::from(memfd_create("bulkhead-kernel", flags)?);
         file.write_all(bytes)?;
-        fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(SealFlag::all()))?;
-        // Opened again, so that what is handed over is read only.
-        File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        sealed(&file)
     };
     make().map_err(|e| RunError::Host {
         lacks: format!("memory for the kernel {name}: {}", plain(&e)),
     })
+}
+
+/// Memory that nobody changes any more, open for reading alone.
+pub(super) fn sealed(file: &File) -> io::Result<File> {
+    fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(SealFlag::all()))?;
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 fn core_file(path: &Path) -> Result<File, RunError> {

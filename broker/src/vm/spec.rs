@@ -84,6 +84,29 @@ pub enum KernelSource {
         /// Its bytes.
         bytes: Cow<'static, [u8]>,
     },
+    /// A file on one of the machine's disks, looked for at each start.
+    Disk(BootDisk),
+}
+
+/// What is booted from a disk. Paths are those of the guest, from the root of the file system that the kernel is
+/// found in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootDisk {
+    /// Name of the disk.
+    pub disk: String,
+    /// The kernel; `None` for the newest.
+    pub kernel: Option<String>,
+    /// The initial RAM disk; `None` for that of the kernel, if there is one.
+    pub initrd: Option<String>,
+}
+
+/// Longest path on a guest's disk in bytes.
+pub const GUEST_PATH_BYTES_MAX: usize = 4096;
+
+/// Whether `path` can be that of a file on a guest's disk.
+#[must_use]
+pub fn is_guest_path(path: &str) -> bool {
+    path.starts_with('/') && path.len() <= GUEST_PATH_BYTES_MAX && !path.contains('\0')
 }
 
 /// A file by its name.
@@ -425,6 +448,9 @@ impl VmSpec {
                 "a name that no other disk has",
             )?;
         }
+        if let KernelSource::Disk(boot) = &self.kernel {
+            self.check_boot_disk(boot)?;
+        }
         let (least, most) = HISTORY_BYTES;
         expect(
             (least..=most).contains(&self.console.history_bytes),
@@ -437,6 +463,28 @@ impl VmSpec {
             "console.attach",
             "virtio",
             "a console that exists",
+        )
+    }
+
+    fn check_boot_disk(&self, boot: &BootDisk) -> Result<(), SpecError> {
+        expect(
+            self.disks.iter().any(|disk| disk.name == boot.disk),
+            "boot.from_disk",
+            &boot.disk,
+            "the name of one of the machine's disks",
+        )?;
+        for (field, path) in [("boot.kernel", &boot.kernel), ("boot.initrd", &boot.initrd)] {
+            let path = path.as_deref().unwrap_or("/");
+            let expected = "a path on the disk, from `/`, of at most 4096 bytes without NUL";
+            expect(is_guest_path(path), field, path, expected)?;
+        }
+        expect(
+            self.initrd.is_none(),
+            "initrd",
+            self.initrd
+                .as_deref()
+                .map_or(String::new(), |path| path.display().to_string()),
+            "none beside a kernel from a disk, which has its own",
         )
     }
 

@@ -6,9 +6,9 @@ use super::host::{Facts, HostMemory, inspect};
 use super::problem::{Located, Place, Problem, Problems};
 use super::quantity::show_size;
 use crate::vm::spec::{
-    BackingSpec, CMDLINE_BYTES_MAX, CloudInitSpec, ConsoleChoice, DISKS_MAX, DiskSpec, FILES_MAX,
-    FileSpec, HISTORY_BYTES, KernelSource, NAME_BYTES_MAX, SEED_DISK, SERIAL_BYTES_MAX,
-    SOCKET_NAME_BYTES_MAX, VmSpec, VsockSpec,
+    BackingSpec, BootDisk, CMDLINE_BYTES_MAX, CloudInitSpec, ConsoleChoice, DISKS_MAX, DiskSpec,
+    FILES_MAX, FileSpec, GUEST_PATH_BYTES_MAX, HISTORY_BYTES, KernelSource, NAME_BYTES_MAX,
+    SEED_DISK, SERIAL_BYTES_MAX, SOCKET_NAME_BYTES_MAX, VmSpec, VsockSpec, is_guest_path,
 };
 use bulkhead_ipc::platform::MEMORY_BYTES_MIN;
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
@@ -84,7 +84,11 @@ impl Checker {
     }
 
     fn machine(&mut self, draft: Draft, around: &Surroundings) -> VmSpec {
-        let kernel = self.kernel(&draft, around);
+        // A kernel on a disk is looked for when it is known which disks there are.
+        let kernel = match &draft.from_disk {
+            Some(_) => PathBuf::new(),
+            None => self.kernel(&draft, around),
+        };
         let mut spec = VmSpec::new(around.name.clone(), KernelSource::File(kernel));
         if let Some(name) = &draft.name {
             self.expect(is_name(&name.value), name, NAME_RULE);
@@ -97,20 +101,25 @@ impl Checker {
             spec.huge_pages = pages.value;
         }
         spec.memory_bytes = self.memory(&draft, spec.memory_bytes, spec.huge_pages, around);
-        spec.initrd = self.initrd(&draft, spec.memory_bytes);
-        if let Some(cmdline) = draft.cmdline {
+        if draft.from_disk.is_none() {
+            spec.initrd = self.initrd(&draft, spec.memory_bytes);
+        }
+        if let Some(cmdline) = &draft.cmdline {
             self.expect(
                 cmdline.value.len() <= CMDLINE_BYTES_MAX && !cmdline.value.contains('\0'),
-                &cmdline,
+                cmdline,
                 format!("expected at most {CMDLINE_BYTES_MAX} bytes without NUL"),
             );
-            spec.cmdline = cmdline.value;
+            spec.cmdline.clone_from(&cmdline.value);
         }
         self.disks(&draft.disks, &mut spec);
         spec.vsock = draft.vsock.as_ref().map(|vsock| self.vsock(vsock));
         spec.cloud_init = draft
             .cloud_init
             .map(|told| self.cloud_init(told, &draft.disks));
+        if let Some(disk) = &draft.from_disk {
+            spec.kernel = KernelSource::Disk(self.boot_disk(disk, &draft, &spec.disks));
+        }
         if let Some(virtio) = &draft.console_virtio {
             spec.console.virtio = virtio.value;
         }
@@ -167,12 +176,44 @@ impl Checker {
                 place: Place::Default {
                     key: "boot.kernel".to_owned(),
                 },
-                expectation: "the VM file names no kernel; \
-                    expected `kernel = \"FILE\"` in [boot], or the option --kernel FILE"
+                expectation: "the VM file names no kernel; expected `kernel = \"FILE\"` or \
+                    `from_disk = \"DISK\"` in [boot], or the option --kernel FILE"
                     .to_owned(),
             });
             PathBuf::new()
         })
+    }
+
+    fn boot_disk(
+        &mut self,
+        from: &Located<Option<String>>,
+        draft: &Draft,
+        disks: &[DiskSpec],
+    ) -> BootDisk {
+        let disk = match &from.value {
+            Some(name) => disks.iter().find(|disk| disk.name == *name),
+            None => disks.first(),
+        };
+        let names: Vec<_> = disks.iter().map(|disk| disk.name.as_str()).collect();
+        let expectation = match names.as_slice() {
+            [] => "expected a disk of the machine, which has none".to_owned(),
+            names => format!("expected one of the machine's disks: {}", names.join(", ")),
+        };
+        self.expect(disk.is_some(), from, expectation);
+        let mut path = |path: &Option<Located<PathBuf>>| {
+            let path = path.as_ref()?;
+            let text = path.value.to_str().filter(|text| is_guest_path(text));
+            let rule = format!(
+                "expected a path on the disk, as UTF-8 of at most {GUEST_PATH_BYTES_MAX} bytes"
+            );
+            self.expect(text.is_some(), path, rule);
+            text.map(str::to_owned)
+        };
+        BootDisk {
+            disk: disk.map_or_else(String::new, |disk| disk.name.clone()),
+            kernel: path(&draft.kernel),
+            initrd: path(&draft.initrd),
+        }
     }
 
     fn memory(

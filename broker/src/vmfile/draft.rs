@@ -17,6 +17,9 @@ pub struct Draft {
     pub vcpus: Option<Located<u8>>,
     pub memory: Option<Located<u64>>,
     pub huge_pages: Option<Located<HugePages>>,
+    /// The disk that the kernel is on, and `None` in it for the first. The paths of kernel and initial RAM disk
+    /// are those on this disk then.
+    pub from_disk: Option<Located<Option<String>>>,
     pub kernel: Option<Located<PathBuf>>,
     pub initrd: Option<Located<PathBuf>>,
     pub cmdline: Option<Located<String>>,
@@ -141,7 +144,13 @@ impl DraftDisk {
 impl Draft {
     /// This draft, with its gaps filled from `other` and `other`'s disks before its own.
     #[must_use]
-    pub fn or(self, other: Self) -> Self {
+    pub fn or(self, mut other: Self) -> Self {
+        // A path on a disk and one on the host do not fill each other's gaps.
+        if self.from_disk.is_some() && other.from_disk.is_none() {
+            (other.kernel, other.initrd) = (None, None);
+        } else if self.kernel.is_some() && self.from_disk.is_none() && other.from_disk.is_some() {
+            (other.from_disk, other.initrd) = (None, None);
+        }
         let mut disks = other.disks;
         disks.extend(self.disks);
         Self {
@@ -149,6 +158,7 @@ impl Draft {
             vcpus: self.vcpus.or(other.vcpus),
             memory: self.memory.or(other.memory),
             huge_pages: self.huge_pages.or(other.huge_pages),
+            from_disk: self.from_disk.or(other.from_disk),
             kernel: self.kernel.or(other.kernel),
             initrd: self.initrd.or(other.initrd),
             cmdline: self.cmdline.or(other.cmdline),

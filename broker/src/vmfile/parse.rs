@@ -37,6 +37,7 @@ pub(super) const MACHINE_KEYS: &[Key] = &[
     later("transport"),
 ];
 pub(super) const BOOT_KEYS: &[Key] = &[
+    key("from_disk"),
     key("kernel"),
     key("initrd"),
     key("cmdline"),
@@ -180,6 +181,13 @@ fn read_root(root: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
     }
     if let Some(boot) = root.table("boot", problems) {
         boot.check_keys(BOOT_KEYS, problems);
+        let from_disk = boot.string("from_disk", problems);
+        draft.from_disk = from_disk.map(|disk| disk.with(Some(disk.value.clone())));
+        // Paths on a disk have nothing to do with the directory of the VM file.
+        let directory = match draft.from_disk {
+            Some(_) => Path::new("/"),
+            None => directory,
+        };
         draft.kernel = path(&boot, "kernel", directory, problems);
         draft.initrd = path(&boot, "initrd", directory, problems);
         draft.cmdline = boot.string("cmdline", problems);

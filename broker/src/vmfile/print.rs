@@ -69,7 +69,12 @@ struct Machine {
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Boot {
-    /// Kernel: bzImage, ELF (PVH, Linux or Multiboot). Required, here or as --kernel.
+    /// Name of the disk that kernel and initial RAM disk are read from at each start: from an ext4 file system on
+    /// it or on one of its partitions. `kernel` and `initrd` are paths there then; without them the newest kernel
+    /// is started (/vmlinuz, /boot/vmlinuz, /boot/vmlinuz-VERSION) with the initial RAM disk that belongs to it.
+    /// The command line says what the guest's root is, as `root=/dev/vda1`.
+    from_disk: Option<String>,
+    /// Kernel: bzImage, ELF (PVH, Linux or Multiboot). Required, here or as --kernel, unless `from_disk` is given.
     kernel: Option<String>,
     /// Initial RAM disk.
     initrd: Option<String>,
@@ -307,8 +312,20 @@ fn utf8(path: &Path) -> Result<String, PrintError> {
 /// # Errors
 /// When the machine cannot be described in a file.
 pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
-    let kernel = match &spec.kernel {
-        KernelSource::File(path) => utf8(path)?,
+    let cmdline = Some(spec.cmdline.clone());
+    let boot = match &spec.kernel {
+        KernelSource::File(path) => Boot {
+            from_disk: None,
+            kernel: Some(utf8(path)?),
+            initrd: spec.initrd.as_deref().map(utf8).transpose()?,
+            cmdline,
+        },
+        KernelSource::Disk(boot) => Boot {
+            from_disk: Some(boot.disk.clone()),
+            kernel: boot.kernel.clone(),
+            initrd: boot.initrd.clone(),
+            cmdline,
+        },
         KernelSource::Image { name, .. } => return Err(PrintError::NoPath(name.to_string())),
     };
     let (columns, rows) = spec.console.size;
@@ -323,11 +340,7 @@ pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
             memory: Some(show_size(spec.memory_bytes)),
             hugepages: word(&HUGE_PAGES, &spec.huge_pages),
         }),
-        boot: Some(Boot {
-            kernel: Some(kernel),
-            initrd: spec.initrd.as_deref().map(utf8).transpose()?,
-            cmdline: Some(spec.cmdline.clone()),
-        }),
+        boot: Some(boot),
         disk: disks.map(disk).collect::<Result<_, _>>()?,
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
         cloud_init: spec.cloud_init.as_ref().map(cloud_init).transpose()?,

@@ -1,7 +1,7 @@
 use super::*;
 use crate::vm::spec::{
-    CloudInitSpec, ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle,
-    Limits, OnEnd, VmSpec, VsockSpec,
+    BootDisk, CloudInitSpec, ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource,
+    Lifecycle, Limits, OnEnd, VmSpec, VsockSpec,
 };
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
 use proptest::prelude::*;
@@ -400,6 +400,84 @@ fn files_are_looked_at_before_anything_starts() {
         "",
         "boot.kernel (default): the VM file names no kernel",
     );
+}
+
+/// [`GOOD`] with another `[boot]`.
+fn booting(boot: &str) -> String {
+    let was = "kernel = \"vmlinuz\"\ninitrd = \"initrd\"\n";
+    assert!(GOOD.contains(was));
+    GOOD.replace(was, boot)
+}
+
+#[test]
+fn kernel_on_a_disk_is_found_by_paths_of_the_guest() {
+    let dir = place();
+    let boot = "from_disk = \"disk1\"\nkernel = \"boot/k\"\ninitrd = \"/i\"\n";
+    let spec = read(&dir, &booting(boot)).unwrap();
+    let wanted = BootDisk {
+        disk: "disk1".to_owned(),
+        kernel: Some("/boot/k".to_owned()),
+        initrd: Some("/i".to_owned()),
+    };
+    assert_eq!(spec.kernel, KernelSource::Disk(wanted));
+    assert_eq!(spec.initrd, None);
+    let again = parse("p.toml", Path::new("/nowhere"), &print(&spec).unwrap());
+    assert_eq!(again.and_then(|draft| check(draft, &around())), Ok(spec));
+
+    let newest = read(&dir, &booting("from_disk = \"root\"\n")).unwrap();
+    let wanted = BootDisk {
+        disk: "root".to_owned(),
+        kernel: None,
+        initrd: None,
+    };
+    assert_eq!(newest.kernel, KernelSource::Disk(wanted));
+
+    let error = message(&booting("from_disk = \"disk0\"\n"));
+    let wanted = "vm.toml:9:13: boot.from_disk = \"disk0\": expected one of the machine's disks: root, disk1";
+    assert_eq!(error, wanted);
+    let long = format!("from_disk = \"root\"\nkernel = \"{}\"\n", "k".repeat(5000));
+    assert!(message(&booting(&long)).contains("expected a path on the disk"));
+}
+
+#[test]
+fn option_for_a_kernel_replaces_all_that_the_file_says_of_kernels() {
+    let dir = place();
+    let place = Place::Default {
+        key: "option".to_owned(),
+    };
+    let on_disk = parse(
+        "vm.toml",
+        dir.path(),
+        &booting("from_disk = \"root\"\ninitrd = \"i\"\n"),
+    );
+    let on_host = parse("vm.toml", dir.path(), GOOD).unwrap();
+    let on_disk = on_disk.unwrap();
+    let option = Draft {
+        kernel: Some(Located {
+            value: dir.path().join("vmlinuz"),
+            place: place.clone(),
+        }),
+        ..Draft::default()
+    };
+    let spec = check(option.or(on_disk.clone()), &around()).unwrap();
+    assert_eq!(spec.kernel, KernelSource::File(dir.path().join("vmlinuz")));
+    assert_eq!(spec.initrd, None);
+
+    let option = Draft {
+        from_disk: Some(Located { value: None, place }),
+        ..Draft::default()
+    };
+    let spec = check(option.clone().or(on_host), &around()).unwrap();
+    let wanted = |initrd: Option<&str>| {
+        KernelSource::Disk(BootDisk {
+            disk: "root".to_owned(),
+            kernel: None,
+            initrd: initrd.map(str::to_owned),
+        })
+    };
+    assert_eq!(spec.kernel, wanted(None));
+    let spec = check(option.or(on_disk), &around()).unwrap();
+    assert_eq!(spec.kernel, wanted(Some("/i")));
 }
 
 #[test]

@@ -13,6 +13,7 @@
 //! Blocking: metadata of a qcow2 image is read and written with plain system calls, a table at a time.
 
 mod backing_name;
+pub mod boot;
 mod create;
 mod extent;
 mod flat;

@@ -3,6 +3,7 @@
 //! Images are looked at only when the process is locked. It ends when its work is done, or when nobody
 //! listens to how far it is.
 
+use crate::boot::{self, Wish};
 use crate::header::Header;
 use crate::import::{Grains, Vhd};
 use crate::offline::{Offline, PART_BYTES, Readable, copy, write_all};
@@ -18,6 +19,7 @@ use nix::errno::Errno;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// Reports of how far the work is, at most.
@@ -183,6 +185,9 @@ impl Work {
             ImageJob::Resize { bytes, shrink } => self.resize(bytes, shrink),
             ImageJob::Rebase { onto, name_only } => self.rebase(onto, name_only, &mut teller),
             ImageJob::Commit => self.commit(&mut teller),
+            ImageJob::BootFiles { kernel, initrd } => {
+                self.boot_files(&Wish { kernel, initrd }, &mut teller)
+            }
         };
         match done {
             Ok(report) => {
@@ -352,6 +357,22 @@ impl Work {
         Ok(ImageReport {
             bytes,
             written,
+            ..ImageReport::default()
+        })
+    }
+
+    fn boot_files(self, wish: &Wish, teller: &mut Teller) -> Result<ImageReport, ImageError> {
+        let target = sole(self.target, "target")?;
+        let kernel = first_source(&target)?;
+        let initrd = target.files.get(1).ok_or_else(|| missing("target"))?;
+        let disk = Offline::open(self.layers, Use::Read)?;
+        let bytes = Readable::bytes(&disk);
+        let progress = |done, total| teller.at(done, total);
+        let found = boot::take_out(Rc::new(disk), wish, &kernel.file, &initrd.file, progress)?;
+        Ok(ImageReport {
+            bytes,
+            written: found.kernel.bytes + found.initrd.as_ref().map_or(0, |file| file.bytes),
+            boot: Some(found),
             ..ImageReport::default()
         })
     }

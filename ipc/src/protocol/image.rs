@@ -41,7 +41,21 @@ pub enum ImageJob {
     },
     /// Write what is in the first image into the one below it, and empty the first.
     Commit,
+    /// Look for a kernel and its initial RAM disk in the ext4 file systems of the disk, and write the kernel to
+    /// the first target and the RAM disk to the second. Both are regular files of at most
+    /// [`KERNEL_BYTES_MAX`] and [`INITRD_BYTES_MAX`] bytes; the images are only read.
+    BootFiles {
+        /// Path of the kernel in its file system; `None` for the newest.
+        kernel: Option<String>,
+        /// Path of the initial RAM disk; `None` for the kernel's own, if there is one.
+        initrd: Option<String>,
+    },
 }
+
+/// Largest kernel that is taken out of a disk, in bytes.
+pub const KERNEL_BYTES_MAX: u64 = 256 << 20;
+/// Largest initial RAM disk that is taken out of a disk, in bytes.
+pub const INITRD_BYTES_MAX: u64 = 1 << 30;
 
 /// Format of an image that is read once, to be converted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,4 +126,26 @@ pub struct ImageReport {
     pub used: Option<u64>,
     /// Bytes that were written.
     pub written: u64,
+    /// What was taken out of a disk to boot from it.
+    pub boot: Option<BootReport>,
+}
+
+/// Kernel and initial RAM disk of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootReport {
+    /// Where on the disk their file system is, in words.
+    pub volume: String,
+    /// The kernel.
+    pub kernel: BootFile,
+    /// The initial RAM disk, if there is one.
+    pub initrd: Option<BootFile>,
+}
+
+/// A file of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootFile {
+    /// Its path, without symbolic links; what is not UTF-8 is replaced.
+    pub path: String,
+    /// Its size.
+    pub bytes: u64,
 }

@@ -60,7 +60,8 @@ pub(crate) fn update_lists() -> Result<()> {
     Ok(())
 }
 
-fn as_root(program: &str) -> Result<std::process::Command> {
+/// A program to start as root, by `sudo` where that is needed.
+pub(crate) fn as_root(program: &str) -> Result<std::process::Command> {
     if nix::unistd::geteuid().is_root() {
         return Ok(command::command(program));
     }

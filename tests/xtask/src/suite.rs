@@ -21,6 +21,8 @@ const FAULTS: [&str; 4] = ["--package", "bulkhead-faults", "--test", "smoke"];
 pub(crate) const LINUX_CMDLINE: &str = include_str!("../../guests/linux/cmdline");
 /// The same for the stock Debian kernel, which also has to do without what no emulator knows.
 const STOCK_CMDLINE: &str = include_str!("../../guests/linux/stock-cmdline");
+/// What the Debian root disk needs beside it.
+const DEBIAN_CMDLINE: &str = include_str!("../../guests/debian/cmdline");
 /// How many guests the end-to-end tests may run side by side: a machine of two CPUs that is busy
 /// with something else must still keep their time limits.
 const GUESTS_AT_ONCE: &str = "2";
@@ -62,6 +64,7 @@ fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
             "cpio",
             "dosfstools",
             "e2fsprogs",
+            "fdisk",
             "gdb",
             "mtools",
             "qemu-utils",
@@ -157,9 +160,9 @@ fn models() -> Result<()> {
 }
 
 /// The guests that the end-to-end tests boot, each with the variable that tells its path.
-pub(crate) fn images(with_stock: bool) -> Result<Vec<(&'static str, PathBuf)>> {
-    let stock: &[Image] = if with_stock { &Image::STOCK } else { &[] };
-    let all = Image::BUILT.iter().chain(stock);
+pub(crate) fn images(with_slow: bool) -> Result<Vec<(&'static str, PathBuf)>> {
+    let slow: &[Image] = if with_slow { &Image::SLOW } else { &[] };
+    let all = Image::BUILT.iter().chain(slow);
     all.map(|image| Ok((image.variable(), image.path()?)))
         .collect()
 }
@@ -183,6 +186,7 @@ fn drive(
     tests.env("BULKHEAD_BIN_DIR", binaries);
     tests.env("BULKHEAD_TEST_LINUX_CMDLINE", LINUX_CMDLINE.trim());
     tests.env("BULKHEAD_TEST_STOCK_CMDLINE", STOCK_CMDLINE.trim());
+    tests.env("BULKHEAD_TEST_DEBIAN_CMDLINE", DEBIAN_CMDLINE.trim());
     if options.slow {
         tests.env("BULKHEAD_SLOW", "1");
     }

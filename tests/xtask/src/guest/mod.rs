@@ -4,6 +4,7 @@
 //! never build guests themselves: `cargo xtask test` hands them paths in environment variables.
 
 mod cpio;
+mod debian;
 mod disk;
 mod initramfs;
 mod linux;
@@ -27,6 +28,8 @@ pub(crate) enum Task {
     Linux,
     /// Fetch the stock Debian cloud kernel and make an initramfs with its own modules.
     Stock,
+    /// Make a disk with a Debian root file system, its kernel in its /boot.
+    Debian,
     /// Print the path of an image, after building it when it is missing.
     Path {
         /// Which image.
@@ -51,6 +54,8 @@ pub(crate) enum Image {
     StockKernel,
     /// An initramfs for the stock kernel: busybox, an init script, the kernel's virtio modules.
     StockInitrd,
+    /// A disk with a Debian root file system (ext4, raw) that holds its own kernel.
+    DebianDisk,
 }
 
 impl Image {
@@ -63,6 +68,8 @@ impl Image {
     ];
     /// The images of the stock Debian kernel.
     pub(crate) const STOCK: [Self; 2] = [Self::StockKernel, Self::StockInitrd];
+    /// What only the slow suites boot: everything from Debian's packages.
+    pub(crate) const SLOW: [Self; 3] = [Self::StockKernel, Self::StockInitrd, Self::DebianDisk];
 
     /// The path of the image, which is built first when it is missing.
     pub(crate) fn path(self) -> Result<PathBuf> {
@@ -73,6 +80,7 @@ impl Image {
             Self::LinuxInitrd => initramfs::build()?,
             Self::StockKernel => stock::fetch()?.join("vmlinuz"),
             Self::StockInitrd => stock::fetch()?.join("initrd.cpio"),
+            Self::DebianDisk => debian::build()?,
         })
     }
 
@@ -85,6 +93,7 @@ impl Image {
             Self::LinuxInitrd => "BULKHEAD_TEST_LINUX_INITRD",
             Self::StockKernel => "BULKHEAD_TEST_STOCK_KERNEL",
             Self::StockInitrd => "BULKHEAD_TEST_STOCK_INITRD",
+            Self::DebianDisk => "BULKHEAD_TEST_DEBIAN_DISK",
         }
     }
 }
@@ -95,6 +104,7 @@ pub(crate) fn run(task: Task) -> Result<()> {
         Task::Test => &[Image::TestGuest],
         Task::Linux => &[Image::LinuxVmlinux, Image::LinuxBzimage, Image::LinuxInitrd],
         Task::Stock => &Image::STOCK,
+        Task::Debian => &[Image::DebianDisk],
         Task::Path { image } => std::slice::from_ref(image),
         Task::Disk(options) => return disk::make(options),
     };

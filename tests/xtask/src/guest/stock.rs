@@ -37,7 +37,7 @@ pub(super) fn fetch() -> Result<PathBuf> {
 }
 
 /// The exact kernel package and version, as `package=version`.
-fn resolve() -> Result<String> {
+pub(super) fn resolve() -> Result<String> {
     let show = || {
         let mut show = command::command("apt-cache");
         show.args(["show", "--no-all-versions", META_PACKAGE]);
