@@ -18,28 +18,32 @@ pub enum ProcKind {
     Blk,
     /// One virtio entropy source.
     Rng,
+    /// One shared folder.
+    Fs,
     /// One piece of work on disk images. It belongs to no VM.
     Image,
 }
 
 impl ProcKind {
     /// Every kind, in the order in which tables show them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Vcpu,
         Self::Legacy,
         Self::Console,
         Self::Blk,
         Self::Rng,
+        Self::Fs,
         Self::Image,
     ];
 
     /// The kinds that a virtual machine consists of: all but [`Self::Image`].
-    pub const OF_MACHINES: [Self; 5] = [
+    pub const OF_MACHINES: [Self; 6] = [
         Self::Vcpu,
         Self::Legacy,
         Self::Console,
         Self::Blk,
         Self::Rng,
+        Self::Fs,
     ];
 
     /// The name used in policies, file names and messages, such as `blk`.
@@ -51,6 +55,7 @@ impl ProcKind {
             Self::Console => "console",
             Self::Blk => "blk",
             Self::Rng => "rng",
+            Self::Fs => "fs",
             Self::Image => "image",
         }
     }

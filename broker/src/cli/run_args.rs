@@ -1,6 +1,7 @@
 //! The options of `run`, and the draft of a machine that they make.
 
 use super::disk_arg::parse_disk;
+use super::share_arg::parse_share;
 use crate::console::keys::parse_escape;
 use crate::vm::spec::{ConsoleChoice, OnEnd};
 use crate::vmfile::{
@@ -82,6 +83,16 @@ pub(super) struct MachineArgs {
         help_heading = "Machine"
     )]
     disks: Vec<OsString>,
+    /// Directory that the guest can mount (mount -t virtiofs TAG DIR); may be given several times
+    ///
+    /// PATH[,tag=NAME][,readonly][,owner=UID:GID][,guest_owner=UID:GID][,cache_ms=N]. A comma in PATH is written
+    /// twice. The guest can use what owner (default: that of PATH) owns, and sees it as guest_owner's.
+    #[arg(
+        long = "share",
+        value_name = "PATH[,OPTION]...",
+        help_heading = "Machine"
+    )]
+    shares: Vec<OsString>,
     /// Host pages behind the memory; without a value, reserved [default: transparent]
     #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "reserved", help_heading = "Machine")]
@@ -205,12 +216,19 @@ impl MachineArgs {
     /// The machine as far as the options describe it.
     ///
     /// # Errors
-    /// Every wrong `--disk`.
+    /// Every wrong `--disk` and `--share`.
     pub(super) fn draft(&self) -> Result<Draft, Problems> {
         let (mut disks, mut problems) = (Vec::new(), Vec::new());
         for disk in &self.disks {
             match parse_disk(disk) {
                 Ok(disk) => disks.push(disk),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        let mut shares = Vec::new();
+        for share in &self.shares {
+            match parse_share(share) {
+                Ok(share) => shares.push(share),
                 Err(problem) => problems.push(problem),
             }
         }
@@ -246,6 +264,7 @@ impl MachineArgs {
             initrd: path("--initrd", &self.initrd),
             cmdline: text("--cmdline", &self.cmdline),
             disks,
+            shares,
             console_attach: self.console.map(|name| match name {
                 ConsoleName::Serial => located("--console", "serial", ConsoleChoice::Serial),
                 ConsoleName::Virtio => located("--console", "virtio", ConsoleChoice::Virtio),

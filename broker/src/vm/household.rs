@@ -11,19 +11,19 @@ use super::disk_hold::{Claimed, DiskHold};
 use super::group_limits::{self, group_name};
 use super::keeper::Keeper;
 use super::record::{ProcessRecord, start_time};
-use super::resources::{DiskFiles, Hold, Resources};
+use super::resources::{DiskFiles, Hold, Resources, SharedFolder};
 use super::session::{Restart, RunError};
-use super::spec::{DiskSpec, HostShare, VmSpec};
+use super::spec::{DiskSpec, HostShare, ShareSpec, VmSpec};
 use crate::launch::cgroup::{Device, Group, GroupLimits, Place, Reach, device_of};
 use crate::launch::cores;
-use crate::launch::{Gift, LaunchError, Launched, Launcher};
+use crate::launch::{FolderTerms, Gift, LaunchError, Launched, Launcher};
 use crate::supervisor::state::Rule;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::legacy_page::{self, LEGACY_PAGE_BYTES};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
 use bulkhead_ipc::protocol::birth::{
-    Birth, FdRole, ImageFormat, KindConfig, LegacyConfig, VcpuConfig,
+    Birth, DeviceOwn, FdRole, ImageFormat, KindConfig, LegacyConfig, VcpuConfig,
 };
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window;
@@ -99,6 +99,8 @@ struct Rest {
 struct Standing {
     /// `None` for one that cannot be had again.
     disks: Vec<Option<DiskHold>>,
+    /// `None` for one that cannot be had again.
+    folders: Vec<Option<SharedFolder>>,
     entropy: File,
     /// Size of all disks together.
     disk_bytes: u64,
@@ -217,7 +219,7 @@ impl Household {
     /// each its birth message. Does not wait for any.
     pub(super) fn start(
         nursery: &mut Nursery<'_>,
-        resources: Resources,
+        mut resources: Resources,
         generation: u32,
     ) -> Result<Self, RunError> {
         let host = |cause: io::Error| RunError::Host {
@@ -247,6 +249,10 @@ impl Household {
             rest: None,
             standing: Standing {
                 disks: holds.collect::<Result<_, _>>()?,
+                folders: std::mem::take(&mut resources.folders)
+                    .into_iter()
+                    .map(Some)
+                    .collect(),
                 entropy: resources.entropy.try_clone().map_err(host)?,
                 disk_bytes: disk_bytes.fold(0, u64::saturating_add),
             },
@@ -312,6 +318,11 @@ impl Household {
                 .inspect_err(|error| tracing::warn!(disk = spec.name, %error, "not held"))
                 .ok()
         };
+        let folder = |spec: &ShareSpec| {
+            SharedFolder::open(spec)
+                .inspect_err(|error| tracing::warn!(share = spec.name, %error, "not found"))
+                .ok()
+        };
         let entropy = File::open("/dev/urandom").map_err(|cause| RunError::Host {
             lacks: format!("/dev/urandom: {cause}"),
         })?;
@@ -329,6 +340,7 @@ impl Household {
             rest: None,
             standing: Standing {
                 disks: nursery.spec.disks.iter().zip(&disks).map(hold).collect(),
+                folders: nursery.spec.shares.iter().map(folder).collect(),
                 entropy,
                 disk_bytes,
             },
@@ -534,7 +546,7 @@ impl Midwife<'_, '_> {
         }
         let positions = |device: &DevicePlan| match device.kind {
             VirtioKind::Console => console,
-            VirtioKind::Blk | VirtioKind::Rng => Positions::default(),
+            VirtioKind::Blk | VirtioKind::Rng | VirtioKind::Fs => Positions::default(),
         };
         let slots = devices.iter().map(|d| d.as_slot(generation, positions(d)));
         let config = VcpuConfig {
@@ -601,21 +613,51 @@ impl Midwife<'_, '_> {
             .map_err(|cause| RunError::Host {
                 lacks: format!("a descriptor: {cause}"),
             })?;
+        let place = usize::from(device.index);
+        let folder = (device.kind == VirtioKind::Fs)
+            .then(|| standing.folders.get(place).and_then(Option::as_ref))
+            .flatten();
+        let folder = folder.map(|folder| {
+            let fd = folder.directory.try_clone();
+            fd.map(|fd| (fd, (folder.terms, folder.guest_owner)))
+        });
+        let folder = folder.transpose().map_err(|cause| RunError::Host {
+            lacks: format!("a descriptor: {cause}"),
+        })?;
         let mut gifts = Vec::from(wiring.gifts(0));
         match (device.kind, &rings.console) {
             (VirtioKind::Blk, _) => gifts.extend(disk.into_iter().flat_map(DiskFiles::gifts)),
             (VirtioKind::Rng, _) => gifts.push(Gift::new(FdRole::Entropy, entropy.as_fd())),
             (VirtioKind::Console, Some(ring)) => gifts.extend(ring.gifts()),
             (VirtioKind::Console, None) => {}
+            (VirtioKind::Fs, _) => {
+                gifts.extend(
+                    folder
+                        .as_ref()
+                        .map(|(fd, _)| Gift::new(FdRole::Folder, fd.as_fd())),
+                );
+            }
         }
         let record = self.nursery.keeper.record();
-        let config = KindConfig::Device(device.as_device(positions, size, record));
+        let mut config = device.as_device(positions, size, record);
+        let terms = folder.as_ref().map(|(_, (terms, _))| *terms);
+        if let (
+            DeviceOwn::Fs {
+                own, guest_owner, ..
+            },
+            Some((_, (terms, guest))),
+        ) = (&mut config.own, &folder)
+        {
+            *own = self.nursery.launcher.inside(terms);
+            *guest_owner = *guest;
+        }
+        let config = KindConfig::Device(config);
         let id = ProcId {
             kind: device.kind.proc_kind(),
             index: device.index,
             generation,
         };
-        self.birth(id, &device.name, Some(device.slot), &gifts, config)
+        self.birth_with(id, &device.name, Some(device.slot), &gifts, config, terms)
     }
 
     /// Lets only this machine's processes run beside each other on one core.
@@ -637,6 +679,18 @@ impl Midwife<'_, '_> {
         gifts: &[Gift<'_>],
         config: KindConfig,
     ) -> Result<(), RunError> {
+        self.birth_with(id, name, slot, gifts, config, None)
+    }
+
+    fn birth_with(
+        &mut self,
+        id: ProcId,
+        name: &str,
+        slot: Option<u8>,
+        gifts: &[Gift<'_>],
+        config: KindConfig,
+        folder: Option<FolderTerms>,
+    ) -> Result<(), RunError> {
         let fails = |cause: LaunchError| RunError::Start {
             who: name.to_owned(),
             reason: cause.to_string(),
@@ -651,7 +705,7 @@ impl Midwife<'_, '_> {
             fails(LaunchError::Os { what, cause })
         })?;
         let launcher = &mut self.nursery.launcher;
-        let launched = launcher.launch(id, policy, gifts, &adoption);
+        let launched = launcher.launch_with(id, policy, gifts, &adoption, folder);
         let launched = launched.map_err(fails)?;
         self.share_cores(&launched);
         let grants = launched.grants.clone();

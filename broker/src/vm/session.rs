@@ -485,6 +485,7 @@ pub const fn default_name(kind: VirtioKind) -> &'static str {
         VirtioKind::Blk => "disk",
         VirtioKind::Console => "console",
         VirtioKind::Rng => "rng",
+        VirtioKind::Fs => "share",
     }
 }
 

@@ -6,7 +6,7 @@
 
 use super::parse::{CONSOLES, HUGE_PAGES, ON_DISK_FULL, ON_END};
 use super::quantity::show_size;
-use crate::vm::spec::{DiskSpec, HostShare, KernelSource, VmSpec};
+use crate::vm::spec::{DiskSpec, HostShare, KernelSource, ShareSpec, VmSpec};
 use bulkhead_ipc::protocol::birth::DiskLimits;
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -35,6 +35,10 @@ pub(super) struct VmFile {
     #[serde(default)]
     #[schemars(length(max = 14))]
     disk: Vec<Disk>,
+    /// Directories of the host that the guest can mount, with the name as the tag: `mount -t virtiofs NAME /mnt`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(default, length(max = 14))]
+    share: Vec<Share>,
     /// Serial port and virtio console.
     console: Option<Console>,
     /// What happens when the guest ends by itself.
@@ -109,6 +113,45 @@ struct Disk {
     /// Number of queues. Default: 1.
     #[schemars(range(min = 1, max = 8))]
     queues: Option<u8>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Share {
+    /// Name in messages, and the guest's tag. Default: share0, share1, …
+    #[schemars(
+        length(min = 1, max = 36),
+        regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    )]
+    name: Option<String>,
+    /// The directory.
+    path: String,
+    /// Whether the guest's changes are refused. Default: false.
+    readonly: Option<bool>,
+    /// User and group on the host, as numbers, whose files the guest can use as their owner, and which own what it
+    /// makes. Others can be given only by root. Default: those that own the directory, or without root
+    /// the user and group that start the machine.
+    #[schemars(regex(pattern = "^[0-9]+:[0-9]+$"))]
+    owner: Option<String>,
+    /// User and group that these are in the guest. Default: the same numbers.
+    #[schemars(regex(pattern = "^[0-9]+:[0-9]+$"))]
+    guest_owner: Option<String>,
+    /// How long the guest may believe names and attributes without asking again, in milliseconds: what others change
+    /// meanwhile it sees late. Default: 1000.
+    #[schemars(range(max = 3_600_000))]
+    cache_ms: Option<u32>,
+}
+
+fn share(share: &ShareSpec) -> Result<Share, PrintError> {
+    let owner = |owner: (u32, u32)| format!("{}:{}", owner.0, owner.1);
+    Ok(Share {
+        name: Some(share.name.clone()),
+        path: utf8(&share.path)?,
+        readonly: Some(share.read_only),
+        owner: share.owner.map(owner),
+        guest_owner: share.guest_owner.map(owner),
+        cache_ms: Some(share.cache_ms),
+    })
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -272,6 +315,7 @@ pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
             cmdline: Some(spec.cmdline.clone()),
         }),
         disk: spec.disks.iter().map(disk).collect::<Result<_, _>>()?,
+        share: spec.shares.iter().map(share).collect::<Result<_, _>>()?,
         console: Some(Console {
             virtio: Some(spec.console.virtio),
             attach: word(&CONSOLES, &spec.console.attach),

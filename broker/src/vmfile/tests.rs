@@ -1,6 +1,7 @@
 use super::*;
 use crate::vm::spec::{
-    ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits, OnEnd, VmSpec,
+    ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits, OnEnd,
+    ShareSpec, VmSpec,
 };
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
 use proptest::prelude::*;
@@ -480,6 +481,7 @@ fn schema_knows_exactly_the_keys_that_work() {
         ("/$defs/Machine/properties", parse::MACHINE_KEYS),
         ("/$defs/Boot/properties", parse::BOOT_KEYS),
         ("/$defs/Disk/properties", parse::DISK_KEYS),
+        ("/$defs/Share/properties", parse::SHARE_KEYS),
         ("/$defs/Console/properties", parse::CONSOLE_KEYS),
         ("/$defs/Lifecycle/properties", parse::LIFECYCLE_KEYS),
         ("/$defs/Limits/properties", parse::LIMITS_KEYS),
@@ -536,6 +538,18 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn any_folder()(
+        name in "[a-zA-Z0-9][a-zA-Z0-9._-]{0,20}",
+        read_only: bool,
+        owners in prop::array::uniform2(prop::option::of((0..u32::MAX, 0..u32::MAX))),
+        cache_ms in 0u32..=3_600_000,
+    ) -> ShareSpec {
+        let [owner, guest_owner] = owners;
+        ShareSpec { name, path: PathBuf::new(), read_only, owner, guest_owner, cache_ms }
+    }
+}
+
+prop_compose! {
     fn any_share()(
         cpu_weight in prop::option::of(1u32..=10_000),
         cpu_percent in prop::option::of(1u32..=100_000),
@@ -558,6 +572,7 @@ prop_compose! {
         cmdline in "[^\0]{0,200}",
         with_initrd: bool,
         disks in prop::collection::vec(any_disk(), 0..4),
+        shares in prop::collection::vec(any_folder(), 0..3),
         (virtio, attach, on_cmdline) in (any::<bool>(), any::<bool>(), any::<bool>()),
         history_bytes in 4096u64..=(64 << 20),
         size in (1u16.., 1u16..),
@@ -568,7 +583,7 @@ prop_compose! {
     ) -> (VmSpec, bool) {
         let end = |n: usize| parse::ON_END[n].1;
         let spec = VmSpec {
-            name, vcpus, cmdline, disks,
+            name, vcpus, cmdline, disks, shares,
             memory_bytes: pages * 4096,
             huge_pages: parse::HUGE_PAGES[huge].1,
             kernel: KernelSource::File(PathBuf::new()),
@@ -606,6 +621,10 @@ proptest! {
         for (n, disk) in spec.disks.iter_mut().enumerate() {
             disk.path = file(&format!("d{n}"));
             disk.name = format!("{n}{}", disk.name);
+        }
+        for (n, share) in spec.shares.iter_mut().enumerate() {
+            share.path = home.path().into();
+            share.name = format!("s{n}{}", share.name);
         }
         let text = print(&spec).unwrap();
         // Another directory: printed paths must not depend on where the file lies.

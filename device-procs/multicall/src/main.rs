@@ -21,10 +21,11 @@ fn main() -> ExitCode {
         Some("bulkhead-image") => bulkhead_image::run(),
         Some("bulkhead-legacy") => bulkhead_legacy::run(),
         Some("bulkhead-rng") => bulkhead_rng::run(),
+        Some("bulkhead-fs") => bulkhead_fs::run(),
         _ => {
             bulkhead_runtime::log::line(
                 "this program serves devices under the names bulkhead-blk, bulkhead-console, \
-                 bulkhead-image, bulkhead-legacy and bulkhead-rng, and is started by `bulkhead`, not by hand",
+                 bulkhead-image, bulkhead-legacy, bulkhead-rng and bulkhead-fs, and is started by `bulkhead`, not by hand",
             );
             bulkhead_runtime::leave(EXIT_STILLBORN)
         }

@@ -75,6 +75,8 @@ pub enum FdRole {
     InputBell,
     /// The host's entropy source (`/dev/urandom`), read only.
     Entropy,
+    /// The directory that is shared: where the broker is root, the root of a mount of its own.
+    Folder,
 }
 
 /// One granted descriptor.
@@ -319,6 +321,17 @@ pub enum DeviceOwn {
     },
     /// Entropy source.
     Rng,
+    /// Shared folder.
+    Fs {
+        /// Whether changes are refused.
+        read_only: bool,
+        /// User and group of the process as it sees itself: those of the files that it may own.
+        own: (u32, u32),
+        /// Which user and group these are in the guest.
+        guest_owner: (u32, u32),
+        /// How long the guest may believe names and attributes without asking, in milliseconds.
+        cache_ms: u32,
+    },
 }
 
 /// Answer to [`Birth`]. Sender: the process.

@@ -103,10 +103,11 @@ pub fn can_be_short(call: &str) -> bool {
 }
 
 /// Kinds of process that have a window, or a page like one.
-const WITH_WINDOW: [ProcKind; 4] = [
+const WITH_WINDOW: [ProcKind; 5] = [
     ProcKind::Blk,
     ProcKind::Console,
     ProcKind::Rng,
+    ProcKind::Fs,
     ProcKind::Legacy,
 ];
 

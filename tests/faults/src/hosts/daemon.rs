@@ -14,13 +14,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The programs of a host.
-const PROGRAMS: [&str; 6] = [
+const PROGRAMS: [&str; 7] = [
     "bulkhead",
     "bulkhead-vcpu",
     "bulkhead-legacy",
     "bulkhead-console",
     "bulkhead-blk",
     "bulkhead-rng",
+    "bulkhead-fs",
 ];
 /// How long a broker may take until it serves.
 const SERVING: Duration = Duration::from_secs(30);

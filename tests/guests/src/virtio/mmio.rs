@@ -15,6 +15,8 @@ pub mod id {
     pub const CONSOLE: u32 = 3;
     /// Entropy source.
     pub const RNG: u32 = 4;
+    /// Shared folder.
+    pub const FS: u32 = 26;
 }
 
 /// Register offsets.
