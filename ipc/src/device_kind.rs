@@ -17,6 +17,8 @@ pub enum VirtioKind {
     Rng,
     /// Socket device (section 5.10).
     Vsock,
+    /// Shared folder (section 5.11).
+    Fs,
 }
 
 /// What may be done with requests in flight when a device process dies.
@@ -30,6 +32,9 @@ pub enum ReplayClass {
     Droppable,
     /// Submitted again to a successor that begins with nothing, which tells the guest so.
     Reset,
+    /// Submitted again with the number that they had at first; the device keeps in its window what it has
+    /// begun and done ([`VirtioKind::kept_bytes`]).
+    Numbered,
 }
 
 /// How a gate lays a guest's request out in the window. The data between head and tail goes to
@@ -43,17 +48,32 @@ pub struct Framing {
     /// The gate puts the stream position (u64, little endian) of the request's first byte in front
     /// of the readable bytes.
     pub positioned: bool,
+    /// The gate puts the request's number (u64, little endian, from 1) in front of the readable bytes.
+    /// It stays the same when the request is done again, so that a device can tell what its
+    /// predecessor has begun.
+    pub numbered: bool,
+    /// How a request that no device answers is answered.
+    pub failure: Failure,
     /// Requests are buffers that wait for something from outside (what is typed). The gate counts
     /// the bytes that the guest is given, and a request that was in flight when its device died
     /// had nothing to do with that.
     pub waits_for_input: bool,
 }
 
+/// How a gate answers a request that failed, so that the guest's driver understands it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// The tail says it, if there is one; nothing else is written.
+    Status,
+    /// A FUSE answer (virtio 1.2, section 5.11.6) with EIO, to requests that have room for one.
+    Fuse,
+}
+
 /// Bytes of one head slot: the head at 0, the tail at [`TAIL_OFFSET`].
 pub const HEAD_SLOT_BYTES: usize = 64;
 /// Where in a head slot the device-writable tail starts.
 pub const TAIL_OFFSET: usize = 32;
-/// Bytes that a stream position takes at the front of a positioned request.
+/// Bytes that a stream position takes at the front of a positioned request, or a number at that of a numbered one.
 pub const POSITION_BYTES: usize = 8;
 /// Bytes of the header of a packet of a socket device (section 5.10.6).
 const VSOCK_HEADER_BYTES: u8 = 44;
@@ -70,6 +90,7 @@ impl VirtioKind {
             Self::Console => 3,
             Self::Rng => 4,
             Self::Vsock => 19,
+            Self::Fs => 26,
         }
     }
 
@@ -81,6 +102,7 @@ impl VirtioKind {
             Self::Console => ProcKind::Console,
             Self::Rng => ProcKind::Rng,
             Self::Vsock => ProcKind::Vsock,
+            Self::Fs => ProcKind::Fs,
         }
     }
 
@@ -93,18 +115,34 @@ impl VirtioKind {
                 tail_bytes: 1,
                 positioned: false,
                 waits_for_input: false,
+                numbered: false,
+                failure: Failure::Status,
             },
             Self::Console => Framing {
                 head_bytes: 0,
                 tail_bytes: 0,
                 positioned: queue % 2 == 1,
                 waits_for_input: queue.is_multiple_of(2),
+                numbered: false,
+                failure: Failure::Status,
             },
             Self::Rng => Framing {
                 head_bytes: 0,
                 tail_bytes: 0,
                 positioned: false,
                 waits_for_input: false,
+                numbered: false,
+                failure: Failure::Status,
+            },
+            // Each page of the window has the FUSE header at its begin, so the data of a write is not page
+            // aligned: folders are served through the host's page cache.
+            Self::Fs => Framing {
+                head_bytes: 0,
+                tail_bytes: 0,
+                positioned: false,
+                waits_for_input: false,
+                numbered: true,
+                failure: Failure::Fuse,
             },
             // Queue 1 sends; the others offer buffers for packets and for events.
             Self::Vsock => Framing {
@@ -123,6 +161,7 @@ impl VirtioKind {
             Self::Console if queue % 2 == 1 => ReplayClass::Positioned,
             Self::Vsock => ReplayClass::Reset,
             Self::Blk | Self::Rng | Self::Console => ReplayClass::Idempotent,
+            Self::Fs => ReplayClass::Numbered,
         }
     }
 
@@ -134,6 +173,7 @@ impl VirtioKind {
             Self::Console => 12,
             Self::Rng => 0,
             Self::Vsock => 8,
+            Self::Fs => 40,
         }
     }
 
@@ -151,7 +191,21 @@ impl VirtioKind {
         match self {
             Self::Blk => &[(0, 8)],
             Self::Console => &[(0, 4)],
-            Self::Rng | Self::Vsock => &[],
+            Self::Rng | Self::Vsock | Self::Fs => &[],
+        }
+    }
+
+    /// Bytes at the end of the window that the gate leaves alone: what a device keeps there is still
+    /// there for its successor.
+    #[must_use]
+    pub const fn kept_bytes(self) -> usize {
+        match self {
+            Self::Blk | Self::Console | Self::Rng | Self::Vsock => 0,
+            Self::Fs => FS_KEPT_BYTES,
         }
     }
 }
+
+/// What a shared folder's process keeps: two journals of what the guest knows, of which one is in use.
+/// Untouched pages of it cost nothing.
+const FS_KEPT_BYTES: usize = 80 << 20;

@@ -20,6 +20,8 @@ pub enum ProcKind {
     Rng,
     /// One virtio socket device.
     Vsock,
+    /// One shared folder.
+    Fs,
     /// One piece of work on disk images. It belongs to no VM.
     Image,
 }
@@ -32,6 +34,7 @@ impl ProcKind {
         Self::Console,
         Self::Blk,
         Self::Rng,
+        Self::Fs,
         Self::Vsock,
         Self::Image,
     ];
@@ -43,6 +46,7 @@ impl ProcKind {
         Self::Console,
         Self::Blk,
         Self::Rng,
+        Self::Fs,
         Self::Vsock,
     ];
 
@@ -56,6 +60,7 @@ impl ProcKind {
             Self::Blk => "blk",
             Self::Rng => "rng",
             Self::Vsock => "vsock",
+            Self::Fs => "fs",
             Self::Image => "image",
         }
     }

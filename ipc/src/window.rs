@@ -4,6 +4,7 @@
 //! 0x0000  header: identity, what the driver negotiated, what the device published
 //! 0x1000  for each queue: descriptor table, avail ring, used ring, head slots (64 bytes each)
 //!         data area, page aligned, shared by all queues, handed out by the gate alone
+//!         what the device keeps for its successor, of kinds that do
 //! ```
 //!
 //! Both sides compute the offsets from the birth configuration with [`WindowLayout::new`]; no offset
@@ -13,7 +14,7 @@
 //!
 //! Device and gate distrust each other: each reads a field once and checks it.
 
-use crate::device_kind::{CONFIG_BYTES_MAX, HEAD_SLOT_BYTES};
+use crate::device_kind::{CONFIG_BYTES_MAX, HEAD_SLOT_BYTES, VirtioKind};
 use crate::shared::{Doorbell, SharedError, SharedMemory};
 use crate::sync::{Ordering, fence};
 use nix::errno::Errno;
@@ -80,6 +81,8 @@ pub struct WindowLayout {
     pub data: usize,
     /// Pages of [`DATA_PAGE_BYTES`] in the data area.
     pub data_pages: usize,
+    /// First byte of what the device keeps for its successor: up to the end. The gate leaves it alone.
+    pub kept: usize,
 }
 
 /// A window that cannot be laid out.
@@ -142,7 +145,18 @@ impl WindowLayout {
             queues,
             data,
             data_pages: (bytes - data) / DATA_PAGE_BYTES,
+            kept: bytes,
         })
+    }
+
+    /// The window of a device of `kind`: as [`WindowLayout::new`], with what such a device keeps at the end.
+    ///
+    /// # Errors
+    /// As [`WindowLayout::new`].
+    pub fn of(kind: VirtioKind, bytes: usize, queue_sizes: &[u16]) -> Result<Self, LayoutError> {
+        let kept = kind.kept_bytes();
+        let layout = Self::new(bytes.saturating_sub(kept), queue_sizes)?;
+        Ok(Self { bytes, ..layout })
     }
 
     /// Largest request in data bytes that is accepted: a quarter of the data area.

@@ -14,6 +14,8 @@ use std::ops::Range;
 
 /// Most permitted requests of a device process in its locked phase.
 pub const DEVICE_REQUESTS_MAX: usize = 25;
+/// Most permitted requests of a process that serves a folder: each is one thing that can be done to files.
+pub const FOLDER_REQUESTS_MAX: usize = 40;
 /// Most permitted requests of one thread of `vcpu` in its locked phase.
 pub const THREAD_REQUESTS_MAX: usize = 20;
 /// Most permitted requests of `vcpu` over all its threads in the locked phase.
@@ -86,6 +88,7 @@ const NEVER_AFTER_LOCK: &[(&str, &str)] = &[
 struct Checker<'a> {
     file: &'a str,
     text: &'a str,
+    kind: Option<ProcKind>,
 }
 
 type Checked<T> = Result<T, PolicyError>;
@@ -95,7 +98,11 @@ type Checked<T> = Result<T, PolicyError>;
 /// # Errors
 /// The first fault, with file, line and key.
 pub fn policy(file: &str, text: &str, kind: ProcKind) -> Checked<Policy> {
-    let checker = Checker { file, text };
+    let checker = Checker {
+        file,
+        text,
+        kind: Some(kind),
+    };
     let parsed: PolicyFile = parse(file, text)?;
     if parsed.kind != kind {
         return Err(checker.fault(
@@ -146,7 +153,12 @@ pub(crate) fn extra_calls(
     thread: &str,
     phase: &Phase,
 ) -> Checked<Vec<Permit>> {
-    Checker { file, text }.phase(&format!("allow.{thread}"), phase, true)
+    Checker {
+        file,
+        text,
+        kind: None,
+    }
+    .phase(&format!("allow.{thread}"), phase, true)
 }
 
 /// Why no policy may permit system call `name` after lock: what it does. `None` when one may.
@@ -167,6 +179,7 @@ pub(crate) fn counts(file: &str, policy: &Policy) -> Checked<()> {
     let all = policy.locked_requests().len();
     let most = match policy.kind {
         ProcKind::Vcpu => VCPU_REQUESTS_MAX,
+        ProcKind::Fs => FOLDER_REQUESTS_MAX,
         _ => DEVICE_REQUESTS_MAX,
     };
     if all > most {
@@ -516,7 +529,9 @@ impl Checker<'_> {
         conditions: &[Condition],
     ) -> Checked<()> {
         let fault = |what: String| Err(self.fault(Some(span), format!("{key}.name"), what));
-        if let Some(does) = never_after_lock(name) {
+        // The one process that opens files: what it can reach is its folder's mount, and an empty root.
+        let opens_its_own = self.kind == Some(ProcKind::Fs) && name == "openat2";
+        if let Some(does) = never_after_lock(name).filter(|_| !opens_its_own) {
             return fault(format!("{name} {does}: never permitted after lock"));
         }
         let no_exec = |c: &Condition| {
@@ -659,16 +674,24 @@ impl Checker<'_> {
     }
 
     fn landlock(&self, parsed: &PolicyFile) -> Checked<Vec<LandlockDeny>> {
-        use LandlockDeny::{AbstractUnixSocket, Filesystem, Network, Signal};
+        use LandlockDeny::{
+            AbstractUnixSocket, Filesystem, FilesystemOutsideFolder, Network, Signal,
+        };
         let mut deny = parsed.sandbox.landlock.clone();
         deny.sort_unstable();
         deny.dedup();
-        if deny != [Filesystem, Network, AbstractUnixSocket, Signal] {
-            return Err(self.fault(
-                None,
-                "sandbox.landlock",
+        let (files, expected) = match parsed.kind {
+            ProcKind::Fs => (
+                FilesystemOutsideFolder,
+                "expected filesystem-outside-folder, network, abstract-unix-socket and signal",
+            ),
+            _ => (
+                Filesystem,
                 "expected filesystem, network, abstract-unix-socket and signal",
-            ));
+            ),
+        };
+        if deny != [files, Network, AbstractUnixSocket, Signal] {
+            return Err(self.fault(None, "sandbox.landlock", expected));
         }
         Ok(deny)
     }

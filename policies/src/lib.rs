@@ -39,6 +39,7 @@ pub const fn built_in(kind: ProcKind) -> &'static str {
         ProcKind::Blk => include_str!("../blk.toml"),
         ProcKind::Rng => include_str!("../rng.toml"),
         ProcKind::Vsock => include_str!("../vsock.toml"),
+        ProcKind::Fs => include_str!("../fs.toml"),
         ProcKind::Image => include_str!("../image.toml"),
     }
 }
@@ -93,6 +94,7 @@ mod tests {
             assert_eq!(policy.fd(FdRole::Entropy).is_some(), kind == ProcKind::Rng);
             let listens = kind == ProcKind::Vsock;
             assert_eq!(policy.fd(FdRole::Listener).is_some(), listens);
+            assert_eq!(policy.fd(FdRole::Folder).is_some(), kind == ProcKind::Fs);
         }
     }
 

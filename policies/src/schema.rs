@@ -122,6 +122,8 @@ pub enum MadeType {
     WindowCopy,
     /// A connected SOCK_STREAM socket. It comes and goes while the process serves.
     StreamSocket,
+    /// A file or directory below the folder that it was born with.
+    BelowFolder,
 }
 
 /// What kind of file a descriptor refers to.
@@ -142,6 +144,9 @@ pub enum FdType {
     Seqpacket,
     /// A SOCK_STREAM socket that listens at a path.
     ListeningSocket,
+    /// A directory: where the broker may mount, the root of a mount of its own, on which nothing is executed
+    /// and no device opened.
+    Folder,
 }
 
 /// The access mode a descriptor is opened with.
@@ -275,7 +280,7 @@ pub struct SandboxEntry {
     pub network: Network,
     /// Its root file system.
     pub root: Root,
-    /// Landlock: everything that is not listed is denied, and nothing can be listed yet.
+    /// What Landlock denies: everything, but for a process with a folder what is below that.
     pub landlock: Vec<LandlockDeny>,
     /// Capabilities that it keeps: none.
     pub capabilities: Vec<String>,
@@ -343,6 +348,8 @@ pub enum Root {
 pub enum LandlockDeny {
     /// Every access to files by path.
     Filesystem,
+    /// The same, but for reading, writing, making, renaming and removing below its folder.
+    FilesystemOutsideFolder,
     /// Binding and connecting TCP sockets.
     Network,
     /// Connecting to abstract Unix sockets outside.

@@ -30,7 +30,10 @@ fn machine() -> (Machine, tempfile::TempDir) {
         path.to_str().unwrap().to_owned()
     };
     let (first, second) = (disk("first.img"), disk("second.img"));
-    let arguments = ["-c", "2", "--disk", &first, "--disk", &second, "--vsock"];
+    let folder = format!("{},readonly", disks.path().display());
+    let arguments = [
+        "-c", "2", "--disk", &first, "--disk", &second, "--share", &folder, "--vsock",
+    ];
     let mut machine = Machine::test_guest("mode=idle", &arguments);
     machine.expect("BH idle ");
     for kind in ProcKind::OF_MACHINES {

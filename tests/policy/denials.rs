@@ -26,7 +26,14 @@ use std::time::{Duration, Instant};
 const DENIED: i32 = 159;
 
 fn machine(disk: &tempfile::NamedTempFile) -> Machine {
-    let more = ["--vsock", "--disk", disk.path().to_str().unwrap()];
+    let folder = format!("{},readonly", env!("CARGO_MANIFEST_DIR"));
+    let more = [
+        "--vsock",
+        "--disk",
+        disk.path().to_str().unwrap(),
+        "--share",
+        &folder,
+    ];
     let mut machine = Machine::test_guest("mode=idle", &more);
     machine.expect("BH idle ");
     machine

@@ -16,6 +16,12 @@ use std::path::Path;
 /// Learns from a run of the test guest; returns what the command has printed.
 fn learn(scratch: &Path, options: &[&str], disk: &str, cmdline: &str) -> String {
     let guest = bulkhead_tests::path("BULKHEAD_TEST_GUEST");
+    let folder = scratch.join("shared");
+    fs::create_dir_all(&folder).unwrap();
+    let mut data = vec![0; 3 << 19];
+    bulkhead_tests::pattern::fill(1, 0, &mut data);
+    fs::write(folder.join("kept"), data).unwrap();
+    let share = format!("{},readonly", folder.display());
     let mut learn = bulkhead(scratch);
     learn
         .args(["policy", "learn", "--output"])
@@ -28,6 +34,8 @@ fn learn(scratch: &Path, options: &[&str], disk: &str, cmdline: &str) -> String 
         "--vsock",
         "--disk",
         disk,
+        "--share",
+        &share,
         "--cmdline",
         cmdline,
     ]);
@@ -56,7 +64,12 @@ fn what_is_learnt_is_what_the_run_did_and_a_part_of_the_policy() {
     // On a file system that is no memory, so that the disk is served by a ring.
     let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let read_only = format!("{},readonly", disk(scratch.path()));
-    let told = learn(scratch.path(), &[], &read_only, "mode=blk,rng");
+    let told = learn(
+        scratch.path(),
+        &[],
+        &read_only,
+        "mode=blk,rng,share-refused",
+    );
     assert!(
         told.contains("grants were used") && !told.contains("denied"),
         "{told}"

@@ -27,6 +27,7 @@ fn no_program_but_that_of_the_benchmark_can_do_without_gates() {
         "bulkhead-legacy",
         "bulkhead-rng",
         "bulkhead-vsock",
+        "bulkhead-fs",
     ] {
         assert!(!has_mark(program), "{program}");
     }

@@ -112,7 +112,9 @@ fn process(measured: &Measured, policy: &Policy, filters: &Filters, out: &mut Di
 
 /// Every policy has Landlock deny files; TCP is denied where the kernel's Landlock knows it (ABI 4).
 fn landlock(measured: Landlock, denied: &[LandlockDeny], out: &mut Differences<'_>) {
-    let files = denied.contains(&LandlockDeny::Filesystem);
+    // What is tried is its root, which is no folder of its.
+    let files = denied.contains(&LandlockDeny::Filesystem)
+        || denied.contains(&LandlockDeny::FilesystemOutsideFolder);
     out.unless(measured.denies_files == files, "landlock", || {
         format!("denies {measured}, expected files among it: {files}")
     });
@@ -150,6 +152,7 @@ fn broker(measured: &Measured, out: &mut Differences<'_>) {
 fn class_of(object: &Object) -> String {
     match object {
         Object::File { .. } => "file".to_owned(),
+        Object::Folder { .. } => "folder".to_owned(),
         Object::CharDevice { path, .. } => path.clone(),
         Object::Memfd { name, .. } => format!("memory {name}"),
         Object::Eventfd { .. } => "doorbell".to_owned(),
@@ -212,6 +215,7 @@ fn expected(policy: &Policy, vcpus: usize) -> BTreeMap<String, Bounds> {
             FdType::Eventfd => "doorbell".to_owned(),
             FdType::Seqpacket => "unix seqpacket socket".to_owned(),
             FdType::ListeningSocket => "listening unix stream socket".to_owned(),
+            FdType::Folder => "folder".to_owned(),
         };
         let (min, max) = (usize::from(grant.min), usize::from(grant.max));
         let bounds = classes.entry(class).or_default();
@@ -224,6 +228,15 @@ fn expected(policy: &Policy, vcpus: usize) -> BTreeMap<String, Bounds> {
         if grant.access != Access::Read {
             bounds.writable_max += max;
         }
+    }
+    let files = policy
+        .made
+        .iter()
+        .filter(|made| made.is == MadeType::BelowFolder);
+    for made in files {
+        // Each may be a directory as well.
+        let bounds = classes.entry("folder".to_owned()).or_default();
+        bounds.max += usize::from(made.max);
     }
     for made in &policy.made {
         let bounds = classes.entry(made_class(made)).or_default();
@@ -244,6 +257,7 @@ fn made_class(made: &MadeGrant) -> String {
         MadeType::KvmVcpu => "vCPU of KVM",
         MadeType::WindowCopy => "memory bulkhead-window",
         MadeType::StreamSocket => "unix stream socket",
+        MadeType::BelowFolder => "file",
     }
     .to_owned()
 }

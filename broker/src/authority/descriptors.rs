@@ -44,6 +44,15 @@ pub enum Object {
         /// Whether it is a block device.
         block: bool,
     },
+    /// A directory.
+    Folder {
+        /// Where it is, or was when it was opened.
+        path: String,
+        /// Device number of the file system.
+        device: u64,
+        /// Inode.
+        inode: u64,
+    },
     /// A character device.
     CharDevice {
         /// Its path.
@@ -168,6 +177,11 @@ fn object(fd: &OwnedFd) -> io::Result<Object> {
                 device: about.st_rdev,
                 inode,
                 block: true,
+            },
+            SFlag::S_IFDIR => Object::Folder {
+                path: name,
+                device: about.st_dev,
+                inode,
             },
             SFlag::S_IFREG => match memfd_name(&name) {
                 Some(memfd) => Object::Memfd {

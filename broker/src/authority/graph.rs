@@ -252,6 +252,11 @@ fn identify(process: &Measured, number: i32, of: &Object) -> (Identity, String, 
             };
             (identity, path.clone(), Sort::File)
         }
+        Object::Folder {
+            path,
+            device,
+            inode,
+        } => (Identity::File(*device, *inode), path.clone(), Sort::File),
         Object::CharDevice { path, device } => {
             let number = device.0 << 32 | device.1;
             (Identity::Device(number, 0), path.clone(), Sort::File)

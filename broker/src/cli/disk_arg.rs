@@ -134,7 +134,7 @@ fn absolute(path: &str) -> Option<PathBuf> {
 }
 
 /// Splits at single commas; two commas stand for one.
-fn split_commas(bytes: &[u8]) -> Vec<Vec<u8>> {
+pub(super) fn split_commas(bytes: &[u8]) -> Vec<Vec<u8>> {
     let mut parts = vec![Vec::new()];
     let mut rest = bytes.iter().copied().peekable();
     while let Some(byte) = rest.next() {

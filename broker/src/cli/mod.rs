@@ -29,6 +29,7 @@ mod run_args;
 mod run_command;
 mod run_session;
 mod serve_command;
+mod share_arg;
 mod show_commands;
 
 use clap::{Parser, Subcommand};

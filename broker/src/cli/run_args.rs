@@ -1,6 +1,7 @@
 //! The options of `run`, and the draft of a machine that they make.
 
 use super::disk_arg::parse_disk;
+use super::share_arg::parse_share;
 use crate::console::keys::parse_escape;
 use crate::vm::spec::{ConsoleChoice, OnEnd};
 use crate::vmfile::{
@@ -95,6 +96,16 @@ pub(super) struct MachineArgs {
     /// of user data
     #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = "Machine")]
     cloud_init: Option<PathBuf>,
+    /// Directory that the guest can mount (mount -t virtiofs TAG DIR); may be given several times
+    ///
+    /// PATH[,tag=NAME][,readonly][,owner=UID:GID][,guest_owner=UID:GID][,cache_ms=N]. A comma in PATH is written
+    /// twice. The guest can use what owner (default: that of PATH) owns, and sees it as guest_owner's.
+    #[arg(
+        long = "share",
+        value_name = "PATH[,OPTION]...",
+        help_heading = "Machine"
+    )]
+    shares: Vec<OsString>,
     /// Host pages behind the memory; without a value, reserved [default: transparent]
     #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "reserved", help_heading = "Machine")]
@@ -250,7 +261,7 @@ impl MachineArgs {
     /// The machine as far as the options describe it.
     ///
     /// # Errors
-    /// Every wrong `--disk`.
+    /// Every wrong `--disk` and `--share`.
     pub(super) fn draft(&self) -> Result<Draft, Problems> {
         let (mut disks, mut problems) = (Vec::new(), Vec::new());
         for disk in &self.disks {
@@ -263,6 +274,13 @@ impl MachineArgs {
         if let Some(path) = &self.cloud_init {
             match seed(path) {
                 Ok(draft) => cloud_init = Some(draft),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        let mut shares = Vec::new();
+        for share in &self.shares {
+            match parse_share(share) {
+                Ok(share) => shares.push(share),
                 Err(problem) => problems.push(problem),
             }
         }
@@ -310,6 +328,7 @@ impl MachineArgs {
                 path: path("--vsock", socket),
             }),
             cloud_init,
+            shares,
             console_attach: self.console.map(|name| match name {
                 ConsoleName::Serial => located("--console", "serial", ConsoleChoice::Serial),
                 ConsoleName::Virtio => located("--console", "virtio", ConsoleChoice::Virtio),

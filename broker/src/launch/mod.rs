@@ -33,11 +33,13 @@ use bulkhead_policies::Policy;
 use bulkhead_policies::schema::{Access, FdType};
 use hollow::{Hollow, HollowMaker};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{getsockopt, sockopt};
-use nix::sys::stat::{SFlag, fstat};
+use nix::fcntl::{FcntlArg, OFlag, PollFlags, PollTimeout, SFlag, fcntl};
+use nix::poll::{PollFd, poll};
+use nix::sys::socket::{fstat, getsockopt, openat};
+use nix::sys::stat::SFlag;
+use nix::sys::stat::{Mode, sockopt};
 use nix::unistd::pipe2;
-use plan::{LaunchPlan, Means, Step};
+use plan::{INSIDE_ID, LaunchPlan, Means, Step};
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -45,12 +47,16 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use users::UserRange;
 
 /// What tells sealed shared memory from a file of a tmpfs, which has F_SEAL_SEAL alone.
 const SEALS: i32 = libc::F_SEAL_SEAL | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
 /// Most descriptors of a process at exec.
 const DESCRIPTORS_MAX: usize = FIRST_GRANT_FD.unsigned_abs() as usize + GRANTS_MAX;
+
+/// How long a newborn may take until it executes its program, where that is waited for.
+const EXECUTED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Why a process could not be launched.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +125,15 @@ impl<'a> Gift<'a> {
     pub const fn numbered(role: FdRole, index: u16, fd: BorrowedFd<'a>) -> Self {
         Self { role, index, fd }
     }
+}
+
+/// How a folder is handed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FolderTerms {
+    /// User and group on the host whose files the process may use as if they were its own.
+    pub owner: (u32, u32),
+    /// Whether nothing is to be changed in it.
+    pub read_only: bool,
 }
 
 /// A process that has been started.
@@ -277,7 +292,46 @@ impl Launcher {
         gifts: &[Gift<'_>],
         adoption: &AdoptionSocket,
     ) -> Result<Launched, LaunchError> {
+        self.launch_with(id, policy, gifts, adoption, None)
+    }
+
+    /// User and group that a process with this folder is inside of its user namespace.
+    #[must_use]
+    pub const fn inside(&self, folder: &FolderTerms) -> (u32, u32) {
+        match self.means.root {
+            true => folder.owner,
+            false => (INSIDE_ID, INSIDE_ID),
+        }
+    }
+
+    /// As [`Launcher::launch`], for a process that shares a folder: what is handed over is a mount of it alone.
+    /// Where the broker is root, waits until the process has its user, so that the mount can
+    /// translate the owner's files to it.
+    ///
+    /// # Errors
+    /// As [`Launcher::launch`].
+    pub fn launch_with(
+        &mut self,
+        id: ProcId,
+        policy: &Policy,
+        gifts: &[Gift<'_>],
+        adoption: &AdoptionSocket,
+        terms: Option<FolderTerms>,
+    ) -> Result<Launched, LaunchError> {
         check_gifts(policy, gifts)?;
+        let folder = gifts.iter().find(|gift| gift.role == FdRole::Folder);
+        let folder = folder.zip(terms);
+        let mount = match (folder, self.means.root) {
+            (Some((gift, terms)), true) => {
+                let what = "a mount of the folder";
+                Some(sys::mount_of(gift.fd, terms.read_only).map_err(os(what))?)
+            }
+            _ => None,
+        };
+        let path = match (folder, &mount) {
+            (Some((gift, _)), None) => Some(path_of(gift.fd)?),
+            _ => None,
+        };
         self.find_program(id.kind)?;
         self.finish_hollow()?;
         let plan = LaunchPlan::new(policy, image_bytes(gifts)?, self.means);
@@ -293,7 +347,11 @@ impl Launcher {
         descriptors.extend([childs_control.as_raw_fd(), page_fd.as_raw_fd()]);
         descriptors.push(adoption.as_fd().as_raw_fd());
         const { assert!(CONTROL_FD == 3 && PAGE_FD == 4 && ADOPTION_FD == 5 && FIRST_GRANT_FD == 6) };
-        descriptors.extend(gifts.iter().map(|gift| gift.fd.as_raw_fd()));
+        let handed_over = |gift: &Gift<'_>| match &mount {
+            Some(mount) if gift.role == FdRole::Folder => mount.as_raw_fd(),
+            _ => gift.fd.as_raw_fd(),
+        };
+        descriptors.extend(gifts.iter().map(handed_over));
         let grants = gifts.iter().zip(FIRST_GRANT_FD..);
         let grants = grants.map(|(gift, fd)| Grant {
             role: gift.role,
@@ -316,10 +374,19 @@ impl Launcher {
             descriptors: &descriptors,
             program: raw(self.program_of(id)),
             name: &name,
+            inside: terms.map_or((INSIDE_ID, INSIDE_ID), |terms| self.inside(&terms)),
+            folder: folder
+                .zip(path.as_deref())
+                .map(|((gift, terms), path)| sys::Folder {
+                    path,
+                    fd: gift.fd.as_raw_fd(),
+                    read_only: terms.read_only,
+                }),
             report: childs_report.as_raw_fd(),
         })
         .map_err(os("clone3"))?;
-        Ok(Launched {
+        drop(childs_report);
+        let launched = Launched {
             id,
             pid: cloned.pid,
             pidfd: cloned.pidfd,
@@ -331,7 +398,41 @@ impl Launcher {
             steps: plan.steps,
             report: Some(report),
             dead: false,
-        })
+        };
+        if let Some(mount) = mount
+            && let Err(cause) = self.give_folder(&launched, &mount)
+        {
+            // Dead already is as good.
+            let _killed = launched.kill();
+            return Err(cause);
+        }
+        Ok(launched)
+    }
+
+    /// Has the mount of a folder translate the owner's files to the user that the process is.
+    fn give_folder(&self, launched: &Launched, mount: &OwnedFd) -> Result<(), LaunchError> {
+        let Some(report) = &launched.report else {
+            return Ok(());
+        };
+        let mut executed = [PollFd::new(report.as_fd(), PollFlags::POLLIN)];
+        let within = PollTimeout::try_from(EXECUTED_WITHIN).unwrap_or(PollTimeout::MAX);
+        if poll(&mut executed, within).map_err(os("waiting for a newborn"))? == 0 {
+            return Err(os("waiting for a newborn")(Errno::ETIMEDOUT));
+        }
+        let [executed] = executed;
+        if executed
+            .revents()
+            .is_some_and(|r| r.contains(PollFlags::POLLIN))
+        {
+            // It has failed before, and tells why when it is dead.
+            return Ok(());
+        }
+        let path = format!("{}/ns/user", launched.pid);
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let users = openat(&self.proc_dir, path.as_str(), flags, Mode::empty());
+        let users = users.map_err(os("the user namespace of a newborn"))?;
+        let what = "translating the owners of files (the file system must have idmapped mounts)";
+        sys::translate_owners(mount, users.as_fd()).map_err(os(what))
     }
 
     fn finish_hollow(&mut self) -> Result<(), LaunchError> {
@@ -453,6 +554,14 @@ fn image_bytes(gifts: &[Gift<'_>]) -> Result<Option<u64>, LaunchError> {
     Ok(largest)
 }
 
+/// Where a directory is now.
+fn path_of(fd: BorrowedFd<'_>) -> Result<CString, LaunchError> {
+    let what = "the path of the folder";
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let path = std::fs::read_link(link).map_err(|cause| LaunchError::Os { what, cause })?;
+    CString::new(path.into_os_string().into_encoded_bytes()).map_err(|_| os(what)(Errno::EINVAL))
+}
+
 /// Kills the process of a pidfd.
 ///
 /// # Errors
@@ -509,6 +618,7 @@ fn kind_of(fd: BorrowedFd<'_>) -> Result<FdType, Errno> {
             FdType::ListeningSocket
         }
         SFlag::S_IFSOCK => FdType::Seqpacket,
+        SFlag::S_IFDIR => FdType::Folder,
         SFlag::S_IFREG
             if fcntl(fd, FcntlArg::F_GET_SEALS).is_ok_and(|seals| seals & SEALS == SEALS) =>
         {

@@ -8,7 +8,7 @@
 use super::users::UserRange;
 use bulkhead_policies::Policy;
 use bulkhead_policies::plan::Limits;
-use bulkhead_policies::schema::{Namespace, Speculation};
+use bulkhead_policies::schema::{FdType, Namespace, Speculation};
 
 /// One thing that a newborn does. None allocates, and each is a few plain system calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,8 +39,12 @@ pub enum Step {
         /// CLONE_NEW* flags.
         flags: u32,
     },
-    /// Map the one user and group that it is to [`INSIDE_ID`] in its user namespace.
+    /// Map the one user and group that it is to [`INSIDE_ID`] in its user namespace; with a folder, where the
+    /// broker is root, to those that own what is in there, since the mount has the same map.
     MapUser,
+    /// Where mounting is only possible in a mount namespace of its own: put a mount of the folder alone in the
+    /// place of the folder's descriptor.
+    TakeFolder,
     /// In a mount namespace of its own: an empty read-only root.
     EmptyRoot,
     /// Set a resource limit, hard and soft.
@@ -168,7 +172,11 @@ impl LaunchPlan {
             ]);
         } else {
             clone_flags = flags(namespaces, &[]) | libc::CLONE_NEWNET.cast_unsigned();
-            steps.extend([Step::MapUser, Step::EmptyRoot]);
+            steps.push(Step::MapUser);
+            if policy.fds.iter().any(|grant| grant.is == FdType::Folder) {
+                steps.push(Step::TakeFolder);
+            }
+            steps.push(Step::EmptyRoot);
             steps.extend(limit_steps(limits));
         }
         steps.extend([

@@ -8,7 +8,7 @@
     reason = "clone3 and the child's raw system calls; the only such module of the broker"
 )]
 
-use super::plan::{INSIDE_ID, NewUser, Step};
+use super::plan::{NewUser, Step};
 use nix::errno::Errno;
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -45,8 +45,103 @@ pub(super) struct Prepared<'a> {
     pub program: RawFd,
     /// Its name, `argv[0]`.
     pub name: &'a CStr,
+    /// User and group that the process is inside of its user namespace.
+    pub inside: (u32, u32),
+    /// The folder that it shares, for [`Step::TakeFolder`].
+    pub folder: Option<Folder<'a>>,
     /// Where failures are reported.
     pub report: RawFd,
+}
+
+/// A folder that a newborn mounts for itself.
+#[derive(Debug)]
+pub(super) struct Folder<'a> {
+    /// Its path.
+    pub path: &'a CStr,
+    /// Its descriptor among [`Prepared::descriptors`], which the mount takes the place of.
+    pub fd: RawFd,
+    /// Whether nothing is to be changed in it.
+    pub read_only: bool,
+}
+
+/// `struct mount_attr` (mount_setattr(2)).
+#[repr(C)]
+#[derive(Default)]
+struct MountAttributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    user_namespace: u64,
+}
+
+impl MountAttributes {
+    /// No set-user-id bits, no device nodes, no programs, and nothing of what is mounted below later.
+    fn of_folder(read_only: bool) -> Self {
+        const NOSUID_NODEV_NOEXEC: u64 = 2 | 4 | 8;
+        const RDONLY: u64 = 1;
+        Self {
+            set: NOSUID_NODEV_NOEXEC | if read_only { RDONLY } else { 0 },
+            propagation: libc::MS_PRIVATE,
+            ..Self::default()
+        }
+    }
+}
+
+/// Both are from the kernel's headers, and the same on every architecture.
+const OPEN_TREE_CLONE: u32 = 1;
+const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
+
+/// A mount of the directory `fd` alone, which nothing leads to but the descriptor: `..` ends at its root.
+///
+/// # Errors
+/// The kernel's errno.
+pub(super) fn mount_of(fd: BorrowedFd<'_>, read_only: bool) -> Result<OwnedFd, Errno> {
+    let flags =
+        OPEN_TREE_CLONE | libc::O_CLOEXEC.cast_unsigned() | libc::AT_EMPTY_PATH.cast_unsigned();
+    let number = fd.as_raw_fd();
+    // SAFETY: the path is a constant with a zero at its end; the rest are plain integers.
+    let made = unsafe { libc::syscall(libc::SYS_open_tree, number, c"".as_ptr(), flags) };
+    let made = RawFd::try_from(Errno::result(made)?).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    let mount = unsafe { OwnedFd::from_raw_fd(made) };
+    set_attributes(&mount, &MountAttributes::of_folder(read_only))?;
+    Ok(mount)
+}
+
+/// Has a mount translate owners by the map of a user namespace: what the namespace calls an id is that id
+/// on disk.
+///
+/// # Errors
+/// The kernel's errno; EINVAL where the file system cannot.
+pub(super) fn translate_owners(
+    mount: &OwnedFd,
+    user_namespace: BorrowedFd<'_>,
+) -> Result<(), Errno> {
+    let namespace = user_namespace.as_raw_fd();
+    let attributes = MountAttributes {
+        set: MOUNT_ATTR_IDMAP,
+        user_namespace: u64::try_from(namespace).map_err(|_| Errno::EBADF)?,
+        ..MountAttributes::default()
+    };
+    set_attributes(mount, &attributes)
+}
+
+fn set_attributes(mount: &OwnedFd, attributes: &MountAttributes) -> Result<(), Errno> {
+    let (number, flags) = (mount.as_raw_fd(), libc::AT_EMPTY_PATH);
+    let size = size_of::<MountAttributes>();
+    // SAFETY: the path is a constant with a zero at its end, the structure has the size that is named and
+    // outlives the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            number,
+            c"".as_ptr(),
+            flags,
+            std::ptr::from_ref(attributes),
+            size,
+        )
+    };
+    Errno::result(result).map(drop)
 }
 
 /// A child.
@@ -205,6 +300,7 @@ fn perform(step: &Step, prepared: &Prepared<'_>, report: &mut RawFd) -> Done {
         Step::BecomeUser(user) => become_user(id_of(user, prepared.proc_dir)?),
         Step::Unshare { flags } => call!(SYS_unshare, flags),
         Step::MapUser => map_user(prepared),
+        Step::TakeFolder => take_folder(prepared.folder.as_ref()),
         Step::EmptyRoot => empty_root(),
         Step::Limit { resource, value } => set_limit(resource, value),
         Step::DropCapabilities => drop_capabilities(),
@@ -306,8 +402,8 @@ fn write_file(directory: RawFd, name: &CStr, text: &[u8]) -> Done {
     written
 }
 
-/// Writes "INSIDE_ID outside 1" into `text` and returns its length.
-fn map_line(outside: u32, text: &mut [u8; 32]) -> usize {
+/// Writes "inside outside 1" into `text` and returns its length.
+fn map_line(inside: u32, outside: u32, text: &mut [u8; 32]) -> usize {
     let mut len = 0;
     let mut put = |byte: u8| {
         if let Some(place) = text.get_mut(len) {
@@ -315,7 +411,7 @@ fn map_line(outside: u32, text: &mut [u8; 32]) -> usize {
             len += 1;
         }
     };
-    for number in [INSIDE_ID, outside, 1] {
+    for number in [inside, outside, 1] {
         let mut digits = [0u8; 10];
         decimal(number, &mut digits).iter().for_each(|&b| put(b));
         put(b' ');
@@ -337,18 +433,58 @@ fn map_user(prepared: &Prepared<'_>) -> Done {
     };
     let mut text = [0u8; 32];
     write_file(prepared.proc_dir, c"self/setgroups", b"deny")?;
-    let len = map_line(user, &mut text);
+    let len = map_line(prepared.inside.0, user, &mut text);
     write_file(
         prepared.proc_dir,
         c"self/uid_map",
         text.get(..len).unwrap_or(&[]),
     )?;
-    let len = map_line(group, &mut text);
+    let len = map_line(prepared.inside.1, group, &mut text);
     write_file(
         prepared.proc_dir,
         c"self/gid_map",
         text.get(..len).unwrap_or(&[]),
     )
+}
+
+/// The folder's path leads to the same directory in this mount namespace, unless it was moved since: then the
+/// process is not born.
+fn take_folder(folder: Option<&Folder<'_>>) -> Done {
+    let Some(folder) = folder else {
+        return Err(Errno::EBADF);
+    };
+    let path = folder.path.as_ptr();
+    let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC.cast_unsigned();
+    let recursive = libc::AT_RECURSIVE.cast_unsigned();
+    let open = |flags: u32| call!(SYS_open_tree, libc::AT_FDCWD, path, flags);
+    // What is mounted below may hide what an unprivileged user must not see, so it comes along then.
+    let (mount, below) = match open(flags) {
+        Err(Errno::EINVAL) => (open(flags | recursive)?, recursive),
+        mount => (mount?, 0),
+    };
+    let attributes = MountAttributes::of_folder(folder.read_only);
+    call!(
+        SYS_mount_setattr,
+        mount,
+        c"".as_ptr(),
+        libc::AT_EMPTY_PATH.cast_unsigned() | below,
+        &raw const attributes,
+        size_of::<MountAttributes>()
+    )?;
+    let mut identities = [(0u64, 0u64); 2];
+    for (fd, identity) in [mount, folder.fd.into()].into_iter().zip(&mut identities) {
+        let mut about = std::mem::MaybeUninit::<libc::stat>::zeroed();
+        let (empty, flags) = (c"".as_ptr(), libc::AT_EMPTY_PATH);
+        call!(SYS_newfstatat, fd, empty, about.as_mut_ptr(), flags)?;
+        // SAFETY: all zeroes are a `stat`, and the kernel has filled it.
+        let about = unsafe { about.assume_init() };
+        *identity = (about.st_dev, about.st_ino);
+    }
+    let [made, meant] = identities;
+    if made != meant {
+        return Err(Errno::ESTALE);
+    }
+    call!(SYS_dup3, mount, folder.fd, libc::O_CLOEXEC)
 }
 
 fn empty_root() -> Done {

@@ -4,7 +4,7 @@
 use super::household::Positions;
 use super::record::Record;
 use super::session::default_name;
-use super::spec::{ConsoleSpec, DiskSpec, OnDiskFull, VmSpec, VsockSpec};
+use super::spec::{ConsoleSpec, DiskSpec, OnDiskFull, ShareSpec, VmSpec, VsockSpec};
 use crate::image::chain::name_of;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{DeviceConfig, DeviceOwn, ImageFormat, ImageLayer, VirtioSlot};
@@ -30,6 +30,12 @@ const VSOCK_QUEUES: [u16; 3] = [128, 128, 8];
 const VSOCK_WINDOW_BYTES: u32 = 4 << 20;
 /// Room for 32 requests of 128 KiB in flight, and for one of a quarter of it.
 const DISK_WINDOW_BYTES: u32 = 8 << 20;
+/// Room for a request of 1 MiB of data in a quarter of it, and for seven of them at a time.
+const SHARE_DATA_BYTES: u32 = 8 << 20;
+/// Size of the queue for what must not wait; forgetting, mostly.
+const SHARE_URGENT_QUEUE: u16 = 64;
+/// Size of the queue of a shared folder's requests. Linux makes requests of no more pages than this.
+const SHARE_QUEUE: u16 = 256;
 /// Longest segment of a disk request in bytes.
 const SEGMENT_BYTES_MAX: u32 = 32 << 10;
 const SECTOR_BYTES: u32 = 512;
@@ -78,8 +84,11 @@ pub fn plan(spec: &VmSpec) -> Vec<DevicePlan> {
     let disks = (DISK_SLOT..).zip(0..).zip(&spec.disks);
     let waits = spec.lifecycle.on_disk_full == OnDiskFull::Pause;
     let disks = disks.map(|((slot, index), disk)| self::disk(slot, index, disk, waits));
-    let first = console.into_iter().chain([rng()]).chain(disks);
-    let mut all: Vec<DevicePlan> = first.collect();
+    let first = DISK_SLOT.saturating_add(u8::try_from(spec.disks.len()).unwrap_or(u8::MAX));
+    let shares = (first..).zip(0..).zip(&spec.shares);
+    let shares = shares.map(|((slot, index), share)| self::share(slot, index, share));
+    let others = [rng()].into_iter().chain(disks).chain(shares);
+    let mut all: Vec<DevicePlan> = console.into_iter().chain(others).collect();
     let next = all.last().map_or(0, |last| last.slot + 1);
     all.extend(spec.vsock.as_ref().map(|vsock| self::vsock(next, vsock)));
     all
@@ -191,6 +200,30 @@ fn disk(slot: u8, index: u16, spec: &DiskSpec, waits_for_room: bool) -> DevicePl
             ephemeral: spec.ephemeral,
             layers: layers(spec),
             bytes_min: spec.bytes_min,
+        },
+    }
+}
+
+fn share(slot: u8, index: u16, spec: &ShareSpec) -> DevicePlan {
+    let mut config = Image::new(VirtioKind::Fs);
+    config.put(0, spec.name.as_bytes());
+    config.put(36, &1u32.to_le_bytes());
+    let kept = u32::try_from(VirtioKind::Fs.kept_bytes()).unwrap_or(0);
+    DevicePlan {
+        slot,
+        name: spec.name.clone(),
+        index,
+        kind: VirtioKind::Fs,
+        queue_sizes: vec![SHARE_URGENT_QUEUE, SHARE_QUEUE],
+        window_bytes: SHARE_DATA_BYTES + kept,
+        features: 0,
+        config: config.0,
+        own: DeviceOwn::Fs {
+            read_only: spec.read_only,
+            // Who that is, is known when the folder is open.
+            own: (0, 0),
+            guest_owner: (0, 0),
+            cache_ms: spec.cache_ms,
         },
     }
 }
@@ -311,7 +344,12 @@ mod tests {
         let slots: Vec<u8> = devices.iter().map(|d| d.slot).collect();
         assert_eq!(slots, (0..16).collect::<Vec<u8>>());
         for device in &devices {
-            WindowLayout::new(device.window_bytes as usize, &device.queue_sizes).unwrap();
+            WindowLayout::of(
+                device.kind,
+                device.window_bytes as usize,
+                &device.queue_sizes,
+            )
+            .unwrap();
             assert_eq!(device.config.len(), device.kind.config_bytes());
         }
     }
@@ -345,6 +383,20 @@ mod tests {
             assert!(word(8) * word(12) <= layout.request_bytes_max());
             assert!(word(12) >= 32, "128 KiB in scattered pages is one request");
         }
+    }
+
+    #[test]
+    fn largest_request_of_a_shared_folder_fits_a_quarter_of_the_window() {
+        let mut spec = spec(2, 1, false);
+        spec.shares = vec![ShareSpec::new("home", "/home")];
+        let share = &plan(&spec)[4];
+        assert_eq!((share.slot, share.kind), (4, VirtioKind::Fs));
+        assert_eq!(share.config[..5], *b"home\0");
+        let layout = WindowLayout::of(share.kind, share.window_bytes as usize, &share.queue_sizes);
+        let layout = layout.unwrap();
+        // Headers and arguments begin on pages of their own.
+        assert!(layout.request_bytes_max() >= (1 << 20) + 2 * 4096);
+        assert_eq!(layout.bytes - layout.kept, VirtioKind::Fs.kept_bytes());
     }
 
     #[test]

@@ -11,20 +11,22 @@ use super::disk_hold::{Claimed, DiskHold};
 use super::group_limits::{self, group_name};
 use super::keeper::Keeper;
 use super::record::{ProcessRecord, start_time};
-use super::resources::{DiskFiles, Hold, Resources};
-use super::session::{Restart, RunError, RunOptions};
-use super::spec::{DiskSpec, HostShare, VmSpec};
-use super::vsock::{self, MachineSocket};
+use super::resources::{DiskFiles, Hold, HostShare, MachineSocket, Resources};
+use super::session::{Restart, RunError};
+use super::session::{Restart, VmSpec};
+use super::spec::{DiskSpec, RunOptions};
+use super::spec::{DiskSpec, ShareSpec, SharedFolder};
+use super::vsock::{self};
 use crate::launch::cgroup::{Device, Group, GroupLimits, Place, Reach, device_of};
 use crate::launch::cores;
-use crate::launch::{Gift, LaunchError, Launched, Launcher};
+use crate::launch::{FolderTerms, Gift, LaunchError, Launched, Launcher};
 use crate::supervisor::state::Rule;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::legacy_page::{self, LEGACY_PAGE_BYTES};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
 use bulkhead_ipc::protocol::birth::{
-    Birth, FdRole, ImageFormat, KindConfig, LegacyConfig, VcpuConfig,
+    Birth, DeviceOwn, FdRole, ImageFormat, KindConfig, LegacyConfig, VcpuConfig,
 };
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window;
@@ -100,6 +102,8 @@ struct Rest {
 struct Standing {
     /// `None` for one that cannot be had again.
     disks: Vec<Option<DiskHold>>,
+    /// `None` for one that cannot be had again.
+    folders: Vec<Option<SharedFolder>>,
     entropy: File,
     vsock: Option<MachineSocket>,
     /// Size of all disks together.
@@ -258,6 +262,10 @@ impl Household {
             rest: None,
             standing: Standing {
                 disks: holds.collect::<Result<_, _>>()?,
+                folders: std::mem::take(&mut resources.folders)
+                    .into_iter()
+                    .map(Some)
+                    .collect(),
                 entropy: resources.entropy.try_clone().map_err(host)?,
                 vsock: resources.vsock.take(),
                 disk_bytes: disk_bytes.fold(0, u64::saturating_add),
@@ -328,6 +336,11 @@ impl Household {
                 .inspect_err(|error| tracing::warn!(disk = spec.name, %error, "not held"))
                 .ok()
         };
+        let folder = |spec: &ShareSpec| {
+            SharedFolder::open(spec)
+                .inspect_err(|error| tracing::warn!(share = spec.name, %error, "not found"))
+                .ok()
+        };
         let entropy = File::open("/dev/urandom").map_err(|cause| RunError::Host {
             lacks: format!("/dev/urandom: {cause}"),
         })?;
@@ -353,6 +366,7 @@ impl Household {
             rest: None,
             standing: Standing {
                 disks: nursery.spec.disks.iter().zip(&disks).map(hold).collect(),
+                folders: nursery.spec.shares.iter().map(folder).collect(),
                 entropy,
                 vsock,
                 disk_bytes,
@@ -566,7 +580,9 @@ impl Midwife<'_, '_> {
         }
         let positions = |device: &DevicePlan| match device.kind {
             VirtioKind::Console => console,
-            VirtioKind::Blk | VirtioKind::Rng | VirtioKind::Vsock => Positions::default(),
+            VirtioKind::Blk | VirtioKind::Rng | VirtioKind::Vsock | VirtioKind::Fs => {
+                Positions::default()
+            }
         };
         let slots = devices.iter().map(|d| d.as_slot(generation, positions(d)));
         let config = VcpuConfig {
@@ -638,6 +654,17 @@ impl Midwife<'_, '_> {
         };
         let listener = (device.kind == VirtioKind::Vsock).then(|| listener(standing));
         let listener = listener.transpose()?;
+        let place = usize::from(device.index);
+        let folder = (device.kind == VirtioKind::Fs)
+            .then(|| standing.folders.get(place).and_then(Option::as_ref))
+            .flatten();
+        let folder = folder.map(|folder| {
+            let fd = folder.directory.try_clone();
+            fd.map(|fd| (fd, (folder.terms, folder.guest_owner)))
+        });
+        let folder = folder.transpose().map_err(|cause| RunError::Host {
+            lacks: format!("a descriptor: {cause}"),
+        })?;
         let mut gifts = Vec::from(wiring.gifts(0));
         gifts.extend(
             listener
@@ -649,17 +676,35 @@ impl Midwife<'_, '_> {
             (VirtioKind::Rng, _) => gifts.push(Gift::new(FdRole::Entropy, entropy.as_fd())),
             (VirtioKind::Console, Some(ring)) => gifts.extend(ring.gifts()),
             (VirtioKind::Console, None) | (VirtioKind::Vsock, _) => {}
+            (VirtioKind::Fs, _) => {
+                gifts.extend(
+                    folder
+                        .as_ref()
+                        .map(|(fd, _)| Gift::new(FdRole::Folder, fd.as_fd())),
+                );
+            }
         }
         let record = self.nursery.keeper.record();
         let mut config = device.as_device(positions, size, record);
         config.own = config.own.born_as(generation, is_successor);
+        let terms = folder.as_ref().map(|(_, (terms, _))| *terms);
+        if let (
+            DeviceOwn::Fs {
+                own, guest_owner, ..
+            },
+            Some((_, (terms, guest))),
+        ) = (&mut config.own, &folder)
+        {
+            *own = self.nursery.launcher.inside(terms);
+            *guest_owner = *guest;
+        }
         let config = KindConfig::Device(config);
         let id = ProcId {
             kind: device.kind.proc_kind(),
             index: device.index,
             generation,
         };
-        self.birth(id, &device.name, Some(device.slot), &gifts, config)
+        self.birth_with(id, &device.name, Some(device.slot), &gifts, config, terms)
     }
 
     /// Lets only this machine's processes run beside each other on one core.
@@ -681,6 +726,18 @@ impl Midwife<'_, '_> {
         gifts: &[Gift<'_>],
         config: KindConfig,
     ) -> Result<(), RunError> {
+        self.birth_with(id, name, slot, gifts, config, None)
+    }
+
+    fn birth_with(
+        &mut self,
+        id: ProcId,
+        name: &str,
+        slot: Option<u8>,
+        gifts: &[Gift<'_>],
+        config: KindConfig,
+        folder: Option<FolderTerms>,
+    ) -> Result<(), RunError> {
         let fails = |cause: LaunchError| RunError::Start {
             who: name.to_owned(),
             reason: cause.to_string(),
@@ -695,7 +752,7 @@ impl Midwife<'_, '_> {
             fails(LaunchError::Os { what, cause })
         })?;
         let launcher = &mut self.nursery.launcher;
-        let launched = launcher.launch(id, policy, gifts, &adoption);
+        let launched = launcher.launch_with(id, policy, gifts, &adoption, folder);
         let launched = launched.map_err(fails)?;
         self.share_cores(&launched);
         let grants = launched.grants.clone();

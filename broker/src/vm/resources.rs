@@ -7,11 +7,11 @@ use super::boot_files;
 use super::home::MACHINES;
 use super::record::Record;
 use super::session::{RunError, RunOptions};
-use super::spec::{DiskSpec, KernelSource, VmSpec};
-use super::vsock::{self, MachineSocket, SocketError};
+use super::spec::{DiskSpec, KernelSource, MachineSocket, ShareSpec, SocketError, VmSpec};
+use super::vsock::{self};
 use crate::escape::escaped;
 use crate::image::ephemeral;
-use crate::launch::{Gift, Launcher};
+use crate::launch::{FolderTerms, Gift, Launcher};
 use crate::remains;
 use bulkhead_ipc::protocol::birth::{FdRole, ImageFormat};
 use bulkhead_policies::cache::Compiled;
@@ -38,12 +38,64 @@ pub struct Resources {
     pub core: Option<File>,
     /// The files of the disks, in order, locked.
     pub disks: Vec<DiskFiles>,
+    /// The shared folders, in order.
+    pub folders: Vec<SharedFolder>,
     /// The host's random numbers.
     pub entropy: File,
     /// The machine's Unix socket.
     pub vsock: Option<MachineSocket>,
     /// Whether the host's KVM is incomplete.
     pub quirks: bool,
+}
+
+/// A shared folder.
+#[derive(Debug)]
+pub struct SharedFolder {
+    /// The directory, without any right to it.
+    pub directory: File,
+    /// How it is handed over.
+    pub terms: FolderTerms,
+    /// User and group of the guest that the owner's are.
+    pub guest_owner: (u32, u32),
+}
+
+impl SharedFolder {
+    /// Finds the directory of `spec`.
+    ///
+    /// # Errors
+    /// When it cannot be had, or this user may not choose whose files are shared.
+    pub fn open(spec: &ShareSpec) -> Result<Self, RunError> {
+        let what = format!("share {}", spec.name);
+        let fault = |e: &io::Error| configuration(&what, &spec.path, plain(e));
+        let opened = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+            .open(&spec.path);
+        let directory = opened.map_err(|e| fault(&e))?;
+        let about = directory.metadata().map_err(|e| fault(&e))?;
+        let user = nix::unistd::geteuid();
+        let owner = if user.is_root() {
+            spec.owner.unwrap_or((about.uid(), about.gid()))
+        } else {
+            let own = (user.as_raw(), nix::unistd::getegid().as_raw());
+            if spec.owner.is_some_and(|owner| owner != own) {
+                let (user, group) = own;
+                let expected = format!(
+                    "only root shares files of others, expected owner = \"{user}:{group}\""
+                );
+                return Err(configuration(&what, &spec.path, expected));
+            }
+            own
+        };
+        Ok(Self {
+            directory,
+            terms: FolderTerms {
+                owner,
+                read_only: spec.read_only,
+            },
+            guest_owner: spec.guest_owner.unwrap_or(owner),
+        })
+    }
 }
 
 /// The files of one disk.
@@ -121,10 +173,12 @@ impl Resources {
                 initrd,
             ),
         };
+        let folders: Result<_, _> = spec.shares.iter().map(SharedFolder::open).collect();
         Ok(Self {
             kernel,
             initrd,
             disks,
+            folders: folders?,
             core: options.core.as_deref().map(core_file).transpose()?,
             kvm: device("/dev/kvm", true)?,
             entropy: device("/dev/urandom", false)?,

@@ -486,6 +486,7 @@ pub const fn default_name(kind: VirtioKind) -> &'static str {
         VirtioKind::Console => "console",
         VirtioKind::Rng => "rng",
         VirtioKind::Vsock => "vsock",
+        VirtioKind::Fs => "share",
     }
 }
 

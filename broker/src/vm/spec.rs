@@ -22,6 +22,12 @@ pub const SERIAL_BYTES_MAX: usize = 20;
 pub const DISK_QUEUES_MAX: u8 = 8;
 /// Most files of one disk: its image and extents, and as many below it.
 pub const FILES_MAX: usize = 32;
+/// Longest name of a shared folder in bytes: its tag in the guest (virtio 1.2, section 5.11.4).
+pub const TAG_BYTES_MAX: usize = 36;
+/// How long a guest may believe what it was told of a shared folder, in milliseconds, unless it is said.
+pub const SHARE_CACHE_MS: u32 = 1000;
+/// The same, at most.
+pub const SHARE_CACHE_MS_MAX: u32 = 3_600_000;
 /// Most disks of one VM: every slot but console's and rng's.
 pub const DISKS_MAX: usize = VIRTIO_MMIO_SLOTS - DEVICES_MIN;
 /// Slots of console and rng.
@@ -59,6 +65,9 @@ pub struct VmSpec {
     /// The socket device.
     #[serde(default)]
     pub vsock: Option<VsockSpec>,
+    /// Shared folders, in slot order, behind the disks.
+    #[serde(default)]
+    pub shares: Vec<ShareSpec>,
     /// The consoles.
     pub console: ConsoleSpec,
     /// What cloud-init finds on a disk of its own, [`SEED_DISK`].
@@ -183,6 +192,56 @@ pub struct CloudInitSpec {
 
 /// Name of the disk that cloud-init reads.
 pub const SEED_DISK: &str = "cloud-init";
+
+/// A directory of the host that the guest can mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareSpec {
+    /// Name in messages and tag in the guest, as [`VmSpec::name`], at most [`TAG_BYTES_MAX`] bytes.
+    pub name: String,
+    /// The directory.
+    #[serde(with = "any_path")]
+    pub path: PathBuf,
+    /// Whether the guest's changes are refused.
+    pub read_only: bool,
+    /// User and group on the host whose files it can use, and which own what it makes; `None` for those that own
+    /// the directory.
+    pub owner: Option<(u32, u32)>,
+    /// Who these are in the guest; `None` for the same numbers.
+    pub guest_owner: Option<(u32, u32)>,
+    /// How long the guest may believe names and attributes without asking, in milliseconds.
+    pub cache_ms: u32,
+}
+
+impl ShareSpec {
+    /// One that is writable, with every default.
+    #[must_use]
+    pub fn new(name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
+        Self {
+            name: name.into(),
+            path: path.into(),
+            read_only: false,
+            owner: None,
+            guest_owner: None,
+            cache_ms: SHARE_CACHE_MS,
+        }
+    }
+
+    fn check(&self, n: usize) -> Result<(), SpecError> {
+        check_name(&format!("share[{n}].name"), &self.name)?;
+        expect(
+            self.name.len() <= TAG_BYTES_MAX,
+            &format!("share[{n}].name"),
+            &self.name,
+            "at most 36 bytes, for it is the guest's tag",
+        )?;
+        expect(
+            self.cache_ms <= SHARE_CACHE_MS_MAX,
+            &format!("share[{n}].cache_ms"),
+            self.cache_ms,
+            "at most an hour",
+        )
+    }
+}
 
 const fn raw() -> ImageFormat {
     ImageFormat::Raw
@@ -388,6 +447,7 @@ impl VmSpec {
             cmdline: String::new(),
             disks: Vec::new(),
             vsock: None,
+            shares: Vec::new(),
             console: ConsoleSpec::default(),
             cloud_init: None,
             lifecycle: Lifecycle::default(),
@@ -451,6 +511,25 @@ impl VmSpec {
         if let KernelSource::Disk(boot) = &self.kernel {
             self.check_boot_disk(boot)?;
         }
+        for (n, share) in self.shares.iter().enumerate() {
+            share.check(n)?;
+            let mut others = self.shares.iter().take(n).map(|s| &s.name);
+            let disks = self.disks.iter().map(|d| &d.name);
+            let twin = others.any(|name| *name == share.name)
+                || disks.into_iter().any(|name| *name == share.name);
+            expect(
+                !twin,
+                &format!("share[{n}].name"),
+                &share.name,
+                "a name that no other device has",
+            )?;
+        }
+        expect(
+            self.disks.len() + self.shares.len() <= DISKS_MAX,
+            "shares",
+            self.shares.len(),
+            "at most 14 disks and shared folders together",
+        )?;
         let (least, most) = HISTORY_BYTES;
         expect(
             (least..=most).contains(&self.console.history_bytes),

@@ -1,14 +1,16 @@
 //! From a [`Draft`] to a [`VmSpec`]: fills in the defaults and checks the draft against the rules
 //! of machines and against this host, before any process is started.
 
-use super::draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftVsock};
-use super::host::{Facts, HostMemory, inspect};
+use super::draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftShare};
+use super::host::{DraftVsock, Facts};
+use super::host::{Facts, HostMemory, inspect, inspect_directory};
 use super::problem::{Located, Place, Problem, Problems};
 use super::quantity::show_size;
 use crate::vm::spec::{
     BackingSpec, BootDisk, CMDLINE_BYTES_MAX, CloudInitSpec, ConsoleChoice, DISKS_MAX, DiskSpec,
     FILES_MAX, FileSpec, GUEST_PATH_BYTES_MAX, HISTORY_BYTES, KernelSource, NAME_BYTES_MAX,
-    SEED_DISK, SERIAL_BYTES_MAX, SOCKET_NAME_BYTES_MAX, VmSpec, VsockSpec, is_guest_path,
+    SEED_DISK, SERIAL_BYTES_MAX, SOCKET_NAME_BYTES_MAX, ShareSpec, TAG_BYTES_MAX, VmSpec,
+    VsockSpec, is_guest_path,
 };
 use bulkhead_ipc::platform::MEMORY_BYTES_MIN;
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
@@ -120,6 +122,7 @@ impl Checker {
         if let Some(disk) = &draft.from_disk {
             spec.kernel = KernelSource::Disk(self.boot_disk(disk, &draft, &spec.disks));
         }
+        self.shares(&draft.shares, &mut spec);
         if let Some(virtio) = &draft.console_virtio {
             spec.console.virtio = virtio.value;
         }
@@ -374,6 +377,51 @@ impl Checker {
             network_config: path(draft.network_config),
             ssh_keys: draft.ssh_keys.map(|keys| keys.value).unwrap_or_default(),
             hostname: draft.hostname.map(|name| name.value),
+        }
+    }
+
+    fn shares(&mut self, drafts: &[DraftShare], spec: &mut VmSpec) {
+        for (n, draft) in drafts.iter().enumerate() {
+            let Some(path) = &draft.path else {
+                self.problems.push(Problem {
+                    place: draft.place.clone(),
+                    expectation: "expected a `path` for the shared folder".to_owned(),
+                });
+                continue;
+            };
+            if let Err(expectation) = inspect_directory(&path.value) {
+                self.problems.push(path.problem(expectation));
+            }
+            let name = draft.name.as_ref().map(|name| &name.value);
+            let name = name.cloned().unwrap_or_else(|| format!("share{n}"));
+            if let Some(given) = &draft.name {
+                let fits = is_name(&name) && name.len() <= TAG_BYTES_MAX;
+                let rule =
+                    format!("{NAME_RULE}; at most {TAG_BYTES_MAX}, for it is the guest's tag");
+                self.expect(fits, given, rule);
+                let mut others = spec.shares.iter().map(|s| &s.name);
+                let mut disks = spec.disks.iter().map(|d| &d.name);
+                let twin = others.any(|o| *o == name) || disks.any(|d| *d == name);
+                self.expect(!twin, given, "expected a name that no other device has");
+            }
+            let mut share = ShareSpec::new(name, path.value.clone());
+            share.read_only = draft.read_only.as_ref().is_some_and(|on| on.value);
+            share.owner = draft.owner.as_ref().map(|owner| owner.value);
+            share.guest_owner = draft.guest_owner.as_ref().map(|owner| owner.value);
+            if let Some(ms) = &draft.cache_ms {
+                share.cache_ms = ms.value;
+            }
+            spec.shares.push(share);
+        }
+        if spec.disks.len() + spec.shares.len() > DISKS_MAX
+            && let Some(last) = drafts.last()
+        {
+            self.problems.push(Problem {
+                place: last.place.clone(),
+                expectation: format!(
+                    "expected at most {DISKS_MAX} disks and shared folders together"
+                ),
+            });
         }
     }
 

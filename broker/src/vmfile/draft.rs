@@ -26,6 +26,7 @@ pub struct Draft {
     pub disks: Vec<DraftDisk>,
     pub vsock: Option<DraftVsock>,
     pub cloud_init: Option<DraftCloudInit>,
+    pub shares: Vec<DraftShare>,
     pub console_virtio: Option<Located<bool>>,
     pub console_attach: Option<Located<ConsoleChoice>>,
     pub console_on_cmdline: Option<Located<bool>>,
@@ -100,6 +101,36 @@ impl DraftCloudInit {
     }
 }
 
+/// A shared folder, perhaps with gaps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are those of the VM file")]
+pub struct DraftShare {
+    /// Where the folder's description begins.
+    pub place: Place,
+    pub name: Option<Located<String>>,
+    pub path: Option<Located<PathBuf>>,
+    pub read_only: Option<Located<bool>>,
+    pub owner: Option<Located<(u32, u32)>>,
+    pub guest_owner: Option<Located<(u32, u32)>>,
+    pub cache_ms: Option<Located<u32>>,
+}
+
+impl DraftShare {
+    /// A folder of which nothing is known but where it is described.
+    #[must_use]
+    pub const fn new(place: Place) -> Self {
+        Self {
+            place,
+            name: None,
+            path: None,
+            read_only: None,
+            owner: None,
+            guest_owner: None,
+            cache_ms: None,
+        }
+    }
+}
+
 /// What a disk may do in a second, perhaps with gaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are those of the VM file")]
@@ -142,7 +173,7 @@ impl DraftDisk {
 }
 
 impl Draft {
-    /// This draft, with its gaps filled from `other` and `other`'s disks before its own.
+    /// This draft, with its gaps filled from `other` and `other`'s disks and folders before its own.
     #[must_use]
     pub fn or(self, mut other: Self) -> Self {
         // A path on a disk and one on the host do not fill each other's gaps.
@@ -153,6 +184,8 @@ impl Draft {
         }
         let mut disks = other.disks;
         disks.extend(self.disks);
+        let mut shares = other.shares;
+        shares.extend(self.shares);
         Self {
             name: self.name.or(other.name),
             vcpus: self.vcpus.or(other.vcpus),
@@ -171,6 +204,7 @@ impl Draft {
                 (Some(own), Some(other)) => Some(own.or(other)),
                 (own, other) => own.or(other),
             },
+            shares,
             console_virtio: self.console_virtio.or(other.console_virtio),
             console_attach: self.console_attach.or(other.console_attach),
             console_on_cmdline: self.console_on_cmdline.or(other.console_on_cmdline),

@@ -104,6 +104,18 @@ pub(super) fn inspect(
     })
 }
 
+/// Looks at a directory that a machine wants to share. Follows links and opens nothing.
+///
+/// # Errors
+/// What was expected instead of what was found.
+pub(super) fn inspect_directory(path: &Path) -> Result<(), String> {
+    let found = fs::metadata(path).map_err(|e| format!("expected a directory: {}", reason(&e)))?;
+    match found.is_dir() {
+        true => Ok(()),
+        false => Err("expected a directory, found something else".to_owned()),
+    }
+}
+
 fn reason(error: &std::io::Error) -> String {
     error
         .raw_os_error()

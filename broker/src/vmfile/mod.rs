@@ -19,10 +19,10 @@ mod section;
 mod tests;
 
 pub use check::{Surroundings, check, is_name};
-pub use draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftVsock};
+pub use draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftShare, DraftVsock};
 pub use host::{HostMemory, meminfo_bytes};
 pub use nearest::nearest;
-pub use parse::{FILE_BYTES_MAX, parse, parse_console_size, parse_format};
+pub use parse::{FILE_BYTES_MAX, parse, parse_console_size, parse_format, parse_owner};
 pub use print::{PrintError, json_schema, print};
 pub use problem::{Located, Place, Problem, Problems};
 pub use quantity::{QuantityError, parse_duration, parse_size, show_size};

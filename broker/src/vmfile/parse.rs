@@ -1,9 +1,11 @@
 //! From the text of a VM file to a [`Draft`]. Pure: looks at nothing but the text.
 
-use super::draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftVsock};
+use super::draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftShare, DraftVsock};
 use super::problem::{Located, Problem, Problems};
 use super::section::{Key, Section, Source, key, later};
-use crate::vm::spec::{CIDS, ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnDiskFull, OnEnd};
+use crate::vm::spec::{
+    CIDS, ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnDiskFull, OnEnd, SHARE_CACHE_MS_MAX,
+};
 use bulkhead_ipc::platform::VCPUS_MAX;
 use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
 use std::path::{Path, PathBuf};
@@ -26,7 +28,7 @@ pub(super) const ROOT_KEYS: &[Key] = &[
     key("limits"),
     key("autostart"),
     later("net"),
-    later("share"),
+    key("share"),
     later("snapshots"),
     later("policy"),
 ];
@@ -69,6 +71,14 @@ pub(super) const CLOUD_INIT_KEYS: &[Key] = &[
     key("network_config"),
     key("ssh_keys"),
     key("hostname"),
+];
+pub(super) const SHARE_KEYS: &[Key] = &[
+    key("name"),
+    key("path"),
+    key("readonly"),
+    key("owner"),
+    key("guest_owner"),
+    key("cache_ms"),
 ];
 pub(super) const CONSOLE_KEYS: &[Key] = &[
     key("virtio"),
@@ -120,6 +130,17 @@ pub fn parse_console_size(text: &str) -> Result<(u16, u16), String> {
         .and_then(|(columns, rows)| Some((columns.parse().ok()?, rows.parse().ok()?)))
         .filter(|(columns, rows)| *columns > 0 && *rows > 0)
         .ok_or_else(|| "expected columns and rows, such as \"80x25\"".to_owned())
+}
+
+/// Reads `USER:GROUP`, two numbers.
+///
+/// # Errors
+/// What was expected.
+pub fn parse_owner(text: &str) -> Result<(u32, u32), String> {
+    let id = |text: &str| text.parse().ok().filter(|id| *id != u32::MAX);
+    text.split_once(':')
+        .and_then(|(user, group)| Some((id(user)?, id(group)?)))
+        .ok_or_else(|| "expected user and group as numbers, such as \"1000:1000\"".to_owned())
 }
 
 /// The format of an image; formats are never probed.
@@ -212,6 +233,9 @@ fn read_root(root: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
             hostname: section.string("hostname", problems),
         });
     }
+    for share in root.tables("share", problems) {
+        draft.shares.push(read_share(&share, directory, problems));
+    }
     if let Some(console) = root.table("console", problems) {
         console.check_keys(CONSOLE_KEYS, problems);
         draft.console_virtio = console.boolean("virtio", problems);
@@ -302,6 +326,25 @@ fn read_disk(disk: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
         shareable: disk.boolean("shareable", problems),
         serial: disk.string("serial", problems),
         queues: disk.small("queues", (1, DISK_QUEUES_MAX), problems),
+    }
+}
+
+fn read_share(share: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) -> DraftShare {
+    share.check_keys(SHARE_KEYS, problems);
+    let mut owner = |key| {
+        share.get(key, problems, |value| {
+            parse_owner(value.as_str().unwrap_or_default())
+        })
+    };
+    let (owner, guest_owner) = (owner("owner"), owner("guest_owner"));
+    DraftShare {
+        place: share.place(),
+        name: share.string("name", problems),
+        path: path(share, "path", directory, problems),
+        read_only: share.boolean("readonly", problems),
+        owner,
+        guest_owner,
+        cache_ms: share.number("cache_ms", (0, SHARE_CACHE_MS_MAX), problems),
     }
 }
 

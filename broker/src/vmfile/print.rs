@@ -7,7 +7,7 @@
 use super::parse::{CONSOLES, HUGE_PAGES, ON_DISK_FULL, ON_END};
 use super::quantity::show_size;
 use crate::vm::spec::{
-    CloudInitSpec, DiskSpec, HostShare, KernelSource, SEED_DISK, VmSpec, VsockSpec,
+    CloudInitSpec, DiskSpec, HostShare, KernelSource, SEED_DISK, ShareSpec, VmSpec, VsockSpec,
 };
 use bulkhead_ipc::protocol::birth::DiskLimits;
 use schemars::JsonSchema;
@@ -42,6 +42,10 @@ pub(super) struct VmFile {
     /// What cloud-init finds in the guest: a read-only disk labelled CIDATA, the last one. It is made anew
     /// whenever the machine starts.
     cloud_init: Option<CloudInit>,
+    /// Directories of the host that the guest can mount, with the name as the tag: `mount -t virtiofs NAME /mnt`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(default, length(max = 14))]
+    share: Vec<Share>,
     /// Serial port and virtio console.
     console: Option<Console>,
     /// What happens when the guest ends by itself.
@@ -121,6 +125,45 @@ struct Disk {
     /// Number of queues. Default: 1.
     #[schemars(range(min = 1, max = 8))]
     queues: Option<u8>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Share {
+    /// Name in messages, and the guest's tag. Default: share0, share1, …
+    #[schemars(
+        length(min = 1, max = 36),
+        regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    )]
+    name: Option<String>,
+    /// The directory.
+    path: String,
+    /// Whether the guest's changes are refused. Default: false.
+    readonly: Option<bool>,
+    /// User and group on the host, as numbers, whose files the guest can use as their owner, and which own what it
+    /// makes. Others can be given only by root. Default: those that own the directory, or without root
+    /// the user and group that start the machine.
+    #[schemars(regex(pattern = "^[0-9]+:[0-9]+$"))]
+    owner: Option<String>,
+    /// User and group that these are in the guest. Default: the same numbers.
+    #[schemars(regex(pattern = "^[0-9]+:[0-9]+$"))]
+    guest_owner: Option<String>,
+    /// How long the guest may believe names and attributes without asking again, in milliseconds: what others change
+    /// meanwhile it sees late. Default: 1000.
+    #[schemars(range(max = 3_600_000))]
+    cache_ms: Option<u32>,
+}
+
+fn share(share: &ShareSpec) -> Result<Share, PrintError> {
+    let owner = |owner: (u32, u32)| format!("{}:{}", owner.0, owner.1);
+    Ok(Share {
+        name: Some(share.name.clone()),
+        path: utf8(&share.path)?,
+        readonly: Some(share.read_only),
+        owner: share.owner.map(owner),
+        guest_owner: share.guest_owner.map(owner),
+        cache_ms: Some(share.cache_ms),
+    })
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -342,6 +385,7 @@ pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
         }),
         boot: Some(boot),
         disk: disks.map(disk).collect::<Result<_, _>>()?,
+        share: spec.shares.iter().map(share).collect::<Result<_, _>>()?,
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
         cloud_init: spec.cloud_init.as_ref().map(cloud_init).transpose()?,
         console: Some(Console {

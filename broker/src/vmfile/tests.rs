@@ -1,7 +1,7 @@
 use super::*;
 use crate::vm::spec::{
     BootDisk, CloudInitSpec, ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource,
-    Lifecycle, Limits, OnEnd, VmSpec, VsockSpec,
+    Lifecycle, Limits, OnEnd, ShareSpec, VmSpec, VsockSpec,
 };
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
 use proptest::prelude::*;
@@ -631,6 +631,7 @@ fn schema_knows_exactly_the_keys_that_work() {
         ("/$defs/Disk/properties", parse::DISK_KEYS),
         ("/$defs/Vsock/properties", parse::VSOCK_KEYS),
         ("/$defs/CloudInit/properties", parse::CLOUD_INIT_KEYS),
+        ("/$defs/Share/properties", parse::SHARE_KEYS),
         ("/$defs/Console/properties", parse::CONSOLE_KEYS),
         ("/$defs/Lifecycle/properties", parse::LIFECYCLE_KEYS),
         ("/$defs/Limits/properties", parse::LIMITS_KEYS),
@@ -687,6 +688,18 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn any_folder()(
+        name in "[a-zA-Z0-9][a-zA-Z0-9._-]{0,20}",
+        read_only: bool,
+        owners in prop::array::uniform2(prop::option::of((0..u32::MAX, 0..u32::MAX))),
+        cache_ms in 0u32..=3_600_000,
+    ) -> ShareSpec {
+        let [owner, guest_owner] = owners;
+        ShareSpec { name, path: PathBuf::new(), read_only, owner, guest_owner, cache_ms }
+    }
+}
+
+prop_compose! {
     fn any_share()(
         cpu_weight in prop::option::of(1u32..=10_000),
         cpu_percent in prop::option::of(1u32..=100_000),
@@ -710,6 +723,7 @@ prop_compose! {
         with_initrd: bool,
         cid in prop::option::of(3u32..u32::MAX),
         disks in prop::collection::vec(any_disk(), 0..4),
+        shares in prop::collection::vec(any_folder(), 0..3),
         (virtio, attach, on_cmdline) in (any::<bool>(), any::<bool>(), any::<bool>()),
         history_bytes in 4096u64..=(64 << 20),
         size in (1u16.., 1u16..),
@@ -721,7 +735,7 @@ prop_compose! {
     ) -> (VmSpec, bool) {
         let end = |n: usize| parse::ON_END[n].1;
         let spec = VmSpec {
-            name, vcpus, cmdline, disks,
+            name, vcpus, cmdline, disks, shares,
             memory_bytes: pages * 4096,
             huge_pages: parse::HUGE_PAGES[huge].1,
             kernel: KernelSource::File(PathBuf::new()),
@@ -774,6 +788,10 @@ proptest! {
             if cloud_init.hostname.is_none() {
                 cloud_init.meta_data = Some(file("meta"));
             }
+        }
+        for (n, share) in spec.shares.iter_mut().enumerate() {
+            share.path = home.path().into();
+            share.name = format!("s{n}{}", share.name);
         }
         let text = print(&spec).unwrap();
         // Another directory: printed paths must not depend on where the file lies.

@@ -1,13 +1,13 @@
 //! The folder on the host. Every way from a path or a name to a file is here.
 //!
 //! A directory is resolved from the folder's descriptor with nothing followed, then one name is used in
-//! it by a call that does not follow links either. A host that moves the directory out of the folder
-//! between the two is stopped by Landlock in the process, not by this module.
+//! it by a call that does not follow links either. When the host moves the directory out of the folder
+//! between the two, the name is still used in that directory, and never above it.
 
 use crate::nodes::Identity;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
-use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -93,13 +93,8 @@ impl Folder {
     }
 
     /// What is at `name` in the directory.
-    pub(crate) fn look(dir: &OwnedFd, name: &OsStr) -> Result<FileStat, Errno> {
-        fstat(Self::open_below(
-            dir,
-            Path::new(name),
-            OFlag::O_PATH,
-            Mode::empty(),
-        )?)
+    pub(crate) fn look(dir: impl AsFd, name: &OsStr) -> Result<FileStat, Errno> {
+        fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW)
     }
 
     /// Opens the content of `path`, if it is still `expected` and a file or directory: opening

@@ -4,7 +4,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use nix::errno::Errno;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
@@ -12,6 +12,10 @@ use std::path::PathBuf;
 pub(crate) const ROOT: u64 = 1;
 /// Nodes that a guest may know at a time; it is told ENFILE past that.
 pub(crate) const NODES_MAX: usize = 1 << 18;
+/// Numbers that a predecessor may have given out end here: counting on cannot overflow.
+pub(crate) const NUMBERS_END: u64 = 1 << 62;
+/// Bytes that their names may have together: what is kept for a successor has room for so much.
+const NAMES_BYTES_MAX: usize = 16 << 20;
 /// Bytes of a path below the folder (PATH_MAX).
 const PATH_BYTES_MAX: usize = 4095;
 
@@ -40,6 +44,19 @@ pub(crate) struct Nodes {
     by_identity: HashMap<Identity, u64>,
     root: Identity,
     next: u64,
+    names_bytes: usize,
+}
+
+/// A node, to be kept for a successor.
+#[derive(Debug)]
+pub(crate) struct NodeView<'a> {
+    pub(crate) id: u64,
+    pub(crate) parent: u64,
+    pub(crate) name: &'a OsStr,
+    pub(crate) identity: Identity,
+    pub(crate) lookups: u64,
+    /// Whether its identity leads to it.
+    pub(crate) known: bool,
 }
 
 impl Nodes {
@@ -50,6 +67,7 @@ impl Nodes {
             by_identity,
             root,
             next: ROOT + 1,
+            names_bytes: 0,
         }
     }
 
@@ -108,11 +126,12 @@ impl Nodes {
             }
             return Ok(id);
         }
-        if self.nodes.len() >= NODES_MAX {
+        if self.nodes.len() >= NODES_MAX || self.names_bytes + name.len() > NAMES_BYTES_MAX {
             return Err(Errno::ENFILE);
         }
         let id = self.next;
         self.next += 1;
+        self.names_bytes += name.len();
         let name = name.to_owned();
         self.nodes.insert(
             id,
@@ -146,6 +165,7 @@ impl Nodes {
             return;
         };
         let old = std::mem::replace(&mut node.parent, parent);
+        self.names_bytes = self.names_bytes.saturating_sub(node.name.len()) + name.len();
         node.name = name.to_owned();
         if old != parent {
             self.adopt(parent);
@@ -176,6 +196,81 @@ impl Nodes {
         }
     }
 
+    /// The number that the next new node gets.
+    pub(crate) const fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Shows every node, each after its parent.
+    pub(crate) fn each(&self, mut show: impl FnMut(NodeView<'_>)) {
+        let mut shown = HashSet::new();
+        let mut above = Vec::new();
+        for &id in self.nodes.keys() {
+            let mut at = id;
+            while at != ROOT && !shown.contains(&at) {
+                let Some(node) = self.nodes.get(&at) else {
+                    break;
+                };
+                above.push((at, node));
+                at = node.parent;
+            }
+            while let Some((id, node)) = above.pop() {
+                shown.insert(id);
+                show(NodeView {
+                    id,
+                    parent: node.parent,
+                    name: &node.name,
+                    identity: node.identity,
+                    lookups: node.lookups,
+                    known: self.by_identity.get(&node.identity) == Some(&id),
+                });
+            }
+        }
+    }
+
+    /// Puts a node that a predecessor has told the guest of. None when that cannot be: parents come first, so
+    /// that no path goes round in a circle.
+    pub(crate) fn restore(
+        &mut self,
+        id: u64,
+        parent: u64,
+        name: &OsStr,
+        identity: Identity,
+        lookups: u64,
+        known: bool,
+    ) -> Option<()> {
+        let has_parent = parent == ROOT || self.nodes.contains_key(&parent);
+        let fits = self.nodes.len() < NODES_MAX && self.names_bytes + name.len() <= NAMES_BYTES_MAX;
+        let is_new = id > ROOT && id < NUMBERS_END && !self.nodes.contains_key(&id);
+        if !(has_parent && fits && is_new) || identity == self.root {
+            return None;
+        }
+        if known && self.by_identity.insert(identity, id).is_some() {
+            return None;
+        }
+        self.names_bytes += name.len();
+        self.next = self.next.max(id + 1);
+        let node = Node {
+            parent,
+            name: name.to_owned(),
+            identity,
+            lookups,
+            children: 0,
+        };
+        self.nodes.insert(id, node);
+        self.adopt(parent);
+        Some(())
+    }
+
+    /// Sets the number that the next new node gets, after all were put.
+    pub(crate) fn restore_next(&mut self, next: u64) -> Option<()> {
+        if !(self.next..NUMBERS_END).contains(&next) {
+            return None;
+        }
+        self.next = next;
+        Some(())
+    }
+
     fn adopt(&mut self, parent: u64) {
         if let Some(node) = self.nodes.get_mut(&parent) {
             node.children += 1;
@@ -198,6 +293,7 @@ impl Nodes {
             let Some(node) = self.nodes.remove(&id) else {
                 return;
             };
+            self.names_bytes = self.names_bytes.saturating_sub(node.name.len());
             if self.by_identity.get(&node.identity) == Some(&id) {
                 self.by_identity.remove(&node.identity);
             }

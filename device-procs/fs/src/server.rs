@@ -7,9 +7,12 @@ mod content;
 
 use crate::folder::{self, Folder};
 use crate::ids::IdMap;
-use crate::nodes::{Nodes, ROOT};
+use crate::journal::{Begun, Journal, Left, Opened};
+use crate::nodes::{Identity, Nodes, ROOT};
 use crate::wire::{self, Body, op};
+use bulkhead_runtime::Kept;
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::stat::FileStat;
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -36,14 +39,23 @@ pub struct Ids {
 }
 
 /// Files and directories that a guest may have open at a time; it is told ENFILE past that.
-const HANDLES_MAX: usize = 1024;
+pub(crate) const HANDLES_MAX: usize = 1024;
 
 #[derive(Debug)]
 struct Handle {
-    node: u64,
-    file: File,
-    /// The entries of a directory, as they were when it was read from its start.
-    entries: Vec<content::Entry>,
+    opened: Opened,
+    /// None for one that a predecessor opened, until it is used.
+    file: Option<File>,
+}
+
+/// How the guest is served.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Terms {
+    /// How owners are translated.
+    pub ids: Ids,
+    /// How long the guest may believe names and attributes without asking, in milliseconds. What others
+    /// change meanwhile it sees late.
+    pub cache_ms: u32,
 }
 
 /// The server of one folder for one guest.
@@ -51,7 +63,14 @@ struct Handle {
 pub struct Server {
     folder: Folder,
     access: Access,
-    ids: Ids,
+    terms: Terms,
+    root: Identity,
+    journal: Journal,
+    /// Number of the request that is being done; 0 for none.
+    number: u64,
+    /// What a predecessor died in the middle of, and what it had done.
+    left_begun: Option<Begun>,
+    left_done: Option<(u64, Vec<u8>)>,
     nodes: Nodes,
     handles: HashMap<u64, Handle>,
     next_handle: u64,
@@ -59,23 +78,112 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves the directory `folder`, which may be an O_PATH descriptor.
+    /// Serves the directory `folder`, which may be an O_PATH descriptor. What is kept goes on where a predecessor
+    /// stopped.
     ///
     /// # Errors
     /// That of `fstat`.
-    pub fn new(folder: OwnedFd, access: Access, ids: Ids) -> std::io::Result<Self> {
+    pub fn new(
+        folder: OwnedFd,
+        access: Access,
+        terms: Terms,
+        kept: Option<Kept>,
+    ) -> std::io::Result<Self> {
         let folder = Folder::new(folder);
-        let nodes = Nodes::new(folder::identity(&folder.stat()?));
-        let handles = HashMap::new();
+        let root = folder::identity(&folder.stat()?);
+        let mut journal = Journal::new(kept);
+        let left = journal.recall(root);
+        if left.is_none() {
+            journal.clear();
+        }
+        let left = left.unwrap_or_else(|| Left {
+            ready: false,
+            nodes: Nodes::new(root),
+            handles: Vec::new(),
+            next_handle: 1,
+            begun: None,
+            done: None,
+        });
+        let handles = left.handles.into_iter().map(|opened| {
+            let handle = Handle { opened, file: None };
+            (opened.handle, handle)
+        });
         Ok(Self {
             folder,
             access,
-            ids,
-            nodes,
-            handles,
-            next_handle: 1,
-            ready: false,
+            terms,
+            root,
+            journal,
+            number: 0,
+            left_begun: left.begun,
+            left_done: left.done,
+            nodes: left.nodes,
+            handles: handles.collect(),
+            next_handle: left.next_handle,
+            ready: left.ready,
         })
+    }
+
+    /// The guest's driver is gone, and with it everything that it knew.
+    pub fn forget_all(&mut self) {
+        if self.ready || self.nodes.len() > 0 || !self.handles.is_empty() {
+            self.begin_session(false);
+            self.journal.publish();
+        }
+    }
+
+    fn begin_session(&mut self, ready: bool) {
+        self.handles.clear();
+        self.nodes = Nodes::new(self.root);
+        self.ready = ready;
+        self.journal.session(ready);
+    }
+
+    /// Serves the request with this number, from 1, as [`Server::serve`]. One that a predecessor has done is
+    /// answered as it was; a change in the middle of which it died is made if it was not.
+    pub fn serve_numbered(
+        &mut self,
+        number: u64,
+        request: &[u8],
+        room: usize,
+        answer: &mut Vec<u8>,
+    ) {
+        if let Some((done, told)) = &self.left_done
+            && *done == number
+            && number > 0
+        {
+            answer.clear();
+            answer.extend_from_slice(told.get(..told.len().min(room)).unwrap_or_default());
+            return;
+        }
+        if self.journal.is_long() {
+            let opened = self.handles.values().map(|handle| handle.opened);
+            self.journal
+                .renew(self.ready, &self.nodes, opened, self.next_handle);
+        }
+        self.number = number;
+        self.serve(request, room, answer);
+        self.number = 0;
+        if self.left_begun.is_some_and(|begun| begun.number == number) {
+            self.left_begun = None;
+        }
+        if self.journal.has_news() {
+            self.journal.done(number, answer);
+        }
+    }
+
+    /// Announces a change that must not be made twice, whose names mean `before` now. Returns what they
+    /// meant before a predecessor began with it, if it died in the middle of it.
+    fn announce(&mut self, before: [Option<Identity>; 2]) -> Option<[Option<Identity>; 2]> {
+        let begun = self.left_begun.filter(|begun| begun.number == self.number);
+        if self.number > 0 {
+            // Its end is noted, whatever comes of it.
+            self.journal.changes();
+            if begun.is_none() {
+                self.journal.begin(self.number, before);
+            }
+        }
+        begun.map(|begun| begun.before)
     }
 
     /// Serves one request and puts the answer into `answer` (what it held is dropped), of at most
@@ -142,14 +250,14 @@ impl Server {
                 self.enter(node, name, answer)
             }
             op::FORGET => {
-                self.nodes
-                    .forget(node, body.take::<wire::ForgetIn>()?.count);
+                let count = body.take::<wire::ForgetIn>()?.count;
+                self.forget(node, count);
                 Ok(())
             }
             op::BATCH_FORGET => {
                 for _ in 0..body.take::<wire::BatchForgetIn>()?.count {
                     let one: wire::ForgetOne = body.take()?;
-                    self.nodes.forget(one.node, one.count);
+                    self.forget(one.node, one.count);
                 }
                 Ok(())
             }
@@ -161,16 +269,21 @@ impl Server {
             op::READLINK => self.read_link(node, answer),
             op::OPEN | op::OPENDIR => self.open(node, body, header.opcode == op::OPENDIR, answer),
             op::READ => self.read(body, room, answer),
-            op::READDIR => self.read_dir(body, room, answer),
+            op::READDIR => self.read_dir(None, body, room, answer),
+            op::READDIRPLUS => self.read_dir(Some(node), body, room, answer),
+            op::LSEEK => self.seek(body, answer),
             op::STATFS => self.statfs(answer),
             op::RELEASE | op::RELEASEDIR => {
-                self.handles.remove(&body.take::<wire::HandleIn>()?.handle);
+                let handle = body.take::<wire::HandleIn>()?.handle;
+                if self.handles.remove(&handle).is_some() {
+                    self.journal.released(handle);
+                }
                 Ok(())
             }
             op::FLUSH => Ok(()),
             op::FSYNC | op::FSYNCDIR => self.sync(body),
             op::DESTROY => {
-                self.ready = false;
+                self.begin_session(false);
                 Ok(())
             }
             op::SETATTR
@@ -183,6 +296,7 @@ impl Server {
             | op::RENAME2
             | op::LINK
             | op::CREATE
+            | op::FALLOCATE
             | op::WRITE => {
                 if self.access == Access::ReadOnly {
                     return Err(Errno::EROFS);
@@ -194,21 +308,21 @@ impl Server {
     }
 
     fn init(&mut self, body: &mut Body<'_>, answer: &mut Vec<u8>) -> Result<(), Errno> {
-        const BIG_WRITES: u32 = 1 << 5;
-        const MAX_PAGES: u32 = 1 << 22;
+        /// What the guest's kernel may do: read several pages at a time, truncate while it opens, write
+        /// more than a page, notice by the time of a change that its pages are old, read directories
+        /// together with what their entries are, look names up side by side, and use large requests.
+        const WANTED: u32 = 1 | 1 << 3 | 1 << 5 | 1 << 12 | 1 << 13 | 1 << 14 | 1 << 18 | 1 << 22;
         let asked: wire::InitIn = body.take()?;
         if asked.major < wire::MAJOR || (asked.major == wire::MAJOR && asked.minor < wire::MINOR) {
             return Err(Errno::EPROTO);
         }
         // A guest that boots anew knows nothing of what it had.
-        self.handles.clear();
-        self.nodes = Nodes::new(folder::identity(&self.folder.stat()?));
-        self.ready = asked.major == wire::MAJOR;
+        self.begin_session(asked.major == wire::MAJOR);
         let told = wire::InitOut {
             major: wire::MAJOR,
             minor: wire::MINOR,
             readahead: asked.readahead.min(wire::DATA_BYTES_MAX),
-            flags: asked.flags & (BIG_WRITES | MAX_PAGES),
+            flags: asked.flags & WANTED,
             background: 64,
             congestion: 48,
             max_write: wire::DATA_BYTES_MAX,
@@ -236,12 +350,9 @@ impl Server {
         match found {
             Ok((_, stat)) => Ok(stat),
             Err(Errno::ESTALE) => {
-                let open = self
-                    .handles
-                    .values()
-                    .find(|h| h.node == node)
-                    .ok_or(Errno::ESTALE)?;
-                nix::sys::stat::fstat(&open.file)
+                let open = self.handles.values().filter(|h| h.opened.node == node);
+                let file = open.filter_map(|h| h.file.as_ref()).next();
+                nix::sys::stat::fstat(file.ok_or(Errno::ESTALE)?)
             }
             Err(error) => Err(error),
         }
@@ -260,19 +371,49 @@ impl Server {
         stat: &FileStat,
         answer: &mut Vec<u8>,
     ) -> Result<(), Errno> {
-        let node = self.nodes.told(parent, name, folder::identity(stat))?;
-        // Nothing is cached: another guest or the host may change it at any time.
-        let entry = wire::EntryOut {
-            node,
-            attr: self.attr(stat),
-            ..Default::default()
-        };
+        let entry = self.entry(parent, name, stat)?;
         answer.extend_from_slice(entry.as_bytes());
         Ok(())
     }
 
+    /// The guest is told of what is at `name` in `parent`.
+    fn entry(
+        &mut self,
+        parent: u64,
+        name: &OsStr,
+        stat: &FileStat,
+    ) -> Result<wire::EntryOut, Errno> {
+        let of = folder::identity(stat);
+        let node = self.nodes.told(parent, name, of)?;
+        self.journal.told(parent, name, of);
+        let (seconds, ns) = self.validity();
+        Ok(wire::EntryOut {
+            node,
+            entry_valid: seconds,
+            attr_valid: seconds,
+            entry_valid_ns: ns,
+            attr_valid_ns: ns,
+            attr: self.attr(stat),
+            ..Default::default()
+        })
+    }
+
+    fn forget(&mut self, node: u64, count: u64) {
+        self.nodes.forget(node, count);
+        self.journal.forgot(node, count);
+    }
+
+    /// How long the guest may believe what it is told.
+    fn validity(&self) -> (u64, u32) {
+        let ms = self.terms.cache_ms;
+        (u64::from(ms / 1000), ms % 1000 * 1_000_000)
+    }
+
     fn tell_attr(&self, stat: &FileStat, answer: &mut Vec<u8>) {
+        let (valid, valid_ns) = self.validity();
         let out = wire::AttrOut {
+            valid,
+            valid_ns,
             attr: self.attr(stat),
             ..Default::default()
         };
@@ -293,8 +434,8 @@ impl Server {
             ctime_ns: short(stat.st_ctime_nsec),
             mode: stat.st_mode,
             nlink: u32::try_from(stat.st_nlink).unwrap_or(u32::MAX),
-            uid: self.ids.users.to_guest(stat.st_uid),
-            gid: self.ids.groups.to_guest(stat.st_gid),
+            uid: self.terms.ids.users.to_guest(stat.st_uid),
+            gid: self.terms.ids.groups.to_guest(stat.st_gid),
             // Numbers of the host's device nodes mean nothing to the guest.
             rdev: 0,
             block_bytes: short(stat.st_blksize),
@@ -302,20 +443,66 @@ impl Server {
         }
     }
 
-    fn keep(&mut self, node: u64, file: File, answer: &mut Vec<u8>) -> Result<(), Errno> {
+    /// Takes the file behind a handle, to be put back by [`Server::put_back`].
+    fn take_file(&mut self, handle: u64) -> Result<File, Errno> {
+        self.file(handle)?;
+        let held = self.handles.get_mut(&handle).ok_or(Errno::EBADF)?;
+        held.file.take().ok_or(Errno::EBADF)
+    }
+
+    fn put_back(&mut self, handle: u64, file: File) {
+        if let Some(held) = self.handles.get_mut(&handle) {
+            held.file = Some(file);
+        }
+    }
+
+    /// The file behind a handle. One that a predecessor had opened is opened again; EIO when it is gone.
+    fn file(&mut self, handle: u64) -> Result<&File, Errno> {
+        let held = self.handles.get(&handle).ok_or(Errno::EBADF)?;
+        if held.file.is_none() {
+            let opened = held.opened;
+            let flags = match opened.directory {
+                true => OFlag::O_RDONLY | OFlag::O_DIRECTORY,
+                false => content::open_flags(opened.flags) - OFlag::O_TRUNC,
+            };
+            let file = self.open_node(opened.node, flags).map_err(|error| {
+                tracing::warn!(%error, "a file that was open is lost");
+                Errno::EIO
+            })?;
+            let held = self.handles.get_mut(&handle).ok_or(Errno::EBADF)?;
+            held.file = Some(file);
+        }
+        let held = self.handles.get(&handle).and_then(|h| h.file.as_ref());
+        held.ok_or(Errno::EBADF)
+    }
+
+    fn open_node(&self, node: u64, flags: OFlag) -> Result<File, Errno> {
+        let (path, identity) = (self.nodes.path(node)?, self.nodes.identity(node)?);
+        self.folder.open(&path, identity, flags)
+    }
+
+    fn keep(
+        &mut self,
+        node: u64,
+        file: File,
+        flags: u32,
+        directory: bool,
+        answer: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
         if self.handles.len() >= HANDLES_MAX {
             return Err(Errno::ENFILE);
         }
         let handle = self.next_handle;
         self.next_handle += 1;
-        self.handles.insert(
+        let opened = Opened {
             handle,
-            Handle {
-                node,
-                file,
-                entries: Vec::new(),
-            },
-        );
+            node,
+            flags,
+            directory,
+        };
+        self.journal.opened(&opened);
+        let file = Some(file);
+        self.handles.insert(handle, Handle { opened, file });
         answer.extend_from_slice(
             wire::OpenOut {
                 handle,

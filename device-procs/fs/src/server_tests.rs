@@ -1,7 +1,7 @@
 //! Claims about the server, made by a FUSE client of bytes.
 
 use crate::wire::{self, op};
-use crate::{Access, Ids, Server};
+use crate::{Access, Ids, Server, Terms};
 use nix::errno::Errno;
 use proptest::prelude::*;
 use std::fs;
@@ -16,7 +16,9 @@ type Answer = Result<Vec<u8>, Errno>;
 
 impl Client {
     fn with(folder: &Path, access: Access, ids: Ids) -> Self {
-        let server = Server::new(fs::File::open(folder).unwrap().into(), access, ids).unwrap();
+        let terms = Terms { ids, cache_ms: 0 };
+        let folder = fs::File::open(folder).unwrap().into();
+        let server = Server::new(folder, access, terms, None).unwrap();
         let mut client = Self(server);
         let init = wire::InitIn {
             major: 7,

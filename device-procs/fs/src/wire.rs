@@ -22,7 +22,7 @@ pub(crate) mod op {
         MKDIR = 9; UNLINK = 10; RMDIR = 11; RENAME = 12; LINK = 13; OPEN = 14; READ = 15; WRITE = 16;
         STATFS = 17; RELEASE = 18; FSYNC = 20; FLUSH = 25; INIT = 26; OPENDIR = 27; READDIR = 28;
         RELEASEDIR = 29; FSYNCDIR = 30; CREATE = 35; INTERRUPT = 36; DESTROY = 38; BATCH_FORGET = 42;
-        RENAME2 = 45;
+        FALLOCATE = 43; READDIRPLUS = 44; RENAME2 = 45; LSEEK = 46;
     }
 }
 
@@ -67,6 +67,9 @@ wire! {
     ForgetOne { node: u64, count: u64 }
     StatfsOut { blocks: u64, free: u64, available: u64, files: u64, files_free: u64, block_bytes: u32,
         name_bytes_max: u32, fragment_bytes: u32, pad: u32, spare: [u32; 6] }
+    FallocateIn { handle: u64, offset: u64, length: u64, mode: u32, pad: u32 }
+    LseekIn { handle: u64, offset: u64, whence: u32, pad: u32 }
+    LseekOut { offset: u64 }
     Dirent { ino: u64, next: u64, name_bytes: u32, kind: u32 }
 }
 

@@ -3,7 +3,7 @@
 
 #[cfg(test)]
 mod tests {
-    use bulkhead_fs::{Access, Ids, REQUEST_BYTES_MAX, Server};
+    use bulkhead_fs::{Access, REQUEST_BYTES_MAX, Server, Terms};
     use nix::mount::{MsFlags, mount};
     use nix::sched::{CloneFlags, unshare};
     use std::fs::{self, File, OpenOptions};
@@ -15,7 +15,7 @@ mod tests {
     /// Answers requests until the mount is gone.
     fn serve(mut device: &File, folder: &Path, access: Access) {
         let folder = File::open(folder).unwrap().into();
-        let mut server = Server::new(folder, access, Ids::default()).unwrap();
+        let mut server = Server::new(folder, access, Terms::default(), None).unwrap();
         let (mut request, mut answer) = (vec![0; REQUEST_BYTES_MAX], Vec::new());
         loop {
             match device.read(&mut request) {
@@ -72,6 +72,22 @@ mod tests {
                 });
             });
             run.join().unwrap();
+        });
+    }
+
+    #[test]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the suite is the test's own, not a part of the program"
+    )]
+    fn shell_finds_the_semantics_of_a_file_system() {
+        const SUITE: &str = include_str!("../../../tests/e2e/share_suite.sh");
+        let folder = tempfile::tempdir().unwrap();
+        mounted(folder.path(), Access::ReadWrite, |at| {
+            let mut shell = std::process::Command::new("sh");
+            let done = shell.args(["-c", SUITE, "suite"]).arg(at).output().unwrap();
+            let told = String::from_utf8_lossy(&done.stdout).into_owned();
+            assert_eq!(told, "SUITE-DONE\n", "{done:?}");
         });
     }
 

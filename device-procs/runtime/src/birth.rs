@@ -21,7 +21,8 @@ use bulkhead_ipc::control_page::{ControlPage, Phase};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
 use bulkhead_ipc::protocol::birth::{
-    ADOPTION_FD, BIRTH_FDS, Birth, Born, CONTROL_FD, KindConfig, PAGE_FD, UringGrant,
+    ADOPTION_FD, BIRTH_FDS, Birth, Born, CONTROL_FD, DeviceConfig, DeviceOwn, FdRole, KindConfig,
+    PAGE_FD, UringGrant,
 };
 use bulkhead_ipc::shared::SharedError;
 use nix::errno::Errno;
@@ -166,7 +167,11 @@ impl Newborn {
         let page = sys::report_denials(page).map_err(Stillbirth::Harden)?;
         page.set_phase(Phase::Exec);
         let cpus = sys::cpus();
-        let landlock_abi = confine::forbid_paths()?;
+        // A process that shares a folder has to be given that first; until then its root is empty.
+        let early = match kind {
+            ProcKind::Fs => None,
+            _ => Some(confine::forbid_paths()?),
+        };
         // The last moment at which a broker that dies takes the process with it: until now the far
         // end of the channel is the broker's alone.
         let (birth, fds) = channel.recv_within::<Birth>(BIRTH_WITHIN)?;
@@ -174,6 +179,10 @@ impl Newborn {
         let kept = kept(fds, kept_page)?;
         log::start(birth.id, &birth.vm);
         let grants = Grants::adopt(&birth.grants, &kept)?;
+        let landlock_abi = match early {
+            Some(abi) => abi,
+            None => permit_folder(&birth.config, &grants)?,
+        };
         confine::install("start-up", &birth.startup)?;
         page.set_phase(Phase::Startup);
         Ok(move |channel| Self {
@@ -306,6 +315,19 @@ fn tell(channel: &Channel, cause: &Stillbirth) {
     let _sent = channel.send(&Born::Failed { reason }, &[]);
 }
 
+/// Lets a process that shares a folder use what is below that, and nothing else.
+fn permit_folder(config: &KindConfig, grants: &Grants) -> Result<u8, Stillbirth> {
+    let read_only = match config {
+        KindConfig::Device(DeviceConfig {
+            own: DeviceOwn::Fs { read_only, .. },
+            ..
+        }) => *read_only,
+        _ => return Err(Stillbirth::setup("no configuration of a shared folder")),
+    };
+    let folder = grants.look(FdRole::Folder, 0)?;
+    Ok(confine::permit_folder(folder, read_only)?)
+}
+
 fn check(birth: &Birth, kind: ProcKind) -> Result<(), Stillbirth> {
     if birth.version != PROTOCOL_VERSION {
         return Err(Stillbirth::Version { got: birth.version });
@@ -346,7 +368,7 @@ fn check(birth: &Birth, kind: ProcKind) -> Result<(), Stillbirth> {
 mod tests {
     use super::*;
     use bulkhead_ipc::device_kind::VirtioKind;
-    use bulkhead_ipc::protocol::birth::{DeviceConfig, DeviceOwn, Filter};
+    use bulkhead_ipc::protocol::birth::Filter;
 
     fn birth() -> Birth {
         Birth {

@@ -1,5 +1,5 @@
-//! The two walls that a process puts up around itself: Landlock without a single rule, and the
-//! seccomp filters of its birth message.
+//! The two walls that a process puts up around itself: Landlock, without a single rule but for the folder of
+//! a process that shares one, and the seccomp filters of its birth message.
 //!
 //! Landlock comes first, before anything of the process has run, so that no phase of it can name a
 //! file, bind or connect a TCP port, or signal or reach sockets of another process. It is inherited by threads
@@ -8,10 +8,11 @@
 use crate::sys;
 use bulkhead_ipc::protocol::birth::{Filter, ThreadFilter};
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, Ruleset,
-    RulesetAttr, Scope,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, PathBeneath,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, Scope,
 };
 use nix::errno::Errno;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// The newest Landlock ABI whose rights are asked for.
@@ -57,20 +58,49 @@ pub enum ConfineError {
 /// # Errors
 /// [`ConfineError::Landlock`] when a kernel that has it refuses.
 pub fn forbid_paths() -> Result<u8, ConfineError> {
-    let status = Ruleset::default()
+    Ok(in_force(&rules()?.restrict_self()?.landlock))
+}
+
+/// Nothing is permitted by them yet.
+fn rules() -> Result<RulesetCreated, ConfineError> {
+    let rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(LANDLOCK_ABI))?
         .handle_access(AccessNet::from_all(LANDLOCK_ABI))?
-        .scope(Scope::from_all(LANDLOCK_ABI))?
-        .create()?
-        .restrict_self()?;
-    Ok(match status.landlock {
+        .scope(Scope::from_all(LANDLOCK_ABI))?;
+    Ok(rules.create()?)
+}
+
+/// The ABI in force, 0 for none.
+fn in_force(status: &LandlockStatus) -> u8 {
+    match *status {
         LandlockStatus::Available { effective_abi, .. } => (effective_abi as i32)
             .min(LANDLOCK_ABI as i32)
             .try_into()
             .unwrap_or(0),
         LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => 0,
-    })
+    }
+}
+
+/// Forbids the same, but for what is below `folder`: there files and directories are read, and unless it is
+/// `read_only` made, written, renamed and removed. Nothing is executed, and no device node, pipe or socket
+/// is made, anywhere.
+///
+/// # Errors
+/// As [`forbid_paths`].
+pub fn permit_folder(folder: BorrowedFd<'_>, read_only: bool) -> Result<u8, ConfineError> {
+    let read = AccessFs::ReadFile | AccessFs::ReadDir;
+    let change = AccessFs::WriteFile
+        | AccessFs::Truncate
+        | AccessFs::MakeReg
+        | AccessFs::MakeDir
+        | AccessFs::MakeSym
+        | AccessFs::RemoveFile
+        | AccessFs::RemoveDir
+        | AccessFs::Refer;
+    let access = if read_only { read } else { read | change };
+    let rules = rules()?.add_rule(PathBeneath::new(folder, access))?;
+    Ok(in_force(&rules.restrict_self()?.landlock))
 }
 
 /// The locked filters of a process, for each of its threads to put on itself.

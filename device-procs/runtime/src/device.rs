@@ -6,7 +6,7 @@
 
 use crate::birth::{EXIT_STILLBORN, Newborn, Stillbirth};
 use crate::grants::Grants;
-use crate::queues::{Chain, Queues, WindowMemory};
+use crate::queues::{Chain, Kept, Queues, WindowMemory};
 use crate::serve::Server;
 use crate::spin::Spin;
 use crate::wait::{SocketNews, Waiter, Watcher};
@@ -59,6 +59,8 @@ pub struct Setup<'a> {
     pub uring: &'a UringGrant,
     /// The window's memory.
     pub memory: WindowMemory,
+    /// What it keeps for its successor, or has been left by its predecessor.
+    pub kept: Kept,
     /// CPUs that the process may run on.
     pub cpus: usize,
     waiter: &'a Waiter,
@@ -71,6 +73,7 @@ impl<'a> Setup<'a> {
         grants: &'a mut Grants,
         uring: &'a UringGrant,
         memory: WindowMemory,
+        kept: Kept,
         cpus: usize,
         waiter: &'a Waiter,
     ) -> Self {
@@ -79,6 +82,7 @@ impl<'a> Setup<'a> {
             grants,
             uring,
             memory,
+            kept,
             cpus,
             waiter,
         }
@@ -319,7 +323,8 @@ fn prepare<D: Device>(newborn: &mut Newborn) -> Result<Prepared<D>, Stillbirth> 
     };
     let grants = &mut newborn.grants;
     let bytes = usize::try_from(config.window_bytes).map_err(Stillbirth::setup)?;
-    let layout = WindowLayout::new(bytes, &config.queue_sizes).map_err(Stillbirth::setup)?;
+    let layout =
+        WindowLayout::of(config.kind, bytes, &config.queue_sizes).map_err(Stillbirth::setup)?;
     let window_fd = grants.take(FdRole::Window, 0)?;
     let queues = Queues::map(window_fd.try_clone().map_err(Stillbirth::setup)?, &layout)?;
     let window = Window::map(window_fd, layout)?;
@@ -339,7 +344,8 @@ fn prepare<D: Device>(newborn: &mut Newborn) -> Result<Prepared<D>, Stillbirth> 
         .watch(&doorbells.kick, crate::serve::TOKEN_KICK)
         .map_err(Stillbirth::setup)?;
     let (memory, cpus) = (queues.memory(), newborn.cpus);
-    let mut setup = Setup::new(config, grants, &newborn.uring, memory, cpus, &waiter);
+    let kept = Kept::of(&queues, &window.layout);
+    let mut setup = Setup::new(config, grants, &newborn.uring, memory, kept, cpus, &waiter);
     let device = D::start(&mut setup)?;
     Ok(Prepared {
         device,

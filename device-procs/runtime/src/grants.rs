@@ -7,7 +7,7 @@ use crate::sys;
 use bulkhead_ipc::protocol::birth::{FIRST_GRANT_FD, FdRole, GRANTS_MAX, Grant};
 use nix::errno::Errno;
 use nix::sys::stat::{FileStat, SFlag, fstat};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// What is wrong with the descriptors.
 #[derive(Debug, thiserror::Error)]
@@ -127,6 +127,16 @@ impl Grants {
         Ok(self.held.swap_remove(place).2)
     }
 
+    /// Looks at one descriptor that has not been taken.
+    ///
+    /// # Errors
+    /// As [`Grants::take`].
+    pub fn look(&self, role: FdRole, index: u16) -> Result<BorrowedFd<'_>, GrantError> {
+        let missing = GrantError::Missing { role, index };
+        let held = self.position(role, index).and_then(|n| self.held.get(n));
+        held.map(|held| held.2.as_fd()).ok_or(missing)
+    }
+
     /// Whether it is granted and has not been taken: for roles that a policy may leave out.
     #[must_use]
     pub fn has(&self, role: FdRole, index: u16) -> bool {
@@ -179,6 +189,7 @@ fn check_kind(role: FdRole, index: u16, fd: &OwnedFd) -> Result<(), GrantError> 
         FdRole::Disk | FdRole::Image | FdRole::Backing | FdRole::Target => {
             (&[SFlag::S_IFREG, SFlag::S_IFBLK], "a file or block device")
         }
+        FdRole::Folder => (&[SFlag::S_IFDIR], "a directory"),
         FdRole::Kernel
         | FdRole::Initrd
         | FdRole::Core

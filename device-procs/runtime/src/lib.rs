@@ -29,5 +29,5 @@ pub mod wait;
 pub use birth::{Newborn, Stillbirth};
 pub use device::{Device, DeviceFault, Room, Setup, live, run};
 pub use grants::Grants;
-pub use queues::{Chain, Queues, Span};
-pub use sys::{cpus, leave};
+pub use queues::{Chain, Kept, Queues, Span};
+pub use sys::{change_mode, cpus, leave};

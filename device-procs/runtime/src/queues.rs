@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, VolatileSlice,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, VolatileSlice,
 };
 
 /// Descriptors that one chain may have.
@@ -289,6 +289,100 @@ pub struct WindowMemory(GuestMemoryMmap);
 impl WindowMemory {
     pub(crate) fn slice(&self, span: Span) -> VolatileSlice<'_> {
         slice(&self.0, span)
+    }
+}
+
+/// What a device keeps at the end of its window for its successor ([`WindowLayout::kept`]). The gate leaves it
+/// alone, so what is read there is what this process or one before it has written, or the guest that
+/// took the gate over: it is to be checked like any other input.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    memory: WindowMemory,
+    at: u64,
+    bytes: usize,
+}
+
+impl Kept {
+    /// Of a device that keeps nothing.
+    #[must_use]
+    pub const fn nothing(memory: WindowMemory) -> Self {
+        Self {
+            memory,
+            at: 0,
+            bytes: 0,
+        }
+    }
+
+    pub(crate) fn of(queues: &Queues, layout: &WindowLayout) -> Self {
+        Self {
+            memory: queues.memory(),
+            at: layout.kept as u64,
+            bytes: layout.bytes.saturating_sub(layout.kept),
+        }
+    }
+
+    /// Memory that nobody shares, of `bytes` bytes, for tests.
+    ///
+    /// # Panics
+    /// When there is no memory.
+    #[cfg(any(test, feature = "testing"))]
+    #[must_use]
+    #[expect(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
+    pub fn of_its_own(bytes: usize) -> Self {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
+        Self {
+            memory: WindowMemory(memory),
+            at: 0,
+            bytes,
+        }
+    }
+
+    /// Its size in bytes; 0 for kinds that keep nothing.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    fn place(&self, at: usize, bytes: usize) -> Option<GuestAddress> {
+        let end = at.checked_add(bytes)?;
+        (end <= self.bytes).then(|| GuestAddress(self.at + at as u64))
+    }
+
+    /// Copies bytes out. False, and nothing, when they are not inside.
+    #[must_use]
+    pub fn read(&self, at: usize, to: &mut [u8]) -> bool {
+        let place = self.place(at, to.len());
+        place.is_some_and(|place| self.memory.0.read_slice(to, place).is_ok())
+    }
+
+    /// Copies bytes in. False, and nothing, when they are not inside.
+    #[must_use]
+    pub fn write(&self, at: usize, from: &[u8]) -> bool {
+        let place = self.place(at, from.len());
+        place.is_some_and(|place| self.memory.0.write_slice(from, place).is_ok())
+    }
+
+    /// Reads the word at `at`, a multiple of 8; 0 when it is not inside.
+    #[must_use]
+    pub fn load(&self, at: usize) -> u64 {
+        let place = self.place(at, size_of::<u64>());
+        place.map_or(0, |place| {
+            self.memory.0.load(place, Ordering::Acquire).unwrap_or(0)
+        })
+    }
+
+    /// Writes the word at `at`, a multiple of 8, after everything that was written before it.
+    pub fn store(&self, at: usize, word: u64) {
+        if let Some(place) = self.place(at, size_of::<u64>()) {
+            // It is inside, and aligned by its callers.
+            let _stored = self.memory.0.store(word, place, Ordering::Release);
+        }
     }
 }
 

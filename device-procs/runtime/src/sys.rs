@@ -258,6 +258,20 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Sets the permissions of what `fd` refers to, which may be an O_PATH descriptor: no name can come to mean
+/// something else meanwhile. Linux before 6.6 has no such call (ENOSYS).
+///
+/// # Errors
+/// The kernel's errno.
+pub fn change_mode(fd: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
+    /// fchmodat2(2).
+    const FCHMODAT2: libc::c_long = 452;
+    let (number, flags) = (fd.as_raw_fd(), libc::AT_EMPTY_PATH);
+    // SAFETY: the path is a constant with a zero at its end; the rest are plain integers.
+    let result = unsafe { libc::syscall(FCHMODAT2, number, c"".as_ptr(), mode, flags) };
+    Errno::result(result).map(drop)
+}
+
 /// Ends the process at once, with no destructor and no exit handler: those would unmap and close,
 /// which the locked filter refuses.
 pub fn leave(status: i32) -> ! {

@@ -77,6 +77,8 @@ pub enum FdRole {
     Entropy,
     /// The machine's Unix socket, at which clients ask for connections to the guest.
     Listener,
+    /// The directory that is shared: where the broker is root, the root of a mount of its own.
+    Folder,
 }
 
 /// One granted descriptor.
@@ -330,6 +332,17 @@ pub enum DeviceOwn {
         /// Whether it takes the place of a process whose connections have ended with it, which the guest
         /// has to be told.
         is_successor: bool,
+    },
+    /// Shared folder.
+    Fs {
+        /// Whether changes are refused.
+        read_only: bool,
+        /// User and group of the process as it sees itself: those of the files that it may own.
+        own: (u32, u32),
+        /// Which user and group these are in the guest.
+        guest_owner: (u32, u32),
+        /// How long the guest may believe names and attributes without asking, in milliseconds.
+        cache_ms: u32,
     },
 }
 

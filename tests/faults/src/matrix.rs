@@ -139,6 +139,7 @@ const TIME_MS: u64 = 150;
 fn scenario(name: String, phase: Phase, kind: Option<ProcKind>, fault: Fault) -> Scenario {
     let device = match kind {
         Some(ProcKind::Blk) | None => "disk0".to_owned(),
+        Some(ProcKind::Fs) => "share0".to_owned(),
         Some(kind) => kind.name().to_owned(),
     };
     let step = phase.deed().map(|deed| Step {
@@ -535,7 +536,7 @@ pub fn all() -> Vec<Scenario> {
         of_requests(phase, &mut scenarios);
     }
     of_calls(&mut scenarios);
-    for kind in ["blk", "console", "rng", "vsock", "legacy"] {
+    for kind in ["blk", "console", "rng", "vsock", "fs", "legacy"] {
         let mut fault = bare(&format!("window.{kind}"), Action::Corrupt);
         fault.at_ms = Some(AT_MS);
         fault.bytes = Some(4096);

@@ -107,6 +107,7 @@ const WITH_WINDOW: [ProcKind; 5] = [
     ProcKind::Blk,
     ProcKind::Console,
     ProcKind::Rng,
+    ProcKind::Fs,
     ProcKind::Vsock,
     ProcKind::Legacy,
 ];

@@ -97,7 +97,8 @@ fn victims(newborn: &mut Newborn, config: &VcpuConfig) -> Result<Vec<Victim>, St
     let mut victims = Vec::new();
     for device in &config.devices {
         let bytes = usize::try_from(device.window_bytes).map_err(Stillbirth::setup)?;
-        let layout = WindowLayout::new(bytes, &device.queue_sizes).map_err(Stillbirth::setup)?;
+        let layout =
+            WindowLayout::of(device.kind, bytes, &device.queue_sizes).map_err(Stillbirth::setup)?;
         let fd = newborn.grants.take(FdRole::Window, device.slot.into())?;
         let window = Window::map(fd, layout)?;
         victims.push(Victim {

@@ -49,8 +49,8 @@ impl Prey {
         let (mut features, mut config, mut window) = (0, Vec::new(), None);
         if let KindConfig::Device(device) = &newborn.config {
             let bytes = usize::try_from(device.window_bytes).map_err(Stillbirth::setup)?;
-            let layout =
-                WindowLayout::new(bytes, &device.queue_sizes).map_err(Stillbirth::setup)?;
+            let layout = WindowLayout::of(device.kind, bytes, &device.queue_sizes)
+                .map_err(Stillbirth::setup)?;
             window = Some(Window::map(grants.take(FdRole::Window, 0)?, layout)?);
             features = device.features;
             config.clone_from(&device.config);

@@ -40,6 +40,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         other_devices,
     ),
     plain("sockets of both sides", sockets),
+    plain("a shared folder", shared_folder),
     plain("a console that is typed at", typed_at),
     plain("a guest that resets", resets),
     plain("a guest that crashes, with a core", crashes),
@@ -56,6 +57,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     starved("console cannot start", ProcKind::Console, 17),
     starved("rng cannot start", ProcKind::Rng, 14),
     starved("vsock cannot start", ProcKind::Vsock, 14),
+    starved("fs cannot start", ProcKind::Fs, 14),
     denied("blk reports a denial", ProcKind::Blk, "main", "epoll_wait"),
     Scenario {
         denies: Some((ProcKind::Image, "main", "fdatasync")),
@@ -68,6 +70,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         "epoll_wait",
     ),
     denied("rng reports a denial", ProcKind::Rng, "main", "epoll_wait"),
+    denied("fs reports a denial", ProcKind::Fs, "main", "epoll_wait"),
     denied(
         "vsock reports a denial",
         ProcKind::Vsock,
@@ -289,6 +292,12 @@ fn sockets(stage: &Stage) {
     );
 }
 
+fn shared_folder(stage: &Stage) {
+    let folder = tempfile::tempdir().unwrap();
+    let share = ["--share", folder.path().to_str().unwrap()];
+    good(stage.guest("mode=share,hello timeout=60", &share));
+}
+
 fn typed_at(stage: &Stage) {
     let load = "mode=console lines=2 count=2 timeout=60";
     let mut machine = stage.guest(load, &["--console", "virtio"]);
@@ -340,9 +349,11 @@ fn assembled(directory: &TempDir) -> String {
 fn devices_die(stage: &Stage) {
     let disk = on_a_ring();
     let load = "mode=rng,blk-load,legacy,console seconds=2 qd=32 timeout=60";
-    let mut machine = stage.guest(load, &["--disk", path(&disk)]);
+    let folder = tempfile::tempdir().unwrap();
+    let share = folder.path().to_str().unwrap();
+    let mut machine = stage.guest(load, &["--disk", path(&disk), "--share", share]);
     machine.expect("BH blk-load.begin");
-    for (n, kind) in (1..).zip(["blk", "rng", "console", "legacy"]) {
+    for (n, kind) in (1..).zip(["blk", "rng", "console", "fs", "legacy"]) {
         kill(machine.process(kind));
         machine.expect_restarts(n);
     }
@@ -351,8 +362,19 @@ fn devices_die(stage: &Stage) {
 
 fn every_device(stage: &Stage) {
     let (ring, memory) = (on_a_ring(), in_memory());
-    let disks = ["--disk", path(&ring), "--disk", path(&memory), "-c", "2"];
-    good(stage.guest("mode=blk,rng,legacy,console,smp", &disks));
+    let folder = tempfile::tempdir().unwrap();
+    let share = folder.path().to_str().unwrap();
+    let disks = [
+        "--disk",
+        path(&ring),
+        "--disk",
+        path(&memory),
+        "--share",
+        share,
+        "-c",
+        "2",
+    ];
+    good(stage.guest("mode=blk,rng,share,legacy,console,smp", &disks));
     sockets(stage);
 }
 
@@ -367,7 +389,16 @@ fn longest_chains(stage: &Stage) {
 
 fn next_broker(stage: &Stage) {
     let disk = in_memory();
-    let more = ["--vsock", "--disk", path(&disk), "--name=web"];
+    let folder = tempfile::tempdir().unwrap();
+    let share = folder.path().to_str().unwrap();
+    let more = [
+        "--vsock",
+        "--disk",
+        path(&disk),
+        "--share",
+        share,
+        "--name=web",
+    ];
     let mut machine = stage.guest("mode=button", &more);
     machine.expect("BH button.ready");
     for kind in ProcKind::OF_MACHINES {
@@ -429,8 +460,10 @@ fn adopt(stage: &Stage, machine: &Machine) -> Option<Ending> {
 
 /// The policy denies what the process cannot do without: it says so, and ends by itself.
 fn reports_a_denial(stage: &Stage) {
-    let disk = on_a_ring();
-    let machine = stage.guest("mode=idle", &["--vsock", "--disk", path(&disk)]);
+    let (disk, folder) = (on_a_ring(), tempfile::tempdir().unwrap());
+    let share = folder.path().to_str().unwrap();
+    let devices = ["--vsock", "--disk", path(&disk), "--share", share];
+    let machine = stage.guest("mode=idle", &devices);
     machine.expect_error("is not granted to thread");
     machine.expect_error("was stopped by the kernel");
     machine.signal(Signal::SIGTERM);
@@ -439,10 +472,10 @@ fn reports_a_denial(stage: &Stage) {
 
 /// A process that cannot start says why, for which it first gives up what it had.
 fn cannot_start(stage: &Stage) {
-    let disk = on_a_ring();
-    let ended = stage
-        .guest("mode=idle seconds=60", &["--vsock", "--disk", path(&disk)])
-        .wait();
+    let (disk, folder) = (on_a_ring(), tempfile::tempdir().unwrap());
+    let share = folder.path().to_str().unwrap();
+    let devices = ["--vsock", "--disk", path(&disk), "--share", share];
+    let ended = stage.guest("mode=idle seconds=60", &devices).wait();
     assert_eq!(ended.code, 6, "{ended:?}");
     assert!(ended.errors.contains("Too many open files"), "{ended:?}");
 }

@@ -43,6 +43,7 @@ const PACKAGES: [&str; 7] = [
     "bulkhead-blk",
     "bulkhead-rng",
     "bulkhead-vsock",
+    "bulkhead-fs",
 ];
 
 /// `cargo xtask mutants …`

@@ -31,7 +31,7 @@ const BUILT_IN_GUEST: &str = "bulkhead-guest.elf";
 
 /// The program of all device processes, and the kinds under whose names it is installed.
 const DEVICE_PROGRAM: &str = "bulkhead-devices";
-const DEVICE_KINDS: [&str; 5] = ["blk", "console", "legacy", "rng", "vsock"];
+const DEVICE_KINDS: [&str; 6] = ["blk", "console", "fs", "legacy", "rng", "vsock"];
 
 /// `cargo xtask test …`
 #[derive(clap::Args)]

@@ -9,7 +9,7 @@
 
 use super::copy::{Direction, NotMemory, copy_spans};
 use super::journal::{Entry, GuestSpan};
-use bulkhead_ipc::device_kind::{Framing, HEAD_SLOT_BYTES, POSITION_BYTES, TAIL_OFFSET};
+use bulkhead_ipc::device_kind::{Failure, Framing, HEAD_SLOT_BYTES, POSITION_BYTES, TAIL_OFFSET};
 use bulkhead_ipc::ring::{RequestLayout, RingFault, ShadowDriver, Span, WindowPages};
 use bulkhead_ipc::shared::SharedMemory;
 use bulkhead_ipc::window::{DATA_PAGE_BYTES, QueueLayout, Window};
@@ -299,6 +299,10 @@ impl GateQueue {
         if self.framing.positioned {
             window.write(head_at, entry.stream_position);
             head_bytes = POSITION_BYTES;
+        } else if self.framing.numbered {
+            // From 1, so that 0 is none.
+            window.write(head_at, entry.order.saturating_add(1));
+            head_bytes = POSITION_BYTES;
         }
         let gather = |skip, at, len| {
             copy_spans(
@@ -472,7 +476,11 @@ impl GateQueue {
             let written = memory.write_obj(STATUS_IOERR, GuestAddress(at));
             debug_assert!(written.is_ok(), "guest memory was checked");
         }
-        self.put_used(memory, entry.head, tail_len.min(entry.writable_bytes));
+        let written = match self.framing.failure {
+            Failure::Status => tail_len.min(entry.writable_bytes),
+            Failure::Fuse => fuse_error(memory, entry),
+        };
+        self.put_used(memory, entry.head, written);
     }
 
     /// Whether the guest wants an interrupt for the used elements put since the last call.
@@ -553,6 +561,51 @@ impl GateQueue {
             .as_mut()
             .is_some_and(|g| g.enable_notification(memory).unwrap_or(false))
     }
+}
+
+/// Tells EIO as a FUSE server would: an answer header whose identifier is that of the request. Without it Linux
+/// would take an empty answer for success. Returns the bytes written: none where there is no room,
+/// since nobody expects an answer then.
+fn fuse_error(memory: &GuestMemoryMmap, entry: &Entry) -> usize {
+    const ANSWER_BYTES: usize = 16;
+    const UNIQUE_AT: usize = 8;
+    let mut unique = [0u8; 8];
+    let mut skip = UNIQUE_AT;
+    let mut filled = 0;
+    for span in &entry.readable {
+        let at = skip.min(span.len);
+        skip -= at;
+        let rest = unique.get_mut(filled..).unwrap_or_default();
+        let n = rest.len().min(span.len - at);
+        let from = GuestAddress(span.address.0.saturating_add(at as u64));
+        let part = rest.get_mut(..n).unwrap_or_default();
+        if memory.read_slice(part, from).is_err() {
+            return 0;
+        }
+        filled += n;
+    }
+    if filled < unique.len() || entry.writable_bytes < ANSWER_BYTES {
+        return 0;
+    }
+    let mut answer = [0u8; ANSWER_BYTES];
+    let fields = [(0, u32::to_le_bytes(16)), (4, (-libc::EIO).to_le_bytes())];
+    for (at, bytes) in fields {
+        for (place, byte) in answer.iter_mut().skip(at).zip(bytes) {
+            *place = byte;
+        }
+    }
+    for (place, byte) in answer.iter_mut().skip(8).zip(unique) {
+        *place = byte;
+    }
+    let mut left = answer.as_slice();
+    for span in &entry.writable {
+        let (part, rest) = left.split_at(span.len.min(left.len()));
+        if memory.write_slice(part, span.address).is_err() {
+            return 0;
+        }
+        left = rest;
+    }
+    ANSWER_BYTES
 }
 
 fn release(held: &mut usize, pages: &mut WindowPages, entry: &mut Entry) {

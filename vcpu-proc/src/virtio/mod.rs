@@ -159,11 +159,12 @@ pub fn build(
         };
         let name = || slot.name.clone();
         let bytes = usize::try_from(slot.window_bytes).unwrap_or(0);
-        let layout =
-            WindowLayout::new(bytes, &slot.queue_sizes).map_err(|source| VirtioError::Layout {
+        let layout = WindowLayout::of(slot.kind, bytes, &slot.queue_sizes).map_err(|source| {
+            VirtioError::Layout {
                 name: name(),
                 source,
-            })?;
+            }
+        })?;
         let window = Window::map(fds.window, layout).map_err(|source| VirtioError::Window {
             name: name(),
             source,

@@ -1,17 +1,18 @@
 //! Requests that change the folder. They are refused before they come here when it is read-only.
 
-use super::content::open_flags;
+use super::content::{open_flags, raw};
 use super::{HANDLES_MAX, Server};
 use crate::folder::{self, Folder};
+use crate::nodes::Identity;
 use crate::wire::{self, Body, op};
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, RenameFlags, renameat2};
-use nix::sys::stat::{
-    FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, fstat, mkdirat, utimensat,
-};
-use nix::sys::time::TimeSpec;
+use nix::fcntl::{AtFlags, OFlag};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::{Gid, LinkatFlags, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat};
+use rustix::fs::{FallocateFlags, RenameFlags, Timespec, Timestamps, renameat_with};
 use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use zerocopy::IntoBytes;
 
@@ -42,6 +43,7 @@ impl Server {
             op::SETATTR => self.set_attr(node, body, answer),
             op::WRITE => self.write(body, answer),
             op::CREATE => self.create(node, body, answer),
+            op::FALLOCATE => self.allocate(body),
             op::MKNOD => {
                 let asked: wire::MknodIn = body.take()?;
                 let name = folder::name(body.text()?)?;
@@ -49,34 +51,39 @@ impl Server {
                 if asked.mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
                     return Err(Errno::EPERM);
                 }
-                let dir = self.directory(node)?;
-                Folder::create(&dir, name, OFlag::O_WRONLY, mode(asked.mode, asked.umask))?;
-                self.enter(node, name, answer)
+                let mode = mode(asked.mode, asked.umask);
+                self.make(node, name, answer, |dir| {
+                    Folder::create(dir, name, OFlag::O_WRONLY, mode).map(drop)
+                })
             }
             op::MKDIR => {
                 let asked: wire::MkdirIn = body.take()?;
                 let name = folder::name(body.text()?)?;
-                mkdirat(&self.directory(node)?, name, mode(asked.mode, asked.umask))?;
-                self.enter(node, name, answer)
+                let mode = mode(asked.mode, asked.umask);
+                self.make(node, name, answer, |dir| mkdirat(dir, name, mode))
             }
             op::SYMLINK => {
                 let name = folder::name(body.text()?)?;
                 let target = body.text()?;
                 let target = <OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(target);
-                symlinkat(target, &self.directory(node)?, name)?;
-                self.enter(node, name, answer)
+                self.make(node, name, answer, |dir| symlinkat(target, dir, name))
             }
             op::LINK => {
                 let old: wire::LinkIn = body.take()?;
                 let name = folder::name(body.text()?)?;
                 let expected = self.nodes.identity(old.node)?;
                 let (parent, old_name) = self.nodes.place(old.node)?;
-                let (from, to) = (self.directory(parent)?, self.directory(node)?);
-                if folder::identity(&Folder::look(&from, old_name)?) != expected {
+                let (from, old_name) = (self.directory(parent)?, old_name.to_owned());
+                if folder::identity(&Folder::look(&from, &old_name)?) != expected {
                     return Err(Errno::ESTALE);
                 }
-                linkat(&from, old_name, &to, name, LinkatFlags::empty())?;
-                self.enter(node, name, answer)
+                self.make(node, name, answer, |dir| {
+                    linkat(&from, old_name.as_os_str(), dir, name, LinkatFlags::empty())
+                })?;
+                // It stays where it was: the new name may be the first to go.
+                self.nodes.moved(expected, parent, &old_name);
+                self.journal.moved(expected, parent, &old_name);
+                Ok(())
             }
             op::UNLINK => self.remove(node, body, UnlinkatFlags::NoRemoveDir),
             op::RMDIR => self.remove(node, body, UnlinkatFlags::RemoveDir),
@@ -87,7 +94,7 @@ impl Server {
             op::RENAME2 => {
                 let asked: wire::Rename2In = body.take()?;
                 // A whiteout is a device node.
-                let allowed = RenameFlags::RENAME_NOREPLACE | RenameFlags::RENAME_EXCHANGE;
+                let allowed = RenameFlags::NOREPLACE | RenameFlags::EXCHANGE;
                 let flags = RenameFlags::from_bits(asked.flags)
                     .filter(|flags| allowed.contains(*flags))
                     .ok_or(Errno::EINVAL)?;
@@ -95,6 +102,24 @@ impl Server {
             }
             _ => Err(Errno::ENOSYS),
         }
+    }
+
+    /// Makes something at `name`, unless a predecessor did before it died.
+    fn make(
+        &mut self,
+        parent: u64,
+        name: &OsStr,
+        answer: &mut Vec<u8>,
+        make: impl FnOnce(&OwnedFd) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        let dir = self.directory(parent)?;
+        let now = identity_at(&dir, name);
+        let before = self.announce([now, None]);
+        let was_made = before.is_some_and(|before| before[0].is_none()) && now.is_some();
+        if !was_made {
+            make(&dir)?;
+        }
+        self.enter(parent, name, answer)
     }
 
     fn create(
@@ -112,50 +137,96 @@ impl Server {
         let exclusive =
             OFlag::from_bits_truncate(asked.flags.cast_signed()).contains(OFlag::O_EXCL);
         let dir = self.directory(parent)?;
-        match Folder::create(
+        let now = identity_at(&dir, name);
+        let before = self.announce([now, None]);
+        let was_made = before.is_some_and(|before| before[0].is_none()) && now.is_some();
+        let made = Folder::create(
             &dir,
             name,
             flags - OFlag::O_TRUNC,
             mode(asked.mode, asked.umask),
-        ) {
+        );
+        match made {
             Ok(file) => {
                 let start = answer.len();
                 self.tell_entry(parent, name, &fstat(&file)?, answer)?;
                 let node = told_node(answer, start)?;
-                self.keep(node, file, answer)
+                self.keep(node, file, asked.flags, false, answer)
             }
-            // Another guest or the host was faster.
-            Err(Errno::EEXIST) if !exclusive => {
+            // Another guest, the host, or a predecessor was faster.
+            Err(Errno::EEXIST) if !exclusive || was_made => {
                 let start = answer.len();
                 self.enter(parent, name, answer)?;
                 let node = told_node(answer, start)?;
-                let opened = self
-                    .nodes
-                    .path(node)
-                    .and_then(|path| self.folder.open(&path, self.nodes.identity(node)?, flags));
                 // The guest does not learn of the node, so it will not forget it.
-                let file = opened.inspect_err(|_| self.nodes.forget(node, 1))?;
-                self.keep(node, file, answer)
+                let opened = self.open_node(node, flags);
+                let file = opened.inspect_err(|_| self.forget(node, 1))?;
+                self.keep(node, file, asked.flags, false, answer)
             }
             Err(error) => Err(error),
         }
     }
 
-    fn write(&self, body: &mut Body<'_>, answer: &mut Vec<u8>) -> Result<(), Errno> {
+    /// Room for data, or a hole, or zeroes. What moves data is not done.
+    fn allocate(&mut self, body: &mut Body<'_>) -> Result<(), Errno> {
+        let asked: wire::FallocateIn = body.take()?;
+        let allowed =
+            FallocateFlags::KEEP_SIZE | FallocateFlags::PUNCH_HOLE | FallocateFlags::ZERO_RANGE;
+        let flags = FallocateFlags::from_bits(asked.mode)
+            .filter(|flags| allowed.contains(*flags))
+            .ok_or(Errno::EOPNOTSUPP)?;
+        let file = self.file(asked.handle)?;
+        rustix::fs::fallocate(file, flags, asked.offset, asked.length).map_err(raw)
+    }
+
+    fn write(&mut self, body: &mut Body<'_>, answer: &mut Vec<u8>) -> Result<(), Errno> {
         let asked: wire::WriteIn = body.take()?;
-        let handle = self.handles.get(&asked.handle).ok_or(Errno::EBADF)?;
         let size =
             usize::try_from(asked.size.min(wire::DATA_BYTES_MAX)).map_err(|_| Errno::EINVAL)?;
         let data = body.0.get(..size).ok_or(Errno::EINVAL)?;
-        let written = loop {
-            match handle.file.write_at(data, asked.offset) {
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                done => break done.map_err(|e| folder::errno(&e))?,
-            }
+        let held = self.handles.get(&asked.handle).ok_or(Errno::EBADF)?;
+        let appends = open_flags(held.opened.flags).contains(OFlag::O_APPEND);
+        let written = if appends {
+            self.append(asked.handle, data)?
+        } else {
+            write_all(self.file(asked.handle)?, data, asked.offset)?
         };
         let size = u32::try_from(written).map_err(|_| Errno::EIO)?;
         answer.extend_from_slice(wire::WriteOut { size, pad: 0 }.as_bytes());
         Ok(())
+    }
+
+    /// Appends, unless a predecessor did: then the data is where the file ended before.
+    fn append(&mut self, handle: u64, data: &[u8]) -> Result<usize, Errno> {
+        let end = fstat(self.file(handle)?)?.st_size.cast_unsigned();
+        // The word for an inode number is that of the end here, counted from 1.
+        let mark = |end: u64| {
+            Some(Identity {
+                dev: 0,
+                ino: end + 1,
+            })
+        };
+        let before = self.announce([mark(end), None]);
+        let began_at = before.and_then(|before| before[0]);
+        let began_at = began_at.map(|mark| mark.ino.saturating_sub(1));
+        let opened = self.handles.get(&handle).map(|held| held.opened);
+        let opened = opened.ok_or(Errno::EBADF)?;
+        match began_at {
+            Some(began_at) if end > began_at => {
+                // Its own file cannot be read if it was opened for writing alone.
+                let file = self.open_node(opened.node, OFlag::O_RDONLY);
+                let file = file.map_err(|_| Errno::EIO)?;
+                let mut there = vec![0; data.len()];
+                let read = file.read_exact_at(&mut there, began_at);
+                // A part, or something else: nobody knows.
+                match read.is_ok() && there == data {
+                    true => Ok(data.len()),
+                    false => Err(Errno::EIO),
+                }
+            }
+            // The offset means nothing: the file ends there, wherever that is.
+            _ => write_all(self.file(handle)?, data, end),
+        }
     }
 
     fn remove(
@@ -166,9 +237,16 @@ impl Server {
     ) -> Result<(), Errno> {
         let name = folder::name(body.text()?)?;
         let dir = self.directory(parent)?;
-        let gone = Folder::look(&dir, name)?;
-        unlinkat(&dir, name, flags)?;
-        self.nodes.removed(parent, name, folder::identity(&gone));
+        let (now, has_others) = identity_and_names(&dir, name);
+        let before = self.announce([now, None]).and_then(|before| before[0]);
+        let was_removed = before.is_some() && before != now;
+        if !was_removed {
+            unlinkat(&dir, name, flags)?;
+        }
+        if let Some(gone) = before.or(now).filter(|_| !has_others) {
+            self.nodes.removed(parent, name, gone);
+            self.journal.removed(parent, name, gone);
+        }
         Ok(())
     }
 
@@ -181,17 +259,28 @@ impl Server {
     ) -> Result<(), Errno> {
         let (name, new_name) = (folder::name(body.text()?)?, folder::name(body.text()?)?);
         let (from, to) = (self.directory(parent)?, self.directory(new_parent)?);
-        let replaced = Folder::look(&to, new_name).ok();
-        renameat2(&from, name, &to, new_name, flags)?;
-        if let Some(stat) = &replaced
-            && !flags.contains(RenameFlags::RENAME_EXCHANGE)
+        let (target, has_others) = identity_and_names(&to, new_name);
+        let now = [identity_at(&from, name), target];
+        let before = self.announce(now);
+        let [old, replaced] = before.unwrap_or(now);
+        // What was at the old name is at the new one, and no longer at the old one.
+        let was_renamed = before.is_some() && old.is_some() && now[1] == old && now[0] != old;
+        if !was_renamed {
+            renameat_with(&from, name, &to, new_name, flags).map_err(raw)?;
+        }
+        if let Some(gone) = replaced
+            && !flags.contains(RenameFlags::EXCHANGE)
+            // Two names of one file stay as they are.
+            && replaced != old
+            && !has_others
         {
-            self.nodes
-                .removed(new_parent, new_name, folder::identity(stat));
+            self.nodes.removed(new_parent, new_name, gone);
+            self.journal.removed(new_parent, new_name, gone);
         }
         for (dir, at, name) in [(&from, parent, name), (&to, new_parent, new_name)] {
-            if let Ok(stat) = Folder::look(dir, name) {
-                self.nodes.moved(folder::identity(&stat), at, name);
+            if let Some(of) = identity_at(dir, name) {
+                self.nodes.moved(of, at, name);
+                self.journal.moved(of, at, name);
             }
         }
         Ok(())
@@ -207,13 +296,10 @@ impl Server {
         let (path, expected) = (self.nodes.path(node)?, self.nodes.identity(node)?);
         let has = |bit| asked.valid & bit != 0;
         if has(SET_SIZE) {
-            let by_node = |n: u64| self.handles.get(&asked.handle).filter(|h| h.node == n);
-            let done = match by_node(node) {
-                Some(handle) => handle.file.set_len(asked.size),
-                None => self
-                    .folder
-                    .open(&path, expected, OFlag::O_WRONLY)?
-                    .set_len(asked.size),
+            let held = self.handles.get(&asked.handle);
+            let done = match held.is_some_and(|held| held.opened.node == node) {
+                true => self.file(asked.handle)?.set_len(asked.size),
+                false => self.open_node(node, OFlag::O_WRONLY)?.set_len(asked.size),
             };
             done.map_err(|e| folder::errno(&e))?;
         }
@@ -221,8 +307,8 @@ impl Server {
             true => map.to_host(id).map(Some).ok_or(Errno::EPERM),
             false => Ok(None),
         };
-        let user = owner(SET_UID, asked.uid, &self.ids.users)?.map(Uid::from_raw);
-        let group = owner(SET_GID, asked.gid, &self.ids.groups)?.map(Gid::from_raw);
+        let user = owner(SET_UID, asked.uid, &self.terms.ids.users)?.map(Uid::from_raw);
+        let group = owner(SET_GID, asked.gid, &self.terms.ids.groups)?.map(Gid::from_raw);
         let times = SET_ATIME | SET_MTIME;
         if asked.valid & (SET_MODE | SET_UID | SET_GID | times) != 0 {
             let (fd, _) = self.folder.locate(&path, expected)?;
@@ -235,33 +321,26 @@ impl Server {
                     AtFlags::AT_EMPTY_PATH | AtFlags::AT_SYMLINK_NOFOLLOW,
                 )?;
             }
-            // Mode and times go by name: there is no call for them on a descriptor without rights.
-            let (dir, name) = match self.nodes.place(node) {
-                Ok((parent, name)) => (self.directory(parent)?, name),
-                Err(_) => (fd, OsStr::new(".")),
-            };
             if has(SET_MODE) {
-                fchmodat(
-                    &dir,
-                    name,
-                    mode(asked.mode, 0),
-                    FchmodatFlags::NoFollowSymlink,
-                )?;
+                bulkhead_runtime::change_mode(fd.as_fd(), mode(asked.mode, 0).bits())?;
             }
             if asked.valid & times != 0 {
-                let at = time(
-                    has(SET_ATIME),
-                    has(SET_ATIME_NOW),
-                    asked.atime,
-                    asked.atime_ns,
-                );
-                let mt = time(
-                    has(SET_MTIME),
-                    has(SET_MTIME_NOW),
-                    asked.mtime,
-                    asked.mtime_ns,
-                );
-                utimensat(&dir, name, &at, &mt, UtimensatFlags::NoFollowSymlink)?;
+                let times = Timestamps {
+                    last_access: time(
+                        has(SET_ATIME),
+                        has(SET_ATIME_NOW),
+                        asked.atime,
+                        asked.atime_ns,
+                    ),
+                    last_modification: time(
+                        has(SET_MTIME),
+                        has(SET_MTIME_NOW),
+                        asked.mtime,
+                        asked.mtime_ns,
+                    ),
+                };
+                rustix::fs::utimensat(&fd, "", &times, rustix::fs::AtFlags::EMPTY_PATH)
+                    .map_err(raw)?;
             }
         }
         let stat = self.stat(node)?;
@@ -270,16 +349,59 @@ impl Server {
     }
 }
 
-const fn time(set: bool, now: bool, seconds: u64, ns: u32) -> TimeSpec {
+const fn time(set: bool, now: bool, seconds: u64, ns: u32) -> Timespec {
     match (set, now) {
-        (false, _) => TimeSpec::UTIME_OMIT,
-        (true, true) => TimeSpec::UTIME_NOW,
+        (false, _) => Timespec {
+            tv_sec: 0,
+            tv_nsec: rustix::fs::UTIME_OMIT,
+        },
+        (true, true) => Timespec {
+            tv_sec: 0,
+            tv_nsec: rustix::fs::UTIME_NOW,
+        },
         // Past a second, the kernel would take some numbers for "now" or "as it is".
         (true, false) => {
             let ns = if ns < 1_000_000_000 { ns } else { 999_999_999 };
-            TimeSpec::new(seconds.cast_signed(), ns as i64)
+            Timespec {
+                tv_sec: seconds.cast_signed(),
+                tv_nsec: ns as i64,
+            }
         }
     }
+}
+
+/// Which file is at `name`, if there is one, and whether it has other names as well: then it is not gone with
+/// this one.
+fn identity_and_names(dir: &OwnedFd, name: &OsStr) -> (Option<Identity>, bool) {
+    let found = Folder::look(dir, name).ok();
+    let others = |stat: &FileStat| folder::kind(stat) != SFlag::S_IFDIR && stat.st_nlink > 1;
+    (
+        found.as_ref().map(folder::identity),
+        found.as_ref().is_some_and(others),
+    )
+}
+
+/// Which file is at `name`, if there is one.
+fn identity_at(dir: &OwnedFd, name: &OsStr) -> Option<Identity> {
+    Folder::look(dir, name)
+        .ok()
+        .map(|stat| folder::identity(&stat))
+}
+
+/// Writes as much as the host takes. Returns how much: an error only when that is nothing.
+fn write_all(file: &File, data: &[u8], offset: u64) -> Result<usize, Errno> {
+    let mut written = 0;
+    while let Some(rest) = data.get(written..).filter(|rest| !rest.is_empty()) {
+        let at = offset.checked_add(written as u64).ok_or(Errno::EFBIG)?;
+        match file.write_at(rest, at) {
+            Ok(0) => break,
+            Ok(n) => written += n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) if written > 0 => break,
+            Err(e) => return Err(folder::errno(&e)),
+        }
+    }
+    Ok(written)
 }
 
 /// The number of the node that the entry at `start` of the answer tells of.

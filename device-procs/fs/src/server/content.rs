@@ -1,27 +1,22 @@
 //! Requests that only look: content, directories, links.
 
 use super::{Access, HANDLES_MAX, Server};
-use crate::folder;
+use crate::folder::{self, Folder};
 use crate::wire::{self, Body};
-use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, readlinkat};
-use nix::sys::stat::{Mode, SFlag};
+use nix::sys::stat::SFlag;
 use nix::sys::statvfs::fstatvfs;
+use rustix::fs::{FileType, RawDir, SeekFrom};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::mem::MaybeUninit;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
 use zerocopy::IntoBytes;
 
-/// Entries that a directory may have; reading a larger one is EOVERFLOW.
-const ENTRIES_MAX: usize = 1 << 17;
-
-/// An entry of a directory.
-#[derive(Debug)]
-pub(super) struct Entry {
-    ino: u64,
-    kind: u32,
-    name: Vec<u8>,
-}
+/// Bytes of a directory that are read at a time, at most.
+const LISTING_BYTES: usize = 64 << 10;
 
 impl Server {
     pub(super) fn open(
@@ -44,20 +39,18 @@ impl Server {
         if changes && self.access == Access::ReadOnly {
             return Err(Errno::EROFS);
         }
-        let file = self
-            .folder
-            .open(&self.nodes.path(node)?, self.nodes.identity(node)?, flags)?;
-        self.keep(node, file, answer)
+        let file = self.open_node(node, flags)?;
+        self.keep(node, file, asked.flags, directory, answer)
     }
 
     pub(super) fn read(
-        &self,
+        &mut self,
         body: &mut Body<'_>,
         room: usize,
         answer: &mut Vec<u8>,
     ) -> Result<(), Errno> {
         let asked: wire::ReadIn = body.take()?;
-        let handle = self.handles.get(&asked.handle).ok_or(Errno::EBADF)?;
+        let file = self.file(asked.handle)?;
         let start = answer.len();
         let size = usize::try_from(asked.size.min(wire::DATA_BYTES_MAX)).unwrap_or(0);
         answer.resize(start + size.min(room.saturating_sub(start)), 0);
@@ -65,7 +58,7 @@ impl Server {
         while let Some(rest) = answer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             let done = (filled - start) as u64;
             let offset = asked.offset.checked_add(done).ok_or(Errno::EINVAL)?;
-            match handle.file.read_at(rest, offset) {
+            match file.read_at(rest, offset) {
                 Ok(0) => break,
                 Ok(n) => filled += n,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
@@ -77,37 +70,88 @@ impl Server {
         Ok(())
     }
 
+    /// Entries of a directory from the place that the host's file system has given: nothing is remembered of
+    /// it here. With `plus`, the directory's node, also what each entry is.
     pub(super) fn read_dir(
         &mut self,
+        plus: Option<u64>,
         body: &mut Body<'_>,
         room: usize,
         answer: &mut Vec<u8>,
     ) -> Result<(), Errno> {
         let asked: wire::ReadIn = body.take()?;
-        let handle = self.handles.get_mut(&asked.handle).ok_or(Errno::EBADF)?;
-        if asked.offset == 0 {
-            handle.entries = entries(&handle.file)?;
-        }
+        let directory = self.take_file(asked.handle)?;
+        let done = self.list(&directory, plus, &asked, room, answer);
+        self.put_back(asked.handle, directory);
+        done
+    }
+
+    fn list(
+        &mut self,
+        directory: &File,
+        plus: Option<u64>,
+        asked: &wire::ReadIn,
+        room: usize,
+        answer: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        let start = answer.len();
         let size = usize::try_from(asked.size).unwrap_or(usize::MAX);
-        let end = room.min(answer.len().saturating_add(size));
-        let from = usize::try_from(asked.offset).map_err(|_| Errno::EINVAL)?;
-        for (at, entry) in handle.entries.iter().enumerate().skip(from) {
-            let bytes = size_of::<wire::Dirent>() + entry.name.len().next_multiple_of(8);
+        let end = room.min(start.saturating_add(size));
+        rustix::fs::seek(directory, SeekFrom::Start(asked.offset)).map_err(raw)?;
+        let mut buffer = vec![MaybeUninit::uninit(); size.clamp(4096, LISTING_BYTES)];
+        let mut entries = RawDir::new(directory, &mut buffer);
+        while let Some(entry) = entries.next() {
+            let entry = match entry {
+                // What was told is told.
+                Err(_) if answer.len() > start => break,
+                entry => entry.map_err(raw)?,
+            };
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            // What is above the folder is none of the guest's business.
+            if name == "." || name == ".." {
+                continue;
+            }
+            let front = if plus.is_some() {
+                size_of::<wire::EntryOut>()
+            } else {
+                0
+            };
+            let bytes = front + size_of::<wire::Dirent>() + name.len().next_multiple_of(8);
             if answer.len() + bytes > end {
                 break;
             }
-            let name_bytes = u32::try_from(entry.name.len()).map_err(|_| Errno::EIO)?;
-            let next = at as u64 + 1;
+            if let Some(node) = plus {
+                // What is gone or cannot be told is listed without: the guest looks it up if it wants to.
+                let stat = Folder::look(directory, name);
+                let told = stat.and_then(|stat| self.entry(node, name, &stat));
+                answer.extend_from_slice(told.unwrap_or_default().as_bytes());
+            }
             let dirent = wire::Dirent {
-                ino: entry.ino,
-                next,
-                name_bytes,
-                kind: entry.kind,
+                ino: entry.ino(),
+                next: entry.next_entry_cookie(),
+                name_bytes: u32::try_from(name.len()).map_err(|_| Errno::EIO)?,
+                kind: kind_of(entry.file_type()),
             };
             answer.extend_from_slice(dirent.as_bytes());
-            answer.extend_from_slice(&entry.name);
+            answer.extend_from_slice(name.as_bytes());
             answer.resize(answer.len().next_multiple_of(8), 0);
         }
+        Ok(())
+    }
+
+    /// Where the next data, or the next hole, begins.
+    pub(super) fn seek(&mut self, body: &mut Body<'_>, answer: &mut Vec<u8>) -> Result<(), Errno> {
+        const SEEK_DATA: u32 = 3;
+        const SEEK_HOLE: u32 = 4;
+        let asked: wire::LseekIn = body.take()?;
+        let to = match asked.whence {
+            SEEK_DATA => SeekFrom::Data(asked.offset),
+            SEEK_HOLE => SeekFrom::Hole(asked.offset),
+            // The guest's kernel does all others by itself.
+            _ => return Err(Errno::EINVAL),
+        };
+        let offset = rustix::fs::seek(self.file(asked.handle)?, to).map_err(raw)?;
+        answer.extend_from_slice(wire::LseekOut { offset }.as_bytes());
         Ok(())
     }
 
@@ -139,62 +183,44 @@ impl Server {
         Ok(())
     }
 
-    pub(super) fn sync(&self, body: &mut Body<'_>) -> Result<(), Errno> {
+    pub(super) fn sync(&mut self, body: &mut Body<'_>) -> Result<(), Errno> {
         let asked: wire::HandleIn = body.take()?;
-        let handle = self.handles.get(&asked.handle).ok_or(Errno::EBADF)?;
+        let file = self.file(asked.handle)?;
         let done = if asked.flags & 1 == 1 {
-            handle.file.sync_data()
+            file.sync_data()
         } else {
-            handle.file.sync_all()
+            file.sync_all()
         };
         done.map_err(|e| folder::errno(&e))
     }
 }
 
-/// Of the guest's flags, those that mean something here. O_APPEND does not: the guest's kernel gives
-/// the offset.
+/// Of the guest's flags, those that mean something here. With O_APPEND the host gives the offset, so that nobody
+/// who appends at the same time is overwritten.
 pub(super) const fn open_flags(flags: u32) -> OFlag {
     let known = OFlag::O_ACCMODE
         .union(OFlag::O_TRUNC)
+        .union(OFlag::O_APPEND)
         .union(OFlag::O_SYNC)
         .union(OFlag::O_DSYNC);
     OFlag::from_bits_truncate(flags.cast_signed()).intersection(known)
 }
 
-fn entries(directory: &std::fs::File) -> Result<Vec<Entry>, Errno> {
-    // A stream of its own, so that no position is shared.
-    let mut stream = Dir::openat(
-        directory,
-        ".",
-        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )?;
-    let mut entries = Vec::new();
-    for entry in stream.iter() {
-        let entry = entry?;
-        let name = entry.file_name().to_bytes();
-        // What is above the folder is none of the guest's business.
-        if name == b"." || name == b".." {
-            continue;
-        }
-        if entries.len() == ENTRIES_MAX {
-            return Err(Errno::EOVERFLOW);
-        }
-        let kind = entry.file_type().map_or(0, |kind| match kind {
-            nix::dir::Type::Fifo => 1,
-            nix::dir::Type::CharacterDevice => 2,
-            nix::dir::Type::Directory => 4,
-            nix::dir::Type::BlockDevice => 6,
-            nix::dir::Type::File => 8,
-            nix::dir::Type::Symlink => 10,
-            nix::dir::Type::Socket => 12,
-        });
-        let name = std::ffi::OsStr::from_bytes(name).as_bytes().to_vec();
-        entries.push(Entry {
-            ino: entry.ino(),
-            kind,
-            name,
-        });
+/// The error number of another crate's.
+pub(super) fn raw(error: rustix::io::Errno) -> Errno {
+    Errno::from_raw(error.raw_os_error())
+}
+
+/// As readdir(3) numbers them.
+const fn kind_of(kind: FileType) -> u32 {
+    match kind {
+        FileType::Fifo => 1,
+        FileType::CharacterDevice => 2,
+        FileType::Directory => 4,
+        FileType::BlockDevice => 6,
+        FileType::RegularFile => 8,
+        FileType::Symlink => 10,
+        FileType::Socket => 12,
+        FileType::Unknown => 0,
     }
-    Ok(entries)
 }

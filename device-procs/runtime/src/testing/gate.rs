@@ -58,7 +58,7 @@ impl Gate {
     /// A gate with a fresh window of generation 1.
     #[must_use]
     pub fn new(kind: VirtioKind, window_bytes: u32, queue_sizes: &[u16]) -> Self {
-        let layout = WindowLayout::new(window_bytes as usize, queue_sizes).unwrap();
+        let layout = WindowLayout::of(kind, window_bytes as usize, queue_sizes).unwrap();
         let fd = sealed_memfd("window", layout.bytes as u64).unwrap();
         let window = Window::map(fd.try_clone().unwrap(), layout).unwrap();
         window.initialise(1);
@@ -114,8 +114,8 @@ impl Gate {
         self.window.set_driver(DriverView { features, epoch });
     }
 
-    /// Puts a request into a queue as the gate would: `readable` is what the guest wrote (without a
-    /// stream position), `writable` the bytes that it offers. `None` when nothing more fits.
+    /// Puts a request into a queue as the gate would: `readable` is what the guest wrote (without what
+    /// the gate puts in front: `position`, the stream position or the request's number), `writable` the bytes that it offers. `None` when nothing more fits.
     pub fn submit(
         &mut self,
         queue: usize,
@@ -128,8 +128,10 @@ impl Gate {
             tail_bytes,
             positioned,
             waits_for_input: _,
+            numbered,
+            failure: _,
         } = self.kind.framing(queue);
-        assert_eq!(positioned, position.is_some());
+        assert_eq!(positioned || numbered, position.is_some());
         let driver = self.drivers.get_mut(queue).unwrap();
         let slot = driver.next_slot()?;
         let (head, data) = readable.split_at(usize::from(head_bytes).min(readable.len()));

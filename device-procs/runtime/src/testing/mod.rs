@@ -9,7 +9,7 @@ pub use gate::{Answer, Gate};
 use crate::birth::Stillbirth;
 use crate::device::{Device, DeviceFault, Setup};
 use crate::grants::Grants;
-use crate::queues::Queues;
+use crate::queues::{Kept, Queues};
 use crate::serve::Server;
 use crate::spin::Spin;
 use crate::wait::Waiter;
@@ -59,12 +59,13 @@ impl<D: Device> Rig<D> {
         let (fd, kick, call) = gate.device_fds();
         let layout = gate.window.layout.clone();
         let queues = Queues::map(fd.try_clone().unwrap(), &layout).unwrap();
-        let window = Window::map(fd, layout).unwrap();
+        let window = Window::map(fd, layout.clone()).unwrap();
         let waiter = Waiter::new().unwrap();
         waiter.watch(&kick, crate::serve::TOKEN_KICK).unwrap();
         let mut grants = Grants::of(held);
         let memory = queues.memory();
-        let mut setup = Setup::new(config, &mut grants, uring, memory, 1, &waiter);
+        let kept = Kept::of(&queues, &layout);
+        let mut setup = Setup::new(config, &mut grants, uring, memory, kept, 1, &waiter);
         let device = D::start(&mut setup)?;
         grants.finish()?;
         let server = Server::new(

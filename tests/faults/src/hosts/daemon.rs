@@ -22,6 +22,7 @@ const PROGRAMS: [&str; 7] = [
     "bulkhead-blk",
     "bulkhead-rng",
     "bulkhead-vsock",
+    "bulkhead-fs",
 ];
 /// How long a broker may take until it serves.
 const SERVING: Duration = Duration::from_secs(30);

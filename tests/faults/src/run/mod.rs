@@ -422,8 +422,15 @@ impl Run {
             machine.image.display().to_string(),
         );
         let cpus = machine.vm.cpus.unwrap_or(1).to_string();
+        // Nobody uses it, and its process is there to be hit.
+        let folder = machine.image.parent().unwrap_or(&machine.image);
+        let folder = format!(
+            "{},readonly",
+            folder.display().to_string().replace(',', ",,")
+        );
         let mut arguments = vec!["create", "--name", name, "--disk", &disk, "--cpus", &cpus];
         arguments.push("--vsock");
+        arguments.extend(["--share", &folder]);
         arguments.extend(work.iter().map(String::as_str));
         let created = self.command(host, &arguments);
         if !created.is_good() && !created.errors.contains("already") {

@@ -28,6 +28,7 @@ fn file_of(path: &std::path::Path) -> Option<(u64, u64)> {
 fn kind_of(device: &str) -> &str {
     match device {
         "console" | "legacy" | "rng" | "vsock" => device,
+        _ if device.starts_with("share") => "fs",
         _ => "blk",
     }
 }

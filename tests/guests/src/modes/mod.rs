@@ -23,6 +23,7 @@ mod nonce;
 mod pace;
 mod rng;
 mod serial;
+mod share;
 mod smp;
 mod spare;
 mod vsock;
@@ -59,6 +60,10 @@ const MODES: &[(&str, Mode)] = &[
     ("pace", pace::run),
     ("rng", rng::run),
     ("serial", serial::run),
+    ("share", share::run),
+    ("share-load", share::load),
+    ("share-look", share::look),
+    ("share-refused", share::refusals),
     ("smp", smp::run),
     ("vsock-ask", vsock::ask),
     ("vsock-echo", vsock::echo),

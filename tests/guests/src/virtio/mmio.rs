@@ -17,6 +17,8 @@ pub mod id {
     pub const RNG: u32 = 4;
     /// Socket device.
     pub const VSOCK: u32 = 19;
+    /// Shared folder.
+    pub const FS: u32 = 26;
 }
 
 /// Register offsets.
