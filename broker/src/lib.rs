@@ -14,6 +14,7 @@ pub mod escape;
 pub mod image;
 pub mod launch;
 pub mod learn;
+pub mod network;
 pub mod registry;
 pub mod remains;
 pub mod serve;

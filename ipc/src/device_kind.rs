@@ -15,6 +15,8 @@ pub enum VirtioKind {
     Console,
     /// Entropy device (section 5.4).
     Rng,
+    /// Network device (section 5.1).
+    Net,
 }
 
 /// What may be done with requests in flight when a device process dies.
@@ -43,6 +45,9 @@ pub struct Framing {
     /// the bytes that the guest is given, and a request that was in flight when its device died
     /// had nothing to do with that.
     pub waits_for_input: bool,
+    /// What the device completes in one step of its used index is answered in one step: a driver must not
+    /// see a part of it.
+    pub answered_together: bool,
 }
 
 /// Bytes of one head slot: the head at 0, the tail at [`TAIL_OFFSET`].
@@ -51,8 +56,21 @@ pub const HEAD_SLOT_BYTES: usize = 64;
 pub const TAIL_OFFSET: usize = 32;
 /// Bytes that a stream position takes at the front of a positioned request.
 pub const POSITION_BYTES: usize = 8;
+/// Bytes of the header in front of each frame (virtio 1.2, section 5.1.6): `struct virtio_net_hdr_v1`.
+pub const NET_HEADER_BYTES: u8 = 12;
 /// Largest device configuration in bytes.
 pub const CONFIG_BYTES_MAX: usize = 256;
+
+impl Framing {
+    /// Requests of which no byte means anything to a gate.
+    const PLAIN: Self = Self {
+        head_bytes: 0,
+        tail_bytes: 0,
+        positioned: false,
+        waits_for_input: false,
+        answered_together: false,
+    };
+}
 
 impl VirtioKind {
     /// The virtio device id.
@@ -62,6 +80,7 @@ impl VirtioKind {
             Self::Blk => 2,
             Self::Console => 3,
             Self::Rng => 4,
+            Self::Net => 1,
         }
     }
 
@@ -72,6 +91,7 @@ impl VirtioKind {
             Self::Blk => ProcKind::Blk,
             Self::Console => ProcKind::Console,
             Self::Rng => ProcKind::Rng,
+            Self::Net => ProcKind::Net,
         }
     }
 
@@ -82,20 +102,24 @@ impl VirtioKind {
             Self::Blk => Framing {
                 head_bytes: 16,
                 tail_bytes: 1,
-                positioned: false,
-                waits_for_input: false,
+                ..Framing::PLAIN
             },
             Self::Console => Framing {
-                head_bytes: 0,
-                tail_bytes: 0,
                 positioned: queue % 2 == 1,
                 waits_for_input: queue.is_multiple_of(2),
+                ..Framing::PLAIN
             },
-            Self::Rng => Framing {
-                head_bytes: 0,
-                tail_bytes: 0,
-                positioned: false,
-                waits_for_input: false,
+            Self::Rng => Framing::PLAIN,
+            // Frames to send begin with a header. The control queue is where a receive queue would be, and
+            // which number it has depends on what the driver negotiates, so that it is framed like one.
+            Self::Net if queue % 2 == 1 => Framing {
+                head_bytes: NET_HEADER_BYTES,
+                ..Framing::PLAIN
+            },
+            Self::Net => Framing {
+                waits_for_input: true,
+                answered_together: true,
+                ..Framing::PLAIN
             },
         }
     }
@@ -105,7 +129,8 @@ impl VirtioKind {
     pub const fn replay_class(self, queue: usize) -> ReplayClass {
         match self {
             Self::Console if queue % 2 == 1 => ReplayClass::Positioned,
-            Self::Blk | Self::Rng | Self::Console => ReplayClass::Idempotent,
+            Self::Net if queue % 2 == 1 => ReplayClass::Droppable,
+            Self::Blk | Self::Rng | Self::Console | Self::Net => ReplayClass::Idempotent,
         }
     }
 
@@ -116,6 +141,7 @@ impl VirtioKind {
             Self::Blk => 60,
             Self::Console => 12,
             Self::Rng => 0,
+            Self::Net => 12,
         }
     }
 
@@ -134,6 +160,7 @@ impl VirtioKind {
             Self::Blk => &[(0, 8)],
             Self::Console => &[(0, 4)],
             Self::Rng => &[],
+            Self::Net => &[(6, 2)],
         }
     }
 }

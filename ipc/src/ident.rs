@@ -18,23 +18,36 @@ pub enum ProcKind {
     Blk,
     /// One virtio entropy source.
     Rng,
+    /// One virtio network device.
+    Net,
     /// One piece of work on disk images. It belongs to no VM.
     Image,
 }
 
 impl ProcKind {
     /// Every kind, in the order in which tables show them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Vcpu,
         Self::Legacy,
         Self::Console,
         Self::Blk,
         Self::Rng,
+        Self::Net,
         Self::Image,
     ];
 
-    /// The kinds that a virtual machine consists of: all but [`Self::Image`].
-    pub const OF_MACHINES: [Self; 5] = [
+    /// The kinds that a virtual machine may consist of: all but [`Self::Image`].
+    pub const OF_MACHINES: [Self; 6] = [
+        Self::Vcpu,
+        Self::Legacy,
+        Self::Console,
+        Self::Blk,
+        Self::Rng,
+        Self::Net,
+    ];
+
+    /// The kinds that every virtual machine with a disk has a process of.
+    pub const OF_EVERY_MACHINE: [Self; 5] = [
         Self::Vcpu,
         Self::Legacy,
         Self::Console,
@@ -51,6 +64,7 @@ impl ProcKind {
             Self::Console => "console",
             Self::Blk => "blk",
             Self::Rng => "rng",
+            Self::Net => "net",
             Self::Image => "image",
         }
     }

@@ -38,6 +38,7 @@ pub const fn built_in(kind: ProcKind) -> &'static str {
         ProcKind::Console => include_str!("../console.toml"),
         ProcKind::Blk => include_str!("../blk.toml"),
         ProcKind::Rng => include_str!("../rng.toml"),
+        ProcKind::Net => include_str!("../net.toml"),
         ProcKind::Image => include_str!("../image.toml"),
     }
 }
@@ -90,6 +91,7 @@ mod tests {
             let has_disk = matches!(kind, ProcKind::Blk | ProcKind::Image);
             assert_eq!(policy.fd(FdRole::Disk).is_some(), has_disk);
             assert_eq!(policy.fd(FdRole::Entropy).is_some(), kind == ProcKind::Rng);
+            assert_eq!(policy.fd(FdRole::Tap).is_some(), kind == ProcKind::Net);
         }
     }
 

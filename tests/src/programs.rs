@@ -21,7 +21,7 @@ impl Programs {
     pub fn copied() -> Self {
         let binaries = super::path("BULKHEAD_BIN_DIR");
         let folder = tempfile::tempdir().expect("a directory");
-        for kind in ["blk", "console", "legacy", "rng", "vcpu"] {
+        for kind in ["blk", "console", "legacy", "net", "rng", "vcpu"] {
             let name = format!("bulkhead-{kind}");
             fs::copy(binaries.join(&name), folder.path().join(&name)).expect("room for programs");
         }

@@ -11,7 +11,8 @@ pub mod frame;
 pub mod time;
 
 pub use device::{
-    BackingFile, ChangeMedium, Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited, ResizeDevice,
+    BackingFile, ChangeMedium, Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited,
+    LinkDevice, Linked, NetworkStats, ResizeDevice,
 };
 pub use error::{ApiError, Code};
 
@@ -224,6 +225,9 @@ pub struct Stats {
     pub pss_bytes: u64,
     /// Each process.
     pub processes: Vec<ProcessStats>,
+    /// Each network device.
+    #[serde(default)]
+    pub networks: Vec<NetworkStats>,
 }
 
 /// What one process has used.

@@ -1,6 +1,7 @@
 //! The options of `run`, and the draft of a machine that they make.
 
 use super::disk_arg::parse_disk;
+use super::net_arg::parse_net;
 use crate::console::keys::parse_escape;
 use crate::vm::spec::{ConsoleChoice, OnEnd};
 use crate::vmfile::{
@@ -82,6 +83,16 @@ pub(super) struct MachineArgs {
         help_heading = "Machine"
     )]
     disks: Vec<OsString>,
+    /// Network device; may be given several times
+    ///
+    /// tap=NAME or bridge=NAME, and then [,mac=MAC][,mtu=N][,queues=N][,link=up|down][,name=NAME]. A TAP
+    /// interface that is not there is made, and one is made for a bridge; both are removed with the machine.
+    #[arg(
+        long = "net",
+        value_name = "tap=NAME|bridge=NAME[,OPTION]...",
+        help_heading = "Machine"
+    )]
+    nets: Vec<String>,
     /// Host pages behind the memory; without a value, reserved [default: transparent]
     #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "reserved", help_heading = "Machine")]
@@ -109,7 +120,7 @@ pub(super) struct MachineArgs {
 /// Run a virtual machine in this terminal
 ///
 /// The machine is described by VMFILE (TOML), by options, or by both: an option wins over the file,
-/// and --disk adds to its disks. With neither VMFILE nor --kernel the built-in guest is started.
+/// --disk adds to its disks and --net to its network devices. With neither VMFILE nor --kernel the built-in guest is started.
 ///
 /// Everything is checked before any process is started. Then each part of the machine runs in a
 /// sandboxed process of its own; this program stays outside of every data path.
@@ -205,12 +216,19 @@ impl MachineArgs {
     /// The machine as far as the options describe it.
     ///
     /// # Errors
-    /// Every wrong `--disk`.
+    /// Every wrong `--disk` and `--net`.
     pub(super) fn draft(&self) -> Result<Draft, Problems> {
         let (mut disks, mut problems) = (Vec::new(), Vec::new());
         for disk in &self.disks {
             match parse_disk(disk) {
                 Ok(disk) => disks.push(disk),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        let mut nets = Vec::new();
+        for net in &self.nets {
+            match parse_net(net) {
+                Ok(net) => nets.push(net),
                 Err(problem) => problems.push(problem),
             }
         }
@@ -246,6 +264,7 @@ impl MachineArgs {
             initrd: path("--initrd", &self.initrd),
             cmdline: text("--cmdline", &self.cmdline),
             disks,
+            nets,
             console_attach: self.console.map(|name| match name {
                 ConsoleName::Serial => located("--console", "serial", ConsoleChoice::Serial),
                 ConsoleName::Virtio => located("--console", "virtio", ConsoleChoice::Virtio),

@@ -10,6 +10,7 @@ use super::spec::{DiskSpec, KernelSource, VmSpec};
 use crate::escape::escaped;
 use crate::image::ephemeral;
 use crate::launch::Gift;
+use crate::network::Tap;
 use crate::remains;
 use bulkhead_ipc::protocol::birth::{FdRole, ImageFormat};
 use nix::errno::Errno;
@@ -35,6 +36,8 @@ pub struct Resources {
     pub core: Option<File>,
     /// The files of the disks, in order, locked.
     pub disks: Vec<DiskFiles>,
+    /// The TAP interfaces of the network devices, in order.
+    pub nets: Vec<Tap>,
     /// The host's random numbers.
     pub entropy: File,
     /// Whether the host's KVM is incomplete.
@@ -102,6 +105,12 @@ impl Resources {
             kernel,
             initrd,
             disks: disks?,
+            nets: spec
+                .nets
+                .iter()
+                .enumerate()
+                .map(|(n, net)| Tap::open(&spec.name, n, net))
+                .collect::<Result<_, _>>()?,
             core: options.core.as_deref().map(core_file).transpose()?,
             kvm: device("/dev/kvm", true)?,
             entropy: device("/dev/urandom", false)?,

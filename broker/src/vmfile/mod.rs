@@ -19,7 +19,7 @@ mod section;
 mod tests;
 
 pub use check::{Surroundings, check, is_name};
-pub use draft::{Draft, DraftDisk, DraftLimits};
+pub use draft::{Draft, DraftDisk, DraftLimits, DraftNet};
 pub use host::{HostMemory, meminfo_bytes};
 pub use nearest::nearest;
 pub use parse::{FILE_BYTES_MAX, parse, parse_console_size, parse_format};

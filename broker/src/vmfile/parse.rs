@@ -1,9 +1,11 @@
 //! From the text of a VM file to a [`Draft`]. Pure: looks at nothing but the text.
 
-use super::draft::{Draft, DraftDisk, DraftLimits};
+use super::draft::{Draft, DraftDisk, DraftLimits, DraftNet};
 use super::problem::{Located, Problem, Problems};
 use super::section::{Key, Section, Source, key, later};
-use crate::vm::spec::{ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnDiskFull, OnEnd};
+use crate::vm::spec::{
+    ConsoleChoice, DISK_QUEUES_MAX, HostShare, NET_QUEUES_MAX, OnDiskFull, OnEnd, parse_mac,
+};
 use bulkhead_ipc::platform::VCPUS_MAX;
 use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
 use std::path::{Path, PathBuf};
@@ -19,11 +21,11 @@ pub(super) const ROOT_KEYS: &[Key] = &[
     key("machine"),
     key("boot"),
     key("disk"),
+    key("net"),
     key("console"),
     key("lifecycle"),
     key("limits"),
     key("autostart"),
-    later("net"),
     later("share"),
     later("vsock"),
     later("snapshots"),
@@ -60,6 +62,23 @@ pub(super) const DISK_LIMITS_KEYS: &[Key] = &[
     key("requests_per_s"),
     key("requests_burst"),
 ];
+pub(super) const NET_KEYS: &[Key] = &[
+    key("name"),
+    key("tap"),
+    key("bridge"),
+    key("mac"),
+    key("mtu"),
+    key("queues"),
+    key("link"),
+    key("limits"),
+];
+pub(super) const NET_LIMITS_KEYS: &[Key] = &[
+    key("bytes_per_s"),
+    key("bytes_burst"),
+    key("packets_per_s"),
+    key("packets_burst"),
+];
+pub(super) const LINKS: [(&str, bool); 2] = [("up", true), ("down", false)];
 pub(super) const CONSOLE_KEYS: &[Key] = &[
     key("virtio"),
     key("attach"),
@@ -178,6 +197,9 @@ fn read_root(root: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
     for disk in root.tables("disk", problems) {
         draft.disks.push(read_disk(&disk, directory, problems));
     }
+    for net in root.tables("net", problems) {
+        draft.nets.push(read_net(&net, problems));
+    }
     if let Some(console) = root.table("console", problems) {
         console.check_keys(CONSOLE_KEYS, problems);
         draft.console_virtio = console.boolean("virtio", problems);
@@ -268,6 +290,33 @@ fn read_disk(disk: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
         shareable: disk.boolean("shareable", problems),
         serial: disk.string("serial", problems),
         queues: disk.small("queues", (1, DISK_QUEUES_MAX), problems),
+    }
+}
+
+fn read_net(net: &Section<'_>, problems: &mut Vec<Problem>) -> DraftNet {
+    net.check_keys(NET_KEYS, problems);
+    let limits = net.table_named("limits", "net.limits", problems);
+    let limits = limits.map_or(DraftLimits::NONE, |limits| {
+        limits.check_keys(NET_LIMITS_KEYS, problems);
+        DraftLimits {
+            bytes_per_s: limits.size("bytes_per_s", problems),
+            bytes_burst: limits.size("bytes_burst", problems),
+            requests_per_s: limits.number("packets_per_s", (1, u32::MAX), problems),
+            requests_burst: limits.number("packets_burst", (1, u32::MAX), problems),
+        }
+    });
+    DraftNet {
+        place: net.place(),
+        name: net.string("name", problems),
+        tap: net.string("tap", problems),
+        bridge: net.string("bridge", problems),
+        mac: net.get("mac", problems, |value| {
+            parse_mac(value.as_str().unwrap_or_default())
+        }),
+        mtu: net.number("mtu", (0, u32::MAX), problems),
+        queues: net.small("queues", (1, NET_QUEUES_MAX), problems),
+        link: net.choice("link", &LINKS, problems),
+        limits,
     }
 }
 

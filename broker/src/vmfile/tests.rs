@@ -1,6 +1,7 @@
 use super::*;
 use crate::vm::spec::{
-    ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits, OnEnd, VmSpec,
+    ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource, Lifecycle, Limits, NetSource,
+    NetSpec, OnEnd, VmSpec,
 };
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
 use proptest::prelude::*;
@@ -480,6 +481,8 @@ fn schema_knows_exactly_the_keys_that_work() {
         ("/$defs/Machine/properties", parse::MACHINE_KEYS),
         ("/$defs/Boot/properties", parse::BOOT_KEYS),
         ("/$defs/Disk/properties", parse::DISK_KEYS),
+        ("/$defs/Net/properties", parse::NET_KEYS),
+        ("/$defs/NetLimit/properties", parse::NET_LIMITS_KEYS),
         ("/$defs/Console/properties", parse::CONSOLE_KEYS),
         ("/$defs/Lifecycle/properties", parse::LIFECYCLE_KEYS),
         ("/$defs/Limits/properties", parse::LIMITS_KEYS),
@@ -488,6 +491,44 @@ fn schema_knows_exactly_the_keys_that_work() {
         let mut names: Vec<_> = working.map(|key| key.name.to_owned()).collect();
         names.sort();
         assert_eq!(keys(pointer), names, "{pointer}");
+    }
+}
+
+#[test]
+fn network_devices_have_names_addresses_and_queues_of_their_own() {
+    let home = tempfile::tempdir().unwrap();
+    fs::write(home.path().join("k"), [0; 512]).unwrap();
+    let read = |nets: &str| {
+        let text = format!("name = \"web\"\n[boot]\nkernel = \"k\"\n{nets}");
+        parse("f", home.path(), &text).and_then(|draft| check(draft, &around()))
+    };
+    let nets = "[[net]]\ntap = \"tap0\"\n[[net]]\nbridge = \"br0\"\nmac = \"52:54:00:00:00:01\"\n";
+    let spec = read(nets).unwrap();
+    let [first, second] = &spec.nets[..] else {
+        panic!("{:?}", spec.nets);
+    };
+    assert_eq!((first.name.as_str(), second.name.as_str()), ("net0", "net1"));
+    assert_eq!(first.mac, NetSpec::default_mac("web", 0));
+    assert_ne!(first.mac, NetSpec::default_mac("web", 1));
+    assert_eq!(first.mac[0] & 3, 2, "locally administered, of one device");
+    assert_eq!(second.mac, [0x52, 0x54, 0, 0, 0, 1]);
+    assert_eq!(first.interface("web", 0), "tap0");
+    assert_eq!(second.interface("web", 1), "bh-web-1");
+    let long = second.interface("a-machine-with-a-long-name", 1);
+    assert!(crate::network::is_interface_name(&long), "{long}");
+    for (nets, wanted) in [
+        ("[[net]]\n", "expected either `tap` or `bridge`"),
+        ("[[net]]\ntap = \"a\"\nbridge = \"b\"\n", "expected either `tap` or `bridge`"),
+        ("[[net]]\ntap = \"a/b\"\n", "expected the name of a network interface"),
+        ("[[net]]\ntap = \"a\"\n[[net]]\ntap = \"a\"\n", "an interface that no other device has"),
+        ("[[net]]\ntap = \"a\"\nmtu = 67\n", "expected 68 to 65521"),
+        ("[[net]]\ntap = \"a\"\nmac = \"ff:ff:ff:ff:ff:ff\"\n", "the address of one device"),
+        ("[[net]]\ntap = \"a\"\nqueues = 9\n", "queues"),
+        ("[[net]]\ntap = \"a\"\nlink = \"on\"\n", "link"),
+        ("[[net]]\ntap = \"a\"\nlimits = { packets_burst = 3 }\n", "expected packets_per_s beside it"),
+    ] {
+        let problems = read(nets).unwrap_err().to_string();
+        assert!(problems.contains(wanted), "{nets}: {problems}");
     }
 }
 
@@ -536,6 +577,26 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn any_net()(
+        name in "[a-zA-Z0-9._-]{0,20}",
+        interface in "[a-zA-Z0-9_-]{1,12}",
+        bridged: bool, link_up: bool, limits in any_limits(),
+        first in 0u8..=127, rest in prop::array::uniform5(any::<u8>()),
+        mtu in prop::option::of(68u16..=65_521), queues in 1u8..=8,
+    ) -> NetSpec {
+        NetSpec {
+            name,
+            source: if bridged { NetSource::Bridge(interface) } else { NetSource::Tap(interface) },
+            mac: [first << 1 | 2, rest[0], rest[1], rest[2], rest[3], rest[4]],
+            mtu,
+            queues,
+            link_up,
+            limits,
+        }
+    }
+}
+
+prop_compose! {
     fn any_share()(
         cpu_weight in prop::option::of(1u32..=10_000),
         cpu_percent in prop::option::of(1u32..=100_000),
@@ -557,7 +618,7 @@ prop_compose! {
         huge in 0usize..2,
         cmdline in "[^\0]{0,200}",
         with_initrd: bool,
-        disks in prop::collection::vec(any_disk(), 0..4),
+        (disks, nets) in (prop::collection::vec(any_disk(), 0..4), prop::collection::vec(any_net(), 0..4)),
         (virtio, attach, on_cmdline) in (any::<bool>(), any::<bool>(), any::<bool>()),
         history_bytes in 4096u64..=(64 << 20),
         size in (1u16.., 1u16..),
@@ -568,7 +629,7 @@ prop_compose! {
     ) -> (VmSpec, bool) {
         let end = |n: usize| parse::ON_END[n].1;
         let spec = VmSpec {
-            name, vcpus, cmdline, disks,
+            name, vcpus, cmdline, disks, nets,
             memory_bytes: pages * 4096,
             huge_pages: parse::HUGE_PAGES[huge].1,
             kernel: KernelSource::File(PathBuf::new()),
@@ -606,6 +667,11 @@ proptest! {
         for (n, disk) in spec.disks.iter_mut().enumerate() {
             disk.path = file(&format!("d{n}"));
             disk.name = format!("{n}{}", disk.name);
+        }
+        for (n, net) in spec.nets.iter_mut().enumerate() {
+            net.name = format!("n{n}{}", net.name);
+            let (NetSource::Tap(interface) | NetSource::Bridge(interface)) = &mut net.source;
+            *interface = format!("{n}{interface}");
         }
         let text = print(&spec).unwrap();
         // Another directory: printed paths must not depend on where the file lies.

@@ -20,11 +20,12 @@ fn main() -> ExitCode {
         Some("bulkhead-console") => bulkhead_console::run(),
         Some("bulkhead-image") => bulkhead_image::run(),
         Some("bulkhead-legacy") => bulkhead_legacy::run(),
+        Some("bulkhead-net") => bulkhead_net::run(),
         Some("bulkhead-rng") => bulkhead_rng::run(),
         _ => {
             bulkhead_runtime::log::line(
                 "this program serves devices under the names bulkhead-blk, bulkhead-console, \
-                 bulkhead-image, bulkhead-legacy and bulkhead-rng, and is started by `bulkhead`, not by hand",
+                 bulkhead-image, bulkhead-legacy, bulkhead-net and bulkhead-rng, and is started by `bulkhead`, not by hand",
             );
             bulkhead_runtime::leave(EXIT_STILLBORN)
         }

@@ -20,6 +20,10 @@ pub struct Wishes {
     pub try_again: bool,
     /// What the device may do in a second has changed.
     pub limits: Option<DiskLimits>,
+    /// Whether the cable is plugged in has changed.
+    pub link: Option<bool>,
+    /// It was asked whether it is alive, and has answered.
+    pub pinged: bool,
     /// There may be more messages.
     pub more: bool,
 }
@@ -69,12 +73,16 @@ impl Control {
                     wishes.shutdown = true;
                     return wishes;
                 }
-                Ok(Some((ToDevice::Ping(number), _))) => self.say(&FromDevice::Pong(number)),
+                Ok(Some((ToDevice::Ping(number), _))) => {
+                    self.say(&FromDevice::Pong(number));
+                    wishes.pinged = true;
+                }
                 Ok(Some((ToDevice::Resize { columns, rows }, _))) => {
                     wishes.resize = Some((columns, rows));
                 }
                 Ok(Some((ToDevice::TryAgain, _))) => wishes.try_again = true,
                 Ok(Some((ToDevice::Limits(limits), _))) => wishes.limits = Some(limits),
+                Ok(Some((ToDevice::Link(up), _))) => wishes.link = Some(up),
                 Err(error) => tracing::error!(%error, "the broker sent what is no message"),
             }
         }
@@ -117,7 +125,11 @@ mod tests {
         let control = Control::from(device);
         broker.send(&(200u8, 1u8), &[]).unwrap();
         broker.send(&ToDevice::Ping(3), &[]).unwrap();
-        assert_eq!(control.listen(), Wishes::default());
+        let pinged = Wishes {
+            pinged: true,
+            ..Wishes::default()
+        };
+        assert_eq!(control.listen(), pinged);
         let (answer, _) = broker.try_recv::<FromDevice>().unwrap().unwrap();
         assert_eq!(answer, FromDevice::Pong(3));
         drop(broker);

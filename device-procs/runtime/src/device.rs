@@ -13,6 +13,7 @@ use crate::wait::Waiter;
 use crate::{log, sys};
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{DeviceConfig, DiskLimits, FdRole, KindConfig, UringGrant};
+use bulkhead_ipc::protocol::device::Traffic;
 use bulkhead_ipc::shared::Doorbell;
 use bulkhead_ipc::window::{Doorbells, Window, WindowLayout};
 use nix::errno::Errno;
@@ -60,6 +61,8 @@ pub struct Setup<'a> {
     pub memory: WindowMemory,
     /// CPUs that the process may run on.
     pub cpus: usize,
+    /// Counts the processes of this device, from 1.
+    pub generation: u32,
     waiter: &'a Waiter,
 }
 
@@ -71,6 +74,7 @@ impl<'a> Setup<'a> {
         uring: &'a UringGrant,
         memory: WindowMemory,
         cpus: usize,
+        generation: u32,
         waiter: &'a Waiter,
     ) -> Self {
         Self {
@@ -79,6 +83,7 @@ impl<'a> Setup<'a> {
             uring,
             memory,
             cpus,
+            generation,
             waiter,
         }
     }
@@ -171,6 +176,22 @@ pub trait Device: Sized {
     fn on_resize(&mut self, columns: u16, rows: u16) -> bool {
         let _no_terminal = (columns, rows);
         false
+    }
+
+    /// The cable is plugged in, or pulled out. Returns whether the configuration has changed.
+    fn on_link(&mut self, up: bool) -> bool {
+        let _no_cable = up;
+        false
+    }
+
+    /// What it has done, for devices that count it.
+    fn traffic(&self) -> Option<Traffic> {
+        None
+    }
+
+    /// How long it may sleep at most before it has something to do that nobody rings for.
+    fn wakes_in(&mut self) -> Option<Duration> {
+        None
     }
 
     /// It may do so much in a second from now on.
@@ -298,7 +319,16 @@ fn prepare<D: Device>(newborn: &mut Newborn) -> Result<Prepared<D>, Stillbirth> 
         .watch(&doorbells.kick, crate::serve::TOKEN_KICK)
         .map_err(Stillbirth::setup)?;
     let (memory, cpus) = (queues.memory(), newborn.cpus);
-    let mut setup = Setup::new(config, grants, &newborn.uring, memory, cpus, &waiter);
+    let generation = newborn.id.generation;
+    let mut setup = Setup::new(
+        config,
+        grants,
+        &newborn.uring,
+        memory,
+        cpus,
+        generation,
+        &waiter,
+    );
     let device = D::start(&mut setup)?;
     Ok(Prepared {
         device,

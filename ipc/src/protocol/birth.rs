@@ -75,6 +75,8 @@ pub enum FdRole {
     InputBell,
     /// The host's entropy source (`/dev/urandom`), read only.
     Entropy,
+    /// A queue of a TAP interface (`/dev/net/tun`). One for each pair of virtqueues.
+    Tap,
 }
 
 /// One granted descriptor.
@@ -266,12 +268,12 @@ pub struct Rate {
     pub burst: u64,
 }
 
-/// What a disk may do in a second.
+/// What a disk may do in a second, or a network device in each direction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct DiskLimits {
-    /// Bytes read and written.
+    /// Bytes read and written; of frames.
     pub bytes: Option<Rate>,
-    /// Requests of any kind.
+    /// Requests of any kind; frames.
     pub requests: Option<Rate>,
 }
 
@@ -319,6 +321,15 @@ pub enum DeviceOwn {
     },
     /// Entropy source.
     Rng,
+    /// Network device.
+    Net {
+        /// Whether its cable is plugged in.
+        link_up: bool,
+        /// Whether the host cuts UDP datagrams.
+        cuts_udp: bool,
+        /// What it may send in a second, and as much receive.
+        limits: DiskLimits,
+    },
 }
 
 /// Answer to [`Birth`]. Sender: the process.

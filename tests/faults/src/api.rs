@@ -35,6 +35,11 @@ const OPERATIONS: [(&str, &str, &str); 22] = [
         "/vms/{name}/devices/{device}/limit",
         "api.limit-device",
     ),
+    (
+        "POST",
+        "/vms/{name}/devices/{device}/link",
+        "api.link-device",
+    ),
     ("POST", "/host/shutdown", "api.shutdown-host"),
 ];
 

@@ -151,12 +151,14 @@ names!(TO_DEVICE, to_device, ToDevice,
     ToDevice::Resize { .. } => "to-device.resize",
     ToDevice::TryAgain => "to-device.try-again",
     ToDevice::Limits(_) => "to-device.limits",
+    ToDevice::Link(_) => "to-device.link",
 );
 names!(FROM_DEVICE, from_device, FromDevice,
     FromDevice::Pong(_) => "from-device.pong",
     FromDevice::Fault { .. } => "from-device.fault",
     FromDevice::NoRoom => "from-device.no-room",
     FromDevice::HasRoom => "from-device.has-room",
+    FromDevice::Traffic(_) => "from-device.traffic",
 );
 names!(ADOPT, adopt, Adopt, Adopt { .. } => "adoption.adopt");
 names!(ADOPTED, adopted, Adopted, Adopted { .. } => "adoption.adopted");

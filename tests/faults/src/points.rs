@@ -103,10 +103,11 @@ pub fn can_be_short(call: &str) -> bool {
 }
 
 /// Kinds of process that have a window, or a page like one.
-const WITH_WINDOW: [ProcKind; 4] = [
+const WITH_WINDOW: [ProcKind; 5] = [
     ProcKind::Blk,
     ProcKind::Console,
     ProcKind::Rng,
+    ProcKind::Net,
     ProcKind::Legacy,
 ];
 
@@ -303,7 +304,7 @@ mod tests {
         for wrong in [
             "to-vcpu.pong",
             "call.blk.execve",
-            "process.net",
+            "process.gpu",
             "window.vcpu",
             "host:after",
         ] {

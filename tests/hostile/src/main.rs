@@ -54,6 +54,7 @@ fn kind(name: &str) -> ProcKind {
         ProcKind::Blk,
         ProcKind::Console,
         ProcKind::Rng,
+        ProcKind::Net,
         ProcKind::Vcpu,
     ];
     let named = |kind: &ProcKind| name.ends_with(&format!("-{kind}"));

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 
 /// Roles whose descriptors a device process may have, doorbells apart.
-const FILES: [FdRole; 3] = [FdRole::Disk, FdRole::Entropy, FdRole::Output];
+const FILES: [FdRole; 4] = [FdRole::Disk, FdRole::Entropy, FdRole::Tap, FdRole::Output];
 /// Doorbells of all kinds.
 pub(crate) const BELLS: [FdRole; 7] = [
     FdRole::Kick,

@@ -5,6 +5,7 @@ use bulkhead::launch::users::UserRange;
 use bulkhead::vm::session::{Command, EVENTS_CAPACITY, Ending, Event};
 use bulkhead::vm::take_over;
 use bulkhead_ipc::ident::ProcKind;
+use bulkhead_tests::network::{self, Network};
 use bulkhead_tests::{Ended, Machine, kill, tool};
 use nix::sys::signal::Signal;
 use std::fs;
@@ -36,6 +37,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         "entropy, legacy devices, consoles, several CPUs",
         other_devices,
     ),
+    plain("a network device", network_device),
     plain("a console that is typed at", typed_at),
     plain("a guest that resets", resets),
     plain("a guest that crashes, with a core", crashes),
@@ -51,6 +53,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     starved("blk cannot start", ProcKind::Blk, 14),
     starved("console cannot start", ProcKind::Console, 17),
     starved("rng cannot start", ProcKind::Rng, 14),
+    starved("net cannot start", ProcKind::Net, 14),
     denied("blk reports a denial", ProcKind::Blk, "main", "epoll_wait"),
     Scenario {
         denies: Some((ProcKind::Image, "main", "fdatasync")),
@@ -63,6 +66,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         "epoll_wait",
     ),
     denied("rng reports a denial", ProcKind::Rng, "main", "epoll_wait"),
+    denied("net reports a denial", ProcKind::Net, "main", "epoll_wait"),
     denied(
         "legacy reports a denial",
         ProcKind::Legacy,
@@ -243,6 +247,19 @@ fn other_devices(stage: &Stage) {
     good(stage.guest("mode=rng,legacy,console,smp,memory,hello", &["-c", "4"]));
 }
 
+/// A network device in a network of its own.
+const NET: [&str; 2] = ["--net", "tap=tap0"];
+
+fn network_device(stage: &Stage) {
+    let network = Network::enter().unwrap();
+    let mut machine = stage.guest("mode=net seconds=3 size=100k", &NET);
+    machine.expect("BH net.ready");
+    network.address("tap0", "10.0.0.1/24");
+    network::ping("10.0.0.2");
+    network::give("10.0.0.2", 100_000);
+    good(machine);
+}
+
 fn typed_at(stage: &Stage) {
     let load = "mode=console lines=2 count=2 timeout=60";
     let mut machine = stage.guest(load, &["--console", "virtio"]);
@@ -294,9 +311,11 @@ fn assembled(directory: &TempDir) -> String {
 fn devices_die(stage: &Stage) {
     let disk = on_a_ring();
     let load = "mode=rng,blk-load,legacy,console seconds=2 qd=32 timeout=60";
-    let mut machine = stage.guest(load, &["--disk", path(&disk)]);
+    let _network = Network::enter().unwrap();
+    let more = [&["--disk", path(&disk)], &NET[..]].concat();
+    let mut machine = stage.guest(load, &more);
     machine.expect("BH blk-load.begin");
-    for (n, kind) in (1..).zip(["blk", "rng", "console", "legacy"]) {
+    for (n, kind) in (1..).zip(["blk", "rng", "console", "legacy", "net"]) {
         kill(machine.process(kind));
         machine.expect_restarts(n);
     }
@@ -306,7 +325,9 @@ fn devices_die(stage: &Stage) {
 fn every_device(stage: &Stage) {
     let (ring, memory) = (on_a_ring(), in_memory());
     let disks = ["--disk", path(&ring), "--disk", path(&memory), "-c", "2"];
-    good(stage.guest("mode=blk,rng,legacy,console,smp", &disks));
+    let _network = Network::enter().unwrap();
+    let devices = [&disks, &NET[..]].concat();
+    good(stage.guest("mode=blk,rng,legacy,console,smp", &devices));
 }
 
 fn longest_chains(stage: &Stage) {
@@ -320,10 +341,11 @@ fn longest_chains(stage: &Stage) {
 
 fn next_broker(stage: &Stage) {
     let disk = in_memory();
-    let more = ["--disk", path(&disk), "--name=web"];
+    let _network = Network::enter().unwrap();
+    let more = [&["--disk", path(&disk), "--name=web"], &NET[..]].concat();
     let mut machine = stage.guest("mode=button", &more);
     machine.expect("BH button.ready");
-    for kind in ProcKind::OF_MACHINES {
+    for kind in ProcKind::OF_EVERY_MACHINE.into_iter().chain([ProcKind::Net]) {
         let _locked = machine.process(kind.name());
     }
     machine.expect_phase("running");
@@ -383,7 +405,9 @@ fn adopt(stage: &Stage, machine: &Machine) -> Option<Ending> {
 /// The policy denies what the process cannot do without: it says so, and ends by itself.
 fn reports_a_denial(stage: &Stage) {
     let disk = on_a_ring();
-    let machine = stage.guest("mode=idle", &["--disk", path(&disk)]);
+    let _network = Network::enter().unwrap();
+    let more = [&["--disk", path(&disk)], &NET[..]].concat();
+    let machine = stage.guest("mode=idle", &more);
     machine.expect_error("is not granted to thread");
     machine.expect_error("was stopped by the kernel");
     machine.signal(Signal::SIGTERM);
@@ -393,9 +417,9 @@ fn reports_a_denial(stage: &Stage) {
 /// A process that cannot start says why, for which it first gives up what it had.
 fn cannot_start(stage: &Stage) {
     let disk = on_a_ring();
-    let ended = stage
-        .guest("mode=idle seconds=60", &["--disk", path(&disk)])
-        .wait();
+    let _network = Network::enter().unwrap();
+    let more = [&["--disk", path(&disk)], &NET[..]].concat();
+    let ended = stage.guest("mode=idle seconds=60", &more).wait();
     assert_eq!(ended.code, 6, "{ended:?}");
     assert!(ended.errors.contains("Too many open files"), "{ended:?}");
 }

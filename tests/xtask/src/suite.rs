@@ -29,7 +29,7 @@ const BUILT_IN_GUEST: &str = "bulkhead-guest.elf";
 
 /// The program of all device processes, and the kinds under whose names it is installed.
 const DEVICE_PROGRAM: &str = "bulkhead-devices";
-const DEVICE_KINDS: [&str; 4] = ["blk", "console", "legacy", "rng"];
+const DEVICE_KINDS: [&str; 5] = ["blk", "console", "legacy", "net", "rng"];
 
 /// `cargo xtask test …`
 #[derive(clap::Args)]

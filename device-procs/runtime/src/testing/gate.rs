@@ -128,6 +128,7 @@ impl Gate {
             tail_bytes,
             positioned,
             waits_for_input: _,
+            answered_together: _,
         } = self.kind.framing(queue);
         assert_eq!(positioned, position.is_some());
         let driver = self.drivers.get_mut(queue).unwrap();

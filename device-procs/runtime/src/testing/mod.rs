@@ -64,7 +64,7 @@ impl<D: Device> Rig<D> {
         waiter.watch(&kick, crate::serve::TOKEN_KICK).unwrap();
         let mut grants = Grants::of(held);
         let memory = queues.memory();
-        let mut setup = Setup::new(config, &mut grants, uring, memory, 1, &waiter);
+        let mut setup = Setup::new(config, &mut grants, uring, memory, 1, 1, &waiter);
         let device = D::start(&mut setup)?;
         grants.finish()?;
         let server = Server::new(
