@@ -46,7 +46,9 @@ fn given(machine: &mut Machine, bytes: u64) -> String {
 
 #[test]
 fn guest_without_offloads_is_reached_and_its_interface_goes_with_it() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     let mut machine = on_tap(&network, "size=3m", "", &[]);
     network::ping("10.0.0.2");
     for len in [1, 512, 1472] {
@@ -63,7 +65,9 @@ fn guest_without_offloads_is_reached_and_its_interface_goes_with_it() {
 
 #[test]
 fn large_segments_reach_a_guest_that_takes_them_uncut() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     let mut machine = on_tap(&network, "size=3m offload=1", "", &[]);
     network::ping("10.0.0.2");
     let record = given(&mut machine, 20_000_000);
@@ -75,7 +79,9 @@ fn large_segments_reach_a_guest_that_takes_them_uncut() {
 
 #[test]
 fn traffic_outlives_the_process_that_carries_it() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     let mut machine = on_tap(&network, "size=30m offload=1", "", &[]);
     network::ping("10.0.0.2");
     let deaths = 3;
@@ -100,7 +106,9 @@ fn traffic_outlives_the_process_that_carries_it() {
 
 #[test]
 fn machines_share_a_bridge_and_leave_it() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     network.bridge("br0", "10.0.0.1/24");
     let daemon = Daemon::start();
     for (name, ip) in [("web", "10.0.0.2"), ("db", "10.0.0.3")] {
@@ -114,7 +122,10 @@ fn machines_share_a_bridge_and_leave_it() {
         assert_eq!(network::take(ip), 1 << 20);
     }
     let bridged = network.ip("-o link show master br0");
-    assert!(bridged.contains("bh-web-0") && bridged.contains("bh-db-0"), "{bridged}");
+    assert!(
+        bridged.contains("bh-web-0") && bridged.contains("bh-db-0"),
+        "{bridged}"
+    );
     daemon.good(&["kill", "db"]);
     network.until_gone("bh-db-0");
     network::echo("10.0.0.2", 100);
@@ -131,7 +142,9 @@ fn machines_share_a_bridge_and_leave_it() {
 
 #[test]
 fn interface_stays_with_the_next_broker_and_ends_with_the_machine() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     network.bridge("br0", "10.0.0.1/24");
     let mut daemon = Daemon::start();
     daemon.create_and_start("web", "mode=net seconds=1000", &["--net", "bridge=br0"]);
@@ -156,7 +169,9 @@ fn interface_stays_with_the_next_broker_and_ends_with_the_machine() {
 
 #[test]
 fn cable_is_pulled_out_and_plugged_in() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     network.bridge("br0", "10.0.0.1/24");
     let daemon = Daemon::start();
     let net = "bridge=br0,link=down";
@@ -176,7 +191,11 @@ fn cable_is_pulled_out_and_plugged_in() {
     assert!(!network::echoed("10.0.0.2", 50, a_moment));
     daemon.good(&["device", "link", "web/net0", "up"]);
     network::echo("10.0.0.2", 50);
-    daemon.fails(&["device", "link", "web/rng", "up"], 2, "expected a network device");
+    daemon.fails(
+        &["device", "link", "web/rng", "up"],
+        2,
+        "expected a network device",
+    );
     daemon.good(&["kill", "web"]);
 }
 
@@ -203,7 +222,9 @@ fn limits_hold_in_each_direction() {
     }
     let (sends, takes) = rates(",bytes_per_s=1MiB,bytes_burst=64KiB");
     let (sends_free, takes_free) = rates("");
-    println!("sends {sends:.0} of {sends_free:.0}, takes {takes:.0} of {takes_free:.0} bytes a second");
+    println!(
+        "sends {sends:.0} of {sends_free:.0}, takes {takes:.0} of {takes_free:.0} bytes a second"
+    );
     for (limited, free) in [(sends, sends_free), (takes, takes_free)] {
         // Frames have headers, so that less than the limit is data.
         assert!(limited < 1.1 * 1_048_576.0, "{limited}");
@@ -214,7 +235,9 @@ fn limits_hold_in_each_direction() {
 
 #[test]
 fn limit_is_changed_while_the_machine_runs() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     network.bridge("br0", "10.0.0.1/24");
     let daemon = Daemon::start();
     let net = "bridge=br0,packets_per_s=4,packets_burst=1";
@@ -236,7 +259,9 @@ fn limit_is_changed_while_the_machine_runs() {
 
 #[test]
 fn largest_packet_is_that_of_the_vm_file() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     let mut machine = on_tap(&network, "", ",mtu=700", &[]);
     let shown = network.ip("-o link show dev tap0");
     assert!(shown.contains(" mtu 700 "), "{shown}");
@@ -246,7 +271,9 @@ fn largest_packet_is_that_of_the_vm_file() {
 
 #[test]
 fn several_pairs_of_queues_carry_frames() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     let mut machine = on_tap(&network, "pairs=4 size=2m offload=1", ",queues=4", &[]);
     network::ping("10.0.0.2");
     for _ in 0..40 {
@@ -254,7 +281,10 @@ fn several_pairs_of_queues_carry_frames() {
     }
     let record = given(&mut machine, 4_000_000);
     let pairs = number(&record, "pairs");
-    assert!(pairs.count_ones() > 1, "frames came through pairs {pairs:#b}");
+    assert!(
+        pairs.count_ones() > 1,
+        "frames came through pairs {pairs:#b}"
+    );
     assert_eq!(network::take("10.0.0.2"), 2 << 20);
     // The driver has told the dead process how many it uses, and does not tell the next.
     kill(machine.process("net"));
@@ -264,7 +294,9 @@ fn several_pairs_of_queues_carry_frames() {
 
 #[test]
 fn driver_that_wants_one_pair_of_several_gets_all_frames_in_it() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     let mut machine = on_tap(&network, "pairs=1", ",queues=4", &[]);
     for _ in 0..20 {
         network::echo("10.0.0.2", 100);
@@ -275,26 +307,37 @@ fn driver_that_wants_one_pair_of_several_gets_all_frames_in_it() {
 
 #[test]
 fn persistent_interface_is_used_and_left() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     network.ip("tuntap add dev tap0 mode tap");
     let machine = on_tap(&network, "", "", &[]);
     network::ping("10.0.0.2");
     let twice = ["--net", "tap=tap0"];
     let second = Machine::test_guest("mode=hello", &twice).wait();
     assert_eq!(second.code, 2, "{second:?}");
-    assert!(second.errors.contains("tap0 is in use by another process"), "{second:?}");
+    assert!(
+        second.errors.contains("tap0 is in use by another process"),
+        "{second:?}"
+    );
     drop(machine);
     assert!(network.interfaces().contains(&"tap0".to_owned()));
 }
 
 #[test]
 fn what_the_host_lacks_is_said() {
-    let Some(network) = Network::enter() else { return };
+    let Some(network) = Network::enter() else {
+        return;
+    };
     for (net, code, said) in [
         ("bridge=br9", 2, "there is no bridge br9"),
         ("tap=lo", 2, "lo is no TAP interface"),
         ("tap=tap%d", 2, "expected the name of a network interface"),
-        ("mac=52:54:00:00:00:01", 2, "expected either `tap` or `bridge`"),
+        (
+            "mac=52:54:00:00:00:01",
+            2,
+            "expected either `tap` or `bridge`",
+        ),
     ] {
         let ended = Machine::test_guest("mode=hello", &["--net", net]).wait();
         assert_eq!(ended.code, code, "{net}: {ended:?}");

@@ -492,7 +492,11 @@ impl World {
             }
             Output::Over(verdict) => {
                 assert!(self.verdict.is_none(), "it is over twice");
-                assert_eq!(self.ends_with.as_ref(), Some(&verdict), "it is over otherwise");
+                assert_eq!(
+                    self.ends_with.as_ref(),
+                    Some(&verdict),
+                    "it is over otherwise"
+                );
                 self.verdict = Some(verdict);
             }
         }

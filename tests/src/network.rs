@@ -4,8 +4,8 @@
 use super::tool;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, setsockopt, socket,
-    sockopt,
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto,
+    setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use std::io::{Read, Write};
@@ -50,7 +50,10 @@ impl Network {
     }
 
     /// Runs `ip` with these words.
-    #[expect(clippy::unused_self, reason = "it is in the network that the thread is in")]
+    #[expect(
+        clippy::unused_self,
+        reason = "it is in the network that the thread is in"
+    )]
     pub fn ip(&self, words: &str) -> String {
         let words: Vec<&str> = words.split_whitespace().collect();
         tool("ip", &words)
@@ -126,7 +129,11 @@ pub fn ping(host: &str) {
                 break;
             };
             // Behind the IP header: an echo reply with what was sent.
-            if n == 36 && answer[12..16] == host.octets() && answer[20] == 0 && answer[24..36] == packet[4..] {
+            if n == 36
+                && answer[12..16] == host.octets()
+                && answer[20] == 0
+                && answer[24..36] == packet[4..]
+            {
                 return;
             }
         }
@@ -170,7 +177,9 @@ fn connect(host: &str, port: u16) -> TcpStream {
         match TcpStream::connect_timeout(&address.into(), PATIENCE) {
             Ok(stream) => {
                 stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
-                stream.set_write_timeout(Some(PATIENCE)).expect("a time-out");
+                stream
+                    .set_write_timeout(Some(PATIENCE))
+                    .expect("a time-out");
                 return stream;
             }
             Err(error) => assert!(Instant::now() < deadline, "{host}:{port}: {error}"),

@@ -209,7 +209,12 @@ pub(super) struct LimitArgs {
     #[arg(long, alias = "packets-per-s", value_name = "N")]
     requests_per_s: Option<u64>,
     /// Requests at once after a time of rest [default: those of a second]
-    #[arg(long, alias = "packets-burst", value_name = "N", requires = "requests_per_s")]
+    #[arg(
+        long,
+        alias = "packets-burst",
+        value_name = "N",
+        requires = "requests_per_s"
+    )]
     requests_burst: Option<u64>,
     #[command(flatten)]
     client: ClientArgs,
@@ -334,7 +339,11 @@ fn link(args: &LinkArgs, options: &PathOptions) -> Result<u8, Failure> {
     tell(args.client.json.then_some(true), answers, |linked| {
         let show = |linked: &Linked| {
             let state = if linked.up { "up" } else { "down" };
-            format!("{}/{}: link {state}\n", linked.name, printable(&linked.device))
+            format!(
+                "{}/{}: link {state}\n",
+                linked.name,
+                printable(&linked.device)
+            )
         };
         linked.iter().map(show).collect()
     })

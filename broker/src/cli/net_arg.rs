@@ -64,8 +64,7 @@ fn set(net: &mut DraftNet, text: &str) -> Result<(), String> {
         "bridge" => net.bridge = words(),
         "name" => net.name = words(),
         "mac" => {
-            let value =
-                parse_mac(value).map_err(|e| format!("mac={}: {e}", excerpt(value, 20)))?;
+            let value = parse_mac(value).map_err(|e| format!("mac={}: {e}", excerpt(value, 20)))?;
             net.mac = Some(Located { value, place });
         }
         "mtu" => net.mtu = number()?,
@@ -109,7 +108,10 @@ mod tests {
         let net = parse_net(text).unwrap();
         assert_eq!(net.bridge.unwrap().value, "br0");
         assert_eq!(net.mac.unwrap().value, [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
-        assert_eq!((net.mtu.unwrap().value, net.queues.unwrap().value), (9000, 4));
+        assert_eq!(
+            (net.mtu.unwrap().value, net.queues.unwrap().value),
+            (9000, 4)
+        );
         assert!(!net.link.unwrap().value);
         assert_eq!(net.name.unwrap().value, "lan");
         assert_eq!(net.limits.bytes_per_s.unwrap().value, 1 << 20);
@@ -121,11 +123,20 @@ mod tests {
     fn wrong_options_are_named() {
         for (text, wanted) in [
             ("tab=tap0", "unknown option `tab=tap0`; did you mean `tap`?"),
-            ("tap=a,mac=01:00:5e:00:00:01", "expected the address of one device"),
-            ("tap=a,mac=1:2:3:4:5:6", "expected the address of one device"),
+            (
+                "tap=a,mac=01:00:5e:00:00:01",
+                "expected the address of one device",
+            ),
+            (
+                "tap=a,mac=1:2:3:4:5:6",
+                "expected the address of one device",
+            ),
             ("tap=a,queues=9", "queues: expected 1 to 8"),
             ("tap=a,link=yes", "link: expected `up` or `down`"),
-            ("tap=a,packets_per_s=0", "packets_per_s: expected a number from 1 on"),
+            (
+                "tap=a,packets_per_s=0",
+                "packets_per_s: expected a number from 1 on",
+            ),
             ("tap=a,", "unknown option ``"),
         ] {
             let problem = parse_net(text).unwrap_err();

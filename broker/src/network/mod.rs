@@ -94,7 +94,8 @@ impl Fault {
         let host = |lacks: String| RunError::Host {
             lacks: format!("network device {name}: {lacks}"),
         };
-        let wrong = |what: String| RunError::Configuration(format!("network device {name}: {what}"));
+        let wrong =
+            |what: String| RunError::Configuration(format!("network device {name}: {what}"));
         let denied = matches!(self.errno, Errno::EPERM | Errno::EACCES);
         match (self.what, &spec.source) {
             (What::Device, _) => host(format!(
@@ -103,7 +104,11 @@ impl Fault {
             (What::Attach, NetSource::Tap(_)) if denied => host(format!(
                 "the TAP interface {interface} cannot be used without root unless it is there and yours: \
                  `ip tuntap add dev {interface} mode tap user $USER` as root makes one{}",
-                if spec.queues > 1 { " (with multi_queue)" } else { "" }
+                if spec.queues > 1 {
+                    " (with multi_queue)"
+                } else {
+                    ""
+                }
             )),
             (_, NetSource::Bridge(bridge)) if denied => host(format!(
                 "a TAP interface in the bridge {bridge} can only be made by root (CAP_NET_ADMIN): \
@@ -130,7 +135,9 @@ impl Fault {
                     What::Up => "be brought up",
                     What::Bridge => "be put into the bridge",
                 };
-                host(format!("the TAP interface {interface} cannot {what}: {because}"))
+                host(format!(
+                    "the TAP interface {interface} cannot {what}: {because}"
+                ))
             }
         }
     }
@@ -193,7 +200,17 @@ mod tests {
         for good in ["tap0", "bh-web-0", "a", "vnet12.7", "x_1"] {
             assert!(is_interface_name(good), "{good}");
         }
-        for bad in ["", "tap%d", "a/b", "a b", ".", "..", "sixteen-letters-", "tap\0", "tàp"] {
+        for bad in [
+            "",
+            "tap%d",
+            "a/b",
+            "a b",
+            ".",
+            "..",
+            "sixteen-letters-",
+            "tap\0",
+            "tàp",
+        ] {
             assert!(!is_interface_name(bad), "{bad}");
         }
     }
@@ -204,7 +221,12 @@ mod tests {
         let tell = |what, errno, spec: &NetSpec| Fault { what, errno }.tell("tap7", spec);
         let denied = tell(What::Attach, Errno::EPERM, &spec);
         assert_eq!(denied.exit_code(), 4);
-        assert!(denied.to_string().contains("ip tuntap add dev tap7 mode tap user"), "{denied}");
+        assert!(
+            denied
+                .to_string()
+                .contains("ip tuntap add dev tap7 mode tap user"),
+            "{denied}"
+        );
         let busy = tell(What::Attach, Errno::EBUSY, &spec);
         assert_eq!(busy.exit_code(), 2);
         let bridged = NetSpec::for_test(NetSource::Bridge("br7".into()));

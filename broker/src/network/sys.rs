@@ -43,8 +43,10 @@ pub(super) fn attach(queue: &OwnedFd, name: &str, several: bool) -> Result<(), E
 pub(super) fn set_header_bytes(queue: &OwnedFd) -> Result<(), Errno> {
     let bytes = libc::c_int::from(NET_HEADER_BYTES);
     // SAFETY: the integer outlives the call, which reads it.
-    Errno::result(unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const bytes) })
-        .map(drop)
+    Errno::result(unsafe {
+        libc::ioctl(queue.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const bytes)
+    })
+    .map(drop)
 }
 
 /// The kernel may leave checksums and large TCP segments to the other side. Returns whether it can cut

@@ -348,7 +348,10 @@ impl Vm {
         let device = Before::of(&self.view.borrow(), name)?.device;
         let vm = self.view.borrow().record.name.clone();
         if device.kind != ProcKind::Net.name() {
-            let line = format!("{vm}/{name} is a {}, expected a network device", device.kind);
+            let line = format!(
+                "{vm}/{name} is a {}, expected a network device",
+                device.kind
+            );
             return Err(ApiError::new(Code::BadRequest, line));
         }
         let command = Command::LinkDevice {
@@ -368,7 +371,10 @@ impl Vm {
     async fn limit_device(&self, name: &str, limits: DiskLimits) -> Result<Limited, ApiError> {
         let device = Before::of(&self.view.borrow(), name)?.device;
         let vm = self.view.borrow().record.name.clone();
-        if ![ProcKind::Blk, ProcKind::Net].map(ProcKind::name).contains(&device.kind.as_str()) {
+        if ![ProcKind::Blk, ProcKind::Net]
+            .map(ProcKind::name)
+            .contains(&device.kind.as_str())
+        {
             let line = format!(
                 "{vm}/{name} is a {}, expected a disk or a network device",
                 device.kind
@@ -539,7 +545,13 @@ pub(super) async fn link(
     Json(wish): Json<LinkDevice>,
 ) -> Answer {
     let vm = host.vm(&name).await?;
-    tracing::info!(vm = name, device, up = wish.up, user = caller.0, "link device");
+    tracing::info!(
+        vm = name,
+        device,
+        up = wish.up,
+        user = caller.0,
+        "link device"
+    );
     json(&carried_out(async move { vm.link_device(&device, wish.up).await }).await?)
 }
 

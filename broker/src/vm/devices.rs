@@ -96,7 +96,10 @@ pub fn plan(spec: &VmSpec) -> Vec<DevicePlan> {
     let nets = nets.map(|(index, net)| self::net(index, net));
     let mut plans: Vec<_> = console.into_iter().chain([rng()]).chain(disks).collect();
     let next = plans.last().map_or(DISK_SLOT, |last| last.slot + 1);
-    plans.extend(nets.zip(next..).map(|(net, slot)| DevicePlan { slot, ..net }));
+    plans.extend(
+        nets.zip(next..)
+            .map(|(net, slot)| DevicePlan { slot, ..net }),
+    );
     plans
 }
 

@@ -606,7 +606,9 @@ impl Midwife<'_, '_> {
     ) -> Result<(), RunError> {
         let rings = self.nursery.rings;
         if device.kind == VirtioKind::Net {
-            self.household.standing.plug_in(self.nursery.spec, device.index)?;
+            self.household
+                .standing
+                .plug_in(self.nursery.spec, device.index)?;
         }
         let standing = &self.household.standing;
         let entropy = standing
@@ -622,7 +624,9 @@ impl Midwife<'_, '_> {
             (VirtioKind::Rng, _) => gifts.push(Gift::new(FdRole::Entropy, entropy.as_fd())),
             (VirtioKind::Net, _) => {
                 let queues = taps.iter().zip(0..);
-                gifts.extend(queues.map(|(queue, index)| Gift::numbered(FdRole::Tap, index, queue.as_fd())));
+                gifts.extend(
+                    queues.map(|(queue, index)| Gift::numbered(FdRole::Tap, index, queue.as_fd())),
+                );
             }
             (VirtioKind::Console, Some(ring)) => gifts.extend(ring.gifts()),
             (VirtioKind::Console, None) => {}
@@ -763,7 +767,9 @@ impl Standing {
 fn taps_of(process: &Launched) -> Option<Tap> {
     let queues = process.descriptors_of(Path::new("/dev/net/tun"));
     let queues = queues
-        .inspect_err(|error| tracing::warn!(proc = %process.id, %error, "its interface goes with it"))
+        .inspect_err(
+            |error| tracing::warn!(proc = %process.id, %error, "its interface goes with it"),
+        )
         .ok()
         .filter(|queues| !queues.is_empty())?;
     Tap::found(queues)

@@ -275,7 +275,9 @@ pub fn parse_mac(text: &str) -> Result<[u8; 6], String> {
     bytes
         .and_then(|bytes| bytes.try_into().ok())
         .filter(|mac| is_unicast(*mac))
-        .ok_or_else(|| "expected the address of one device, such as \"52:54:00:12:34:56\"".to_owned())
+        .ok_or_else(|| {
+            "expected the address of one device, such as \"52:54:00:12:34:56\"".to_owned()
+        })
 }
 
 const fn raw() -> ImageFormat {

@@ -371,14 +371,26 @@ impl Checker {
                 return None;
             }
         };
-        let rule = "expected the name of a network interface: at most 15 letters, digits, '-', '_' or '.'";
+        let rule =
+            "expected the name of a network interface: at most 15 letters, digits, '-', '_' or '.'";
         self.expect(is_interface_name(&source.0.value), source.0, rule);
         let tap = |net: &DraftNet| net.tap.as_ref().map(|tap| tap.value.clone());
         let twin = tap(draft).is_some() && all.iter().take(n).any(|other| tap(other) == tap(draft));
-        self.expect(!twin, source.0, "expected an interface that no other device has");
+        self.expect(
+            !twin,
+            source.0,
+            "expected an interface that no other device has",
+        );
         let default_name = format!("net{n}");
-        let name = draft.name.as_ref().map_or(&default_name, |name| &name.value);
-        let mut others = spec.disks.iter().map(|d| &d.name).chain(spec.nets.iter().map(|n| &n.name));
+        let name = draft
+            .name
+            .as_ref()
+            .map_or(&default_name, |name| &name.value);
+        let mut others = spec
+            .disks
+            .iter()
+            .map(|d| &d.name)
+            .chain(spec.nets.iter().map(|n| &n.name));
         let taken = others.any(|other| other == name);
         match &draft.name {
             Some(given) => {

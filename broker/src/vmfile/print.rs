@@ -6,9 +6,7 @@
 
 use super::parse::{CONSOLES, HUGE_PAGES, LINKS, ON_DISK_FULL, ON_END};
 use super::quantity::show_size;
-use crate::vm::spec::{
-    DiskSpec, HostShare, KernelSource, NetSource, NetSpec, VmSpec, show_mac,
-};
+use crate::vm::spec::{DiskSpec, HostShare, KernelSource, NetSource, NetSpec, VmSpec, show_mac};
 use bulkhead_ipc::protocol::birth::DiskLimits;
 use schemars::JsonSchema;
 use serde::Serialize;

@@ -507,7 +507,10 @@ fn network_devices_have_names_addresses_and_queues_of_their_own() {
     let [first, second] = &spec.nets[..] else {
         panic!("{:?}", spec.nets);
     };
-    assert_eq!((first.name.as_str(), second.name.as_str()), ("net0", "net1"));
+    assert_eq!(
+        (first.name.as_str(), second.name.as_str()),
+        ("net0", "net1")
+    );
     assert_eq!(first.mac, NetSpec::default_mac("web", 0));
     assert_ne!(first.mac, NetSpec::default_mac("web", 1));
     assert_eq!(first.mac[0] & 3, 2, "locally administered, of one device");
@@ -518,14 +521,29 @@ fn network_devices_have_names_addresses_and_queues_of_their_own() {
     assert!(crate::network::is_interface_name(&long), "{long}");
     for (nets, wanted) in [
         ("[[net]]\n", "expected either `tap` or `bridge`"),
-        ("[[net]]\ntap = \"a\"\nbridge = \"b\"\n", "expected either `tap` or `bridge`"),
-        ("[[net]]\ntap = \"a/b\"\n", "expected the name of a network interface"),
-        ("[[net]]\ntap = \"a\"\n[[net]]\ntap = \"a\"\n", "an interface that no other device has"),
+        (
+            "[[net]]\ntap = \"a\"\nbridge = \"b\"\n",
+            "expected either `tap` or `bridge`",
+        ),
+        (
+            "[[net]]\ntap = \"a/b\"\n",
+            "expected the name of a network interface",
+        ),
+        (
+            "[[net]]\ntap = \"a\"\n[[net]]\ntap = \"a\"\n",
+            "an interface that no other device has",
+        ),
         ("[[net]]\ntap = \"a\"\nmtu = 67\n", "expected 68 to 65521"),
-        ("[[net]]\ntap = \"a\"\nmac = \"ff:ff:ff:ff:ff:ff\"\n", "the address of one device"),
+        (
+            "[[net]]\ntap = \"a\"\nmac = \"ff:ff:ff:ff:ff:ff\"\n",
+            "the address of one device",
+        ),
         ("[[net]]\ntap = \"a\"\nqueues = 9\n", "queues"),
         ("[[net]]\ntap = \"a\"\nlink = \"on\"\n", "link"),
-        ("[[net]]\ntap = \"a\"\nlimits = { packets_burst = 3 }\n", "expected packets_per_s beside it"),
+        (
+            "[[net]]\ntap = \"a\"\nlimits = { packets_burst = 3 }\n",
+            "expected packets_per_s beside it",
+        ),
     ] {
         let problems = read(nets).unwrap_err().to_string();
         assert!(problems.contains(wanted), "{nets}: {problems}");

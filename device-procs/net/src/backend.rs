@@ -44,13 +44,7 @@ pub(crate) trait Backend: Debug {
 
     /// Takes the next frame with its header: into the spans and, what they have no room for, into `rest`, which
     /// has room for the largest.
-    fn receive(
-        &mut self,
-        queue: usize,
-        to: &[Span],
-        rest: &mut [u8],
-        window: &Queues,
-    ) -> Received;
+    fn receive(&mut self, queue: usize, to: &[Span], rest: &mut [u8], window: &Queues) -> Received;
 
     /// Sends a frame. Returns whether it is on its way; one that is not is lost.
     fn send(
@@ -84,7 +78,9 @@ impl Tap {
 
     fn failed(&mut self, errno: Errno) {
         // An interface that is down (EIO), or deleted (EBADFD), is a wire that nothing comes out of.
-        if !matches!(errno, Errno::EAGAIN | Errno::EINTR) && !std::mem::replace(&mut self.gone, true) {
+        if !matches!(errno, Errno::EAGAIN | Errno::EINTR)
+            && !std::mem::replace(&mut self.gone, true)
+        {
             tracing::warn!(%errno, "the TAP interface carries nothing");
         }
     }
@@ -117,13 +113,7 @@ impl Backend for Tap {
         }
     }
 
-    fn receive(
-        &mut self,
-        queue: usize,
-        to: &[Span],
-        rest: &mut [u8],
-        window: &Queues,
-    ) -> Received {
+    fn receive(&mut self, queue: usize, to: &[Span], rest: &mut [u8], window: &Queues) -> Received {
         let Some(fd) = self.queues.get(queue) else {
             return Received::Nothing;
         };

@@ -37,7 +37,13 @@ mod tests {
 
     #[test]
     fn number_of_pairs_is_one_that_there_is() {
-        for (n, expected) in [(0, None), (1, Some(1)), (4, Some(4)), (5, None), (260, None)] {
+        for (n, expected) in [
+            (0, None),
+            (1, Some(1)),
+            (4, Some(4)),
+            (5, None),
+            (260, None),
+        ] {
             let [low, high] = u16::to_le_bytes(n);
             let got = command(&[4, 0, low, high], 4);
             assert_eq!(got, expected.map(Command::Pairs), "{n}");

@@ -252,7 +252,9 @@ impl Device for Net {
 
     fn wakes_in(&mut self) -> Option<Duration> {
         let limited = self.receiving.limits() && self.inboxes.iter().any(|inbox| inbox.readable);
-        let receive = limited.then(|| self.receiving.wait(Instant::now())).flatten();
+        let receive = limited
+            .then(|| self.receiving.wait(Instant::now()))
+            .flatten();
         let send = (!self.unsent.is_empty()).then(|| self.sending_waits().unwrap_or_default());
         receive.into_iter().chain(send).min()
     }
@@ -362,7 +364,10 @@ impl Net {
             Ok((header, frame, bytes)) => {
                 self.sending.take(bytes);
                 let up = self.link_up;
-                let there = up && self.wire.send(queue / 2, &header.bytes(), frame.spans(), queues);
+                let there = up
+                    && self
+                        .wire
+                        .send(queue / 2, &header.bytes(), frame.spans(), queues);
                 there.then_some(bytes)
             }
             Err(unsound) => {
@@ -451,8 +456,7 @@ impl Net {
         queues: &mut Queues,
     ) -> Result<Step, DeviceFault> {
         let mergeable = self.features & feature::MRG_RXBUF != 0;
-        let (Some(inbox), Some(buffers)) =
-            (self.inboxes.get_mut(tap), self.buffers.get_mut(pair))
+        let (Some(inbox), Some(buffers)) = (self.inboxes.get_mut(tap), self.buffers.get_mut(pair))
         else {
             return Ok(Step::Empty);
         };
@@ -532,15 +536,19 @@ impl Net {
         queues: &mut Queues,
     ) -> Result<Step, DeviceFault> {
         let mergeable = self.features & feature::MRG_RXBUF != 0;
-        let (Some(inbox), Some(buffers)) =
-            (self.inboxes.get_mut(tap), self.buffers.get_mut(pair))
+        let (Some(inbox), Some(buffers)) = (self.inboxes.get_mut(tap), self.buffers.get_mut(pair))
         else {
             return Ok(Step::Empty);
         };
         let Some(frame) = inbox.waiting() else {
             return Ok(Step::Done);
         };
-        let len = |chain: &Chain| chain.writable().first().map_or(0, |span| span.len() as usize);
+        let len = |chain: &Chain| {
+            chain
+                .writable()
+                .first()
+                .map_or(0, |span| span.len() as usize)
+        };
         let room: usize = if mergeable {
             buffers.iter().map(len).sum()
         } else {
@@ -631,7 +639,11 @@ fn parse(chain: &Chain, queues: &Queues, features: u64) -> Result<(Header, Frame
     let (mut frame, mut bytes) = (Frame::default(), 0usize);
     for &span in chain.readable() {
         let place = header.get_mut(got..).unwrap_or_default();
-        let n = if place.is_empty() { 0 } else { queues.read(span, place) };
+        let n = if place.is_empty() {
+            0
+        } else {
+            queues.read(span, place)
+        };
         got += n;
         let rest = span.part(u32::try_from(n).unwrap_or(u32::MAX), u32::MAX);
         bytes = bytes.saturating_add(rest.len() as usize);

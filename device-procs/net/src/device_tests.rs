@@ -13,7 +13,9 @@ use bulkhead_ipc::ring::{RequestLayout, Span};
 use bulkhead_runtime::Device;
 use bulkhead_runtime::testing::Rig;
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, setsockopt, socketpair, sockopt};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, recv, send, setsockopt, socketpair, sockopt,
+};
 use proptest::prelude::*;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -56,7 +58,8 @@ fn desk_of(pairs: usize, features: u64, limits: DiskLimits) -> Desk {
     let (mut held, mut far) = (Vec::new(), Vec::new());
     for index in (0..).take(pairs) {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        let (near, end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        let (near, end) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
         for socket in [&near, &end] {
             setsockopt(socket, sockopt::SndBuf, &(1 << 20)).unwrap();
         }
@@ -129,7 +132,9 @@ impl Desk {
             let mut bytes = first.bytes[..first.written as usize].to_vec();
             let buffers = u16::from_le_bytes(bytes[10..12].try_into().unwrap());
             for _ in 1..buffers {
-                let next = answers.next().expect("all buffers of a frame come together");
+                let next = answers
+                    .next()
+                    .expect("all buffers of a frame come together");
                 bytes.extend(&next.bytes[..next.written as usize]);
             }
             frames.push(bytes);
@@ -159,7 +164,10 @@ fn frames_go_out_as_they_are() {
     let answers = desk.rig.answers(TRANSMIT);
     assert!(answers.len() == 3 && answers.iter().all(|a| a.written == 0));
     let sent = desk.counted().1;
-    assert_eq!((sent.packets, sent.bytes, sent.dropped), (3, 60 + 1514 + 9000, 0));
+    assert_eq!(
+        (sent.packets, sent.bytes, sent.dropped),
+        (3, 60 + 1514 + 9000, 0)
+    );
 }
 
 #[test]
@@ -223,7 +231,10 @@ fn frame_too_large_for_a_driver_that_does_not_merge_is_lost() {
     desk.offer(RECEIVE, 4, 1526);
     desk.comes(&plain(&frame(2000)));
     desk.comes(&plain(&frame(100)));
-    assert_eq!(desk.received(RECEIVE), [with_buffers(plain(&frame(100)), 1)]);
+    assert_eq!(
+        desk.received(RECEIVE),
+        [with_buffers(plain(&frame(100)), 1)]
+    );
     assert_eq!(desk.counted().0.dropped, 1);
     let mut cut = desk_of(1, 0, DiskLimits::default());
     cut.offer(RECEIVE, 4, 500);
@@ -234,7 +245,11 @@ fn frame_too_large_for_a_driver_that_does_not_merge_is_lost() {
 
 #[test]
 fn driver_without_offloads_gets_whole_segments() {
-    for features in [0, feature::MRG_RXBUF, feature::MRG_RXBUF | feature::GUEST_CSUM] {
+    for features in [
+        0,
+        feature::MRG_RXBUF,
+        feature::MRG_RXBUF | feature::GUEST_CSUM,
+    ] {
         let mut desk = desk(features);
         desk.offer(RECEIVE, 20, 1600);
         let payload = frame(9500);
@@ -318,7 +333,11 @@ fn frames_are_received_in_as_many_pairs_as_the_driver_says() {
     for queue in 0..4 {
         desk.comes_to(queue, &plain(&frame(100 + queue)));
     }
-    assert_eq!(desk.received(0).len(), 4, "one pair until it says otherwise");
+    assert_eq!(
+        desk.received(0).len(),
+        4,
+        "one pair until it says otherwise"
+    );
     let mut command = |bytes: &[u8]| {
         desk.rig.submit(8, None, bytes, 1).unwrap();
         desk.rig.run().unwrap();
@@ -333,7 +352,9 @@ fn frames_are_received_in_as_many_pairs_as_the_driver_says() {
     let pairs = [0, 1, 2, 3].map(|pair| desk.received(2 * pair).len());
     assert_eq!(pairs, [2, 2, 0, 0]);
     for pair in 0..4 {
-        desk.rig.submit(2 * pair + 1, None, &plain(&frame(90 + pair)), 0).unwrap();
+        desk.rig
+            .submit(2 * pair + 1, None, &plain(&frame(90 + pair)), 0)
+            .unwrap();
     }
     desk.rig.run().unwrap();
     for queue in 0..4 {
@@ -353,13 +374,21 @@ fn driver_without_several_queues_has_its_control_queue_behind_the_first_pair() {
 
 #[test]
 fn limits_hold_for_each_direction_and_lose_nothing() {
-    let requests = Some(Rate { per_s: 200, burst: 1 });
-    let limits = DiskLimits { bytes: None, requests };
+    let requests = Some(Rate {
+        per_s: 200,
+        burst: 1,
+    });
+    let limits = DiskLimits {
+        bytes: None,
+        requests,
+    };
     let mut desk = desk_of(1, ALL, limits);
     desk.offer(RECEIVE, 40, 1526);
     let begin = Instant::now();
     for n in 0..40 {
-        desk.rig.submit(TRANSMIT, None, &plain(&frame(60 + n)), 0).unwrap();
+        desk.rig
+            .submit(TRANSMIT, None, &plain(&frame(60 + n)), 0)
+            .unwrap();
         let fd = desk.far[0].as_raw_fd();
         send(fd, &plain(&frame(60 + n)), MsgFlags::empty()).unwrap();
     }

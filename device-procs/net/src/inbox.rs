@@ -9,7 +9,9 @@
 //! queue of the wire meanwhile.
 
 use crate::offload::{Cutter, fill_checksum};
-use crate::request::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, GSO_TCPV4, GSO_TCPV6, HEADER_BYTES, Header, feature};
+use crate::request::{
+    FRAME_BYTES_MAX, FRAME_BYTES_MIN, GSO_TCPV4, GSO_TCPV6, HEADER_BYTES, Header, feature,
+};
 
 /// Room for the largest frame with its header.
 const ROOM_BYTES: usize = HEADER_BYTES + FRAME_BYTES_MAX + 31;
@@ -61,13 +63,18 @@ impl Inbox {
     /// What waits for buffers: a frame that is ready, or else the next piece of one.
     pub(crate) fn waiting(&mut self) -> Option<&[u8]> {
         if self.ready_bytes == 0 {
-            let frame = self.packet.get(HEADER_BYTES..self.taken).unwrap_or_default();
+            let frame = self
+                .packet
+                .get(HEADER_BYTES..self.taken)
+                .unwrap_or_default();
             match self.cutter.as_mut()?.cut(frame, &mut self.ready) {
                 Some(n) => self.ready_bytes = n,
                 None => self.cutter = None,
             }
         }
-        self.ready.get(..self.ready_bytes).filter(|ready| !ready.is_empty())
+        self.ready
+            .get(..self.ready_bytes)
+            .filter(|ready| !ready.is_empty())
     }
 
     /// What was waiting is with the guest, or lost.
@@ -166,7 +173,11 @@ mod tests {
 
     #[test]
     fn driver_that_does_not_gets_pieces_with_checksums() {
-        for (is_v6, features) in [(false, 0), (false, ALL & !feature::GUEST_TSO4), (true, feature::GUEST_TSO6)] {
+        for (is_v6, features) in [
+            (false, 0),
+            (false, ALL & !feature::GUEST_TSO4),
+            (true, feature::GUEST_TSO6),
+        ] {
             let (mut cut, bytes) = inbox(is_v6, 5000);
             assert_eq!(cut.admit(bytes, features), Fit::Ready);
             let got = frames(&mut cut);

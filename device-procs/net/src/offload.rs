@@ -19,7 +19,10 @@ const FLAG_CWR: u8 = 0x80;
 /// The ones' complement sum of `bytes`, not folded.
 fn sum(bytes: &[u8]) -> u64 {
     let (words, rest) = bytes.as_chunks::<2>();
-    let words: u64 = words.iter().map(|&w| u64::from(u16::from_be_bytes(w))).sum();
+    let words: u64 = words
+        .iter()
+        .map(|&w| u64::from(u16::from_be_bytes(w)))
+        .sum();
     words + rest.first().map_or(0, |&last| u64::from(last) << 8)
 }
 
@@ -31,7 +34,9 @@ fn fold(mut sum: u64) -> u16 {
 }
 
 fn put(frame: &mut [u8], at: usize, value: [u8; 2]) -> Option<()> {
-    frame.get_mut(at..at.checked_add(2)?)?.copy_from_slice(&value);
+    frame
+        .get_mut(at..at.checked_add(2)?)?
+        .copy_from_slice(&value);
     Some(())
 }
 
@@ -204,7 +209,16 @@ pub(crate) mod tests {
         let start = frame.len();
         frame.extend([0x1f, 0x90, 0xc0, 0x00]);
         frame.extend(0xffff_ff00u32.to_be_bytes());
-        frame.extend([0, 0, 0, 9, 0x80, FLAG_FIN | FLAG_PSH | FLAG_CWR | 0x10, 1, 0]);
+        frame.extend([
+            0,
+            0,
+            0,
+            9,
+            0x80,
+            FLAG_FIN | FLAG_PSH | FLAG_CWR | 0x10,
+            1,
+            0,
+        ]);
         frame.extend(fold(pseudo).to_be_bytes());
         frame.extend([0, 0, 1, 1, 8, 10, 1, 2, 3, 4, 5, 6, 7, 8]);
         frame.extend(payload);
@@ -266,11 +280,20 @@ pub(crate) mod tests {
     #[test]
     fn what_is_no_large_segment_is_not_cut() {
         let (header, frame) = tcp(false, false, &[1; 3000]);
-        let v6 = Header { gso_type: GSO_TCPV6, ..header };
+        let v6 = Header {
+            gso_type: GSO_TCPV6,
+            ..header
+        };
         assert_eq!(Cutter::new(&v6, &frame), None);
-        let none = Header { gso_type: 5, ..header };
+        let none = Header {
+            gso_type: 5,
+            ..header
+        };
         assert_eq!(Cutter::new(&none, &frame), None);
-        let nothing = Header { gso_size: 0, ..header };
+        let nothing = Header {
+            gso_size: 0,
+            ..header
+        };
         assert_eq!(Cutter::new(&nothing, &frame), None);
         for len in [0, 13, 30, 60, 3000] {
             assert_eq!(Cutter::new(&header, &frame[..len]), None, "{len}");

@@ -114,7 +114,20 @@ impl Header {
         let [g0, g1] = self.gso_size.to_le_bytes();
         let [s0, s1] = self.checksum_start.to_le_bytes();
         let [o0, o1] = self.checksum_offset.to_le_bytes();
-        [self.flags, self.gso_type, h0, h1, g0, g1, s0, s1, o0, o1, 0, 0]
+        [
+            self.flags,
+            self.gso_type,
+            h0,
+            h1,
+            g0,
+            g1,
+            s0,
+            s1,
+            o0,
+            o1,
+            0,
+            0,
+        ]
     }
 
     /// Whether the checksum is to be filled in.
@@ -226,10 +239,16 @@ mod tests {
         assert!(large().checked(60_000, ALL & !feature::HOST_TSO4).is_err());
         assert!(large().checked(60_000, ALL & !feature::CSUM).is_err());
         for gso_type in [2, 3, 6, 0x81, 255] {
-            let header = Header { gso_type, ..large() };
+            let header = Header {
+                gso_type,
+                ..large()
+            };
             assert!(header.checked(60_000, u64::MAX).is_err(), "{gso_type}");
         }
-        let without = Header { flags: 0, ..large() };
+        let without = Header {
+            flags: 0,
+            ..large()
+        };
         assert!(without.checked(60_000, ALL).is_err());
     }
 
@@ -237,9 +256,15 @@ mod tests {
     fn what_lies_outside_of_the_frame_is_refused() {
         assert_eq!(large().checked(51, ALL), Err(Unsound::Checksum));
         assert!(large().checked(53, ALL).is_err());
-        let header = Header { gso_size: 0, ..large() };
+        let header = Header {
+            gso_size: 0,
+            ..large()
+        };
         assert!(header.checked(60_000, ALL).is_err());
-        let header = Header { header_len: 20, ..large() };
+        let header = Header {
+            header_len: 20,
+            ..large()
+        };
         assert!(header.checked(60_000, ALL).is_err());
         for len in [0, 13, FRAME_BYTES_MAX + 1] {
             assert_eq!(

@@ -44,7 +44,11 @@ pub fn put_together<M: GuestMemoryBackend>(
         next = next.wrapping_add(1);
     }
     memory
-        .store(next.to_le(), GuestAddress(ring + INDEX_AT), Ordering::Release)
+        .store(
+            next.to_le(),
+            GuestAddress(ring + INDEX_AT),
+            Ordering::Release,
+        )
         .map_err(Error::GuestMemory)?;
     queue.set_next_used(next);
     Ok(())

@@ -112,7 +112,15 @@ pub(crate) fn serve(boundary: &Ungated, mut grants: Grants, memory_bytes: u32) -
         opcodes: OPERATIONS.to_vec(),
     };
     let memory = queues.memory();
-    let mut setup = Setup::new(&config, &mut grants, &operations, memory, cpus(), 1, &waiter);
+    let mut setup = Setup::new(
+        &config,
+        &mut grants,
+        &operations,
+        memory,
+        cpus(),
+        1,
+        &waiter,
+    );
     let mut blk = Blk::start(&mut setup)?;
     boundary.publish(blk.features(), &blk.config());
     let mut spin = Spin::beside(1, cpus());

@@ -15,9 +15,9 @@
 use bulkhead_tests::network::Network;
 use bulkhead_tests::{Difference, Ended, Expected, GuestMemory, Look, Machine, Programs};
 use nix::sys::signal::Signal;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
-use std::cell::Cell;
 use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;

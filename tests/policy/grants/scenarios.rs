@@ -345,7 +345,10 @@ fn next_broker(stage: &Stage) {
     let more = [&["--disk", path(&disk), "--name=web"], &NET[..]].concat();
     let mut machine = stage.guest("mode=button", &more);
     machine.expect("BH button.ready");
-    for kind in ProcKind::OF_EVERY_MACHINE.into_iter().chain([ProcKind::Net]) {
+    for kind in ProcKind::OF_EVERY_MACHINE
+        .into_iter()
+        .chain([ProcKind::Net])
+    {
         let _locked = machine.process(kind.name());
     }
     machine.expect_phase("running");

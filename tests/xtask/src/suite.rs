@@ -53,7 +53,7 @@ fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
     require_kvm()?;
     // What the tests themselves call: they look into disk images after the guest is done (qemu-img reads what
     // we write, and writes what we read), have a
-    // debugger open cores, assemble kernels of a few instructions, and disassemble ACPI tables.
+    // debugger open cores, assemble kernels of a few instructions, disassemble ACPI tables, and make networks of their own.
     stages.run("packages", || {
         packages::ensure(&[
             "acpica-tools",
@@ -62,6 +62,7 @@ fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
             "cpio",
             "e2fsprogs",
             "gdb",
+            "iproute2",
             "qemu-utils",
         ])
     })?;

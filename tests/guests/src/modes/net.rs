@@ -77,7 +77,11 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
     bound.map_err(|_| Failure::Parameter("port"))?;
     irq::enable(net.device.gsi);
     let mut link = net.link_is_up();
-    say!("net.ready ip={ip} features={:#x} link={}", net.features, u8::from(link));
+    say!(
+        "net.ready ip={ip} features={:#x} link={}",
+        net.features,
+        u8::from(link)
+    );
     let end = Deadline::after_ms(machine.number("seconds", 60)?.saturating_mul(1000));
     let mut taken = Stream::default();
     let mut given = Stream::default();
@@ -88,7 +92,12 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
             let seen = net.receiver.seen;
             say!(
                 "net.sink bytes={} wrong={} frames={} largest={} spread={} pairs={:#x}",
-                taken.last, taken.last_wrong, seen.frames, seen.largest, seen.spread, seen.pairs
+                taken.last,
+                taken.last_wrong,
+                seen.frames,
+                seen.largest,
+                seen.spread,
+                seen.pairs
             );
             if taken.last_wrong > 0 {
                 fail!("net", "kind=data what=pattern wrong={}", taken.last_wrong);
@@ -118,7 +127,10 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
     let seen = net.receiver.seen;
     say!(
         "net result=ok frames={} largest={} spread={} pairs={:#x}",
-        seen.frames, seen.largest, seen.spread, seen.pairs
+        seen.frames,
+        seen.largest,
+        seen.spread,
+        seen.pairs
     );
     Ok(())
 }

@@ -91,7 +91,12 @@ pub struct Net {
 impl Net {
     /// Starts network device `index` with `pairs` pairs of queues, and with offloads and buffers that a frame is
     /// spread over if `offload`.
-    pub fn open(machine: &Machine, index: u64, pairs: usize, offload: bool) -> Result<Net, Failure> {
+    pub fn open(
+        machine: &Machine,
+        index: u64,
+        pairs: usize,
+        offload: bool,
+    ) -> Result<Net, Failure> {
         let device = mmio::find(machine, id::NET, index)?;
         let mut wanted = MAC | STATUS | feature::EVENT_IDX;
         if offload {

@@ -29,7 +29,7 @@ impl Machine {
         self.prepare(generation, blame, false);
         self.wait_phase(generation, Phase::Prepared);
         assert!(self.window.is_generation(generation));
-        self.device = device_queue(&self.window);
+        self.device = device_queue(&self.window, self.queue);
     }
 
     /// The process is dead and there is another.
