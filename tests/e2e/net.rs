@@ -305,6 +305,69 @@ fn driver_that_wants_one_pair_of_several_gets_all_frames_in_it() {
     assert_eq!(number(&record, "pairs"), 1);
 }
 
+/// Packets and bytes that an interface of the host has received: those that its guest has sent.
+fn received(network: &Network, interface: &str) -> (u64, u64) {
+    let shown = network.ip(&format!("-s -o link show dev {interface}"));
+    let behind = shown.split("RX:").nth(1).unwrap();
+    let mut numbers = behind.split_whitespace().filter_map(|word| word.parse().ok());
+    let (bytes, packets) = (numbers.next().unwrap(), numbers.next().unwrap());
+    (packets, bytes)
+}
+
+#[test]
+fn linux_pings_and_sends_large_segments_while_its_process_is_killed() {
+    let Some(network) = Network::enter() else {
+        return;
+    };
+    network.bridge("br0", "10.0.0.1/24");
+    let patience = Duration::from_secs(300);
+    let kernel = bulkhead_tests::path("BULKHEAD_TEST_LINUX_VMLINUX");
+    let initrd = bulkhead_tests::path("BULKHEAD_TEST_LINUX_INITRD");
+    let cmdline = bulkhead_tests::linux_cmdline();
+    let mut machine = Machine::run([
+        "--kernel",
+        kernel.to_str().unwrap(),
+        "--initrd",
+        initrd.to_str().unwrap(),
+        "--cmdline",
+        &cmdline,
+        "--name=web",
+        "-m",
+        "256MiB",
+        "--timeout=900s",
+        "--net",
+        "bridge=br0",
+    ]);
+    machine.expect_within("bh: ready", patience);
+    machine.expect_within("# ", patience);
+    let mut shell = |command: &str, answer: &str| {
+        machine.type_keys(&format!("{command}; echo =$?=\n"));
+        let before = machine.expect_within("=0=", patience);
+        assert!(before.contains(answer), "{command}: no `{answer}` in {before}");
+        machine.process("net")
+    };
+    shell("ip link set eth0 up && ip addr add 10.0.0.5/24 dev eth0", "");
+    shell("ping -c 2 10.0.0.1", " 0% packet loss");
+    network::ping("10.0.0.5");
+    let listener = std::net::TcpListener::bind("10.0.0.1:5000").unwrap();
+    let taking = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        std::io::copy(&mut stream, &mut std::io::sink()).unwrap()
+    });
+    let before = received(&network, "bh-web-0");
+    let send = "dd if=/dev/zero bs=64k count=500 2>/dev/null | nc 10.0.0.1 5000";
+    let serving = shell(send, "");
+    assert_eq!(taking.join().unwrap(), 500 << 16);
+    let after = received(&network, "bh-web-0");
+    let (packets, bytes) = (after.0 - before.0, after.1 - before.1);
+    println!("{bytes} bytes came in {packets} packets");
+    assert!(bytes / packets > 3000, "{bytes} bytes in {packets} packets");
+    kill(serving);
+    shell("ping -c 2 10.0.0.1", " 0% packet loss");
+    machine.type_keys("poweroff -f\n");
+    assert_eq!(machine.wait_within(patience).code, 0);
+}
+
 #[test]
 fn persistent_interface_is_used_and_left() {
     let Some(network) = Network::enter() else {

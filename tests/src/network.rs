@@ -3,14 +3,9 @@
 
 use super::tool;
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto,
-    setsockopt, socket, sockopt,
-};
-use nix::sys::time::{TimeVal, TimeValLike};
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 /// How long a guest may take to answer on a busy machine.
@@ -105,9 +100,9 @@ pub fn ping(host: &str) {
         SockProtocol::Icmp,
     )
     .expect("a raw socket");
-    let wait = TimeVal::milliseconds(AGAIN.as_millis().try_into().unwrap_or(1));
-    setsockopt(&raw, sockopt::ReceiveTimeout, &wait).expect("a time-out");
-    let to = SockaddrIn::from(SocketAddrV4::new(host, 0));
+    // The calls are those of UDP.
+    let raw = UdpSocket::from(raw);
+    raw.set_read_timeout(Some(AGAIN)).expect("a time-out");
     let deadline = Instant::now() + PATIENCE;
     for sequence in 1u16.. {
         assert!(Instant::now() < deadline, "{host} does not answer pings");
@@ -121,11 +116,11 @@ pub fn ping(host: &str) {
         let checksum = !u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap_or(0);
         packet[2..4].copy_from_slice(&checksum.to_be_bytes());
         // Nobody may know its address yet.
-        let _sent = sendto(raw.as_raw_fd(), &packet, &to, MsgFlags::empty());
+        let _sent = raw.send_to(&packet, (host, 0));
         let again = Instant::now() + AGAIN;
         let mut answer = [0; 128];
         while Instant::now() < again {
-            let Ok(n) = recv(raw.as_raw_fd(), &mut answer, MsgFlags::empty()) else {
+            let Ok(n) = raw.recv(&mut answer) else {
                 break;
             };
             // Behind the IP header: an echo reply with what was sent.

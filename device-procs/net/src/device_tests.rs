@@ -257,7 +257,7 @@ fn driver_without_offloads_gets_whole_segments() {
         desk.comes(&with_header(&header, &large));
         let got = desk.received(RECEIVE);
         assert_eq!(got.len(), 10);
-        let mut joined = Vec::new();
+        let mut joined: Vec<u8> = Vec::new();
         for piece in &got {
             assert_eq!(piece[..2], [0, 0]);
             assert!(is_whole(&piece[12..]));
