@@ -72,7 +72,11 @@ fn raw_disk_grows_under_its_guest_and_is_never_made_smaller() {
         6,
         "expected a multiple of 512",
     );
-    daemon.fails(&["device", "resize", "web/rng", "16MiB"], 2, "expected a disk");
+    daemon.fails(
+        &["device", "resize", "web/rng", "16MiB"],
+        2,
+        "expected a disk",
+    );
     daemon.good(&["device", "resize", "web/disk0", "16MiB"]);
     daemon.until_output("web", "wrote 1");
     // The process that was told is not the last one.
@@ -135,7 +139,14 @@ fn medium_is_changed_and_one_that_cannot_be_served_is_taken_back() {
     );
     // What is no qcow2 image is found out by the disk's process alone.
     daemon.fails(
-        &["device", "medium", "web/disk0", &place("b.img"), "--format", "qcow2"],
+        &[
+            "device",
+            "medium",
+            "web/disk0",
+            &place("b.img"),
+            "--format",
+            "qcow2",
+        ],
         6,
         "the disk is what it was",
     );

@@ -309,7 +309,9 @@ fn driver_that_wants_one_pair_of_several_gets_all_frames_in_it() {
 fn received(network: &Network, interface: &str) -> (u64, u64) {
     let shown = network.ip(&format!("-s -o link show dev {interface}"));
     let behind = shown.split("RX:").nth(1).unwrap();
-    let mut numbers = behind.split_whitespace().filter_map(|word| word.parse().ok());
+    let mut numbers = behind
+        .split_whitespace()
+        .filter_map(|word| word.parse().ok());
     let (bytes, packets) = (numbers.next().unwrap(), numbers.next().unwrap());
     (packets, bytes)
 }
@@ -343,10 +345,16 @@ fn linux_pings_and_sends_large_segments_while_its_process_is_killed() {
     let mut shell = |command: &str, answer: &str| {
         machine.type_keys(&format!("{command}; echo =$?=\n"));
         let before = machine.expect_within("=0=", patience);
-        assert!(before.contains(answer), "{command}: no `{answer}` in {before}");
+        assert!(
+            before.contains(answer),
+            "{command}: no `{answer}` in {before}"
+        );
         machine.process("net")
     };
-    shell("ip link set eth0 up && ip addr add 10.0.0.5/24 dev eth0", "");
+    shell(
+        "ip link set eth0 up && ip addr add 10.0.0.5/24 dev eth0",
+        "",
+    );
     shell("ping -c 2 10.0.0.1", " 0% packet loss");
     network::ping("10.0.0.5");
     let listener = std::net::TcpListener::bind("10.0.0.1:5000").unwrap();

@@ -202,7 +202,11 @@ impl ChangeMedium {
         Ok(Medium {
             path: self.path,
             format: self.format,
-            extents: self.extents.into_iter().map(|path| FileSpec { path }).collect(),
+            extents: self
+                .extents
+                .into_iter()
+                .map(|path| FileSpec { path })
+                .collect(),
             backing: self.backing.into_iter().map(below).collect(),
         })
     }

@@ -9,8 +9,8 @@ use super::host::Host;
 use super::routes::{Answer, Caller, Json, carried_out, json};
 use super::view::View;
 use crate::api::{
-    ApiError, ChangeMedium, Code, Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited,
-    LinkDevice, Linked, NetworkStats, ResizeDevice, SCHEMA_VERSION, State as Doing,
+    ApiError, ChangeMedium, Code, Device, DeviceChanged, DeviceState, Devices, LimitDevice,
+    Limited, LinkDevice, Linked, NetworkStats, ResizeDevice, SCHEMA_VERSION, State as Doing,
 };
 use crate::launch::program_path;
 use crate::vm::record::Record;

@@ -7,9 +7,7 @@ use super::session::default_name;
 use super::spec::{ConsoleSpec, DiskSpec, NetSpec, OnDiskFull, VmSpec};
 use crate::image::chain::name_of;
 use bulkhead_ipc::device_kind::VirtioKind;
-use bulkhead_ipc::protocol::birth::{
-    DeviceConfig, DeviceOwn, ImageFormat, ImageLayer, VirtioSlot,
-};
+use bulkhead_ipc::protocol::birth::{DeviceConfig, DeviceOwn, ImageFormat, ImageLayer, VirtioSlot};
 use bulkhead_ipc::window::WindowLayout;
 
 /// Slot of the virtio console.

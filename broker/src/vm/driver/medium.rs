@@ -90,7 +90,9 @@ impl Machine<'_> {
             } else {
                 "shared with other machines"
             };
-            return Err(format!("it is {how}: its size is not this machine's to change"));
+            return Err(format!(
+                "it is {how}: its size is not this machine's to change"
+            ));
         }
         match now.format {
             ImageFormat::Vmdk => {

@@ -394,7 +394,9 @@ impl Machine<'_> {
         let reason = match (lost, trial.failed) {
             (None, None) => return,
             (None, Some(failed)) if trial.disk.is_some() => {
-                format!("the disk is what it was, since what it was to be cannot be served: {failed}")
+                format!(
+                    "the disk is what it was, since what it was to be cannot be served: {failed}"
+                )
             }
             (None, Some(failed)) => format!(
                 "the program on disk does not serve, and the one before it was taken again: {failed}"

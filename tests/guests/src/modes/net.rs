@@ -171,7 +171,7 @@ impl Stream {
             // One that listens already is as good.
             let _ = socket.listen(SINK);
         }
-        self.open |= socket.is_active();
+        self.open |= socket.may_recv();
         while socket.can_recv() {
             let (at, wrong) = (&mut self.at, &mut self.wrong);
             let taken = socket.recv(|bytes| {
