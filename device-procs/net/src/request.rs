@@ -53,10 +53,12 @@ const GSO_UDP_L4: u8 = 5;
 /// A header as it was read, once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Header {
-    flags: u8,
+    /// Whether a checksum is to be filled in.
+    pub flags: u8,
     /// How the frame is to be cut.
     pub gso_type: u8,
-    header_len: u16,
+    /// Bytes of headers in front of what is cut; a hint.
+    pub header_len: u16,
     /// Bytes of each piece.
     pub gso_size: u16,
     /// Where the checksummed bytes begin.

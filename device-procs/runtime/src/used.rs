@@ -84,7 +84,6 @@ pub fn wants_news<M: GuestMemoryBackend>(
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use virtio_queue::QueueOwnedT;
     use vm_memory::GuestMemoryMmap;
 
     const USED: u64 = 0x2000;
