@@ -15,6 +15,7 @@ pub mod escape;
 pub mod image;
 pub mod launch;
 pub mod learn;
+pub mod network;
 pub mod registry;
 pub mod remains;
 pub mod seed;

@@ -19,6 +19,8 @@ pub enum VirtioKind {
     Vsock,
     /// Shared folder (section 5.11).
     Fs,
+    /// Network device (section 5.1).
+    Net,
 }
 
 /// What may be done with requests in flight when a device process dies.
@@ -58,6 +60,9 @@ pub struct Framing {
     /// the bytes that the guest is given, and a request that was in flight when its device died
     /// had nothing to do with that.
     pub waits_for_input: bool,
+    /// What the device completes in one step of its used index is answered in one step: a driver must not
+    /// see a part of it.
+    pub answered_together: bool,
 }
 
 /// How a gate answers a request that failed, so that the guest's driver understands it.
@@ -78,8 +83,23 @@ pub const POSITION_BYTES: usize = 8;
 /// Bytes of the header of a packet of a socket device (section 5.10.6).
 const VSOCK_HEADER_BYTES: u8 = 44;
 const _: () = assert!(VSOCK_HEADER_BYTES as usize <= HEAD_SLOT_BYTES);
+/// Bytes of the header in front of each frame (virtio 1.2, section 5.1.6): `struct virtio_net_hdr_v1`.
+pub const NET_HEADER_BYTES: u8 = 12;
 /// Largest device configuration in bytes.
 pub const CONFIG_BYTES_MAX: usize = 256;
+
+impl Framing {
+    /// Requests of which no byte means anything to a gate.
+    const PLAIN: Self = Self {
+        head_bytes: 0,
+        tail_bytes: 0,
+        positioned: false,
+        waits_for_input: false,
+        answered_together: false,
+        numbered: false,
+        failure: Failure::Status,
+    };
+}
 
 impl VirtioKind {
     /// The virtio device id.
@@ -91,6 +111,7 @@ impl VirtioKind {
             Self::Rng => 4,
             Self::Vsock => 19,
             Self::Fs => 26,
+            Self::Net => 1,
         }
     }
 
@@ -103,6 +124,7 @@ impl VirtioKind {
             Self::Rng => ProcKind::Rng,
             Self::Vsock => ProcKind::Vsock,
             Self::Fs => ProcKind::Fs,
+            Self::Net => ProcKind::Net,
         }
     }
 
@@ -113,43 +135,37 @@ impl VirtioKind {
             Self::Blk => Framing {
                 head_bytes: 16,
                 tail_bytes: 1,
-                positioned: false,
-                waits_for_input: false,
-                numbered: false,
-                failure: Failure::Status,
+                ..Framing::PLAIN
             },
             Self::Console => Framing {
-                head_bytes: 0,
-                tail_bytes: 0,
                 positioned: queue % 2 == 1,
                 waits_for_input: queue.is_multiple_of(2),
-                numbered: false,
-                failure: Failure::Status,
+                ..Framing::PLAIN
             },
-            Self::Rng => Framing {
-                head_bytes: 0,
-                tail_bytes: 0,
-                positioned: false,
-                waits_for_input: false,
-                numbered: false,
-                failure: Failure::Status,
-            },
+            Self::Rng => Framing::PLAIN,
             // Each page of the window has the FUSE header at its begin, so the data of a write is not page
             // aligned: folders are served through the host's page cache.
             Self::Fs => Framing {
-                head_bytes: 0,
-                tail_bytes: 0,
-                positioned: false,
-                waits_for_input: false,
                 numbered: true,
                 failure: Failure::Fuse,
+                ..Framing::PLAIN
             },
             // Queue 1 sends; the others offer buffers for packets and for events.
             Self::Vsock => Framing {
                 head_bytes: if queue == 1 { VSOCK_HEADER_BYTES } else { 0 },
-                tail_bytes: 0,
-                positioned: false,
                 waits_for_input: queue != 1,
+                ..Framing::PLAIN
+            },
+            // Frames to send begin with a header. The control queue is where a receive queue would be, and
+            // which number it has depends on what the driver negotiates, so that it is framed like one.
+            Self::Net if queue % 2 == 1 => Framing {
+                head_bytes: NET_HEADER_BYTES,
+                ..Framing::PLAIN
+            },
+            Self::Net => Framing {
+                waits_for_input: true,
+                answered_together: true,
+                ..Framing::PLAIN
             },
         }
     }
@@ -160,8 +176,9 @@ impl VirtioKind {
         match self {
             Self::Console if queue % 2 == 1 => ReplayClass::Positioned,
             Self::Vsock => ReplayClass::Reset,
-            Self::Blk | Self::Rng | Self::Console => ReplayClass::Idempotent,
             Self::Fs => ReplayClass::Numbered,
+            Self::Net if queue % 2 == 1 => ReplayClass::Droppable,
+            Self::Blk | Self::Rng | Self::Console | Self::Net => ReplayClass::Idempotent,
         }
     }
 
@@ -174,6 +191,7 @@ impl VirtioKind {
             Self::Rng => 0,
             Self::Vsock => 8,
             Self::Fs => 40,
+            Self::Net => 12,
         }
     }
 
@@ -192,6 +210,7 @@ impl VirtioKind {
             Self::Blk => &[(0, 8)],
             Self::Console => &[(0, 4)],
             Self::Rng | Self::Vsock | Self::Fs => &[],
+            Self::Net => &[(6, 2)],
         }
     }
 
@@ -200,7 +219,7 @@ impl VirtioKind {
     #[must_use]
     pub const fn kept_bytes(self) -> usize {
         match self {
-            Self::Blk | Self::Console | Self::Rng | Self::Vsock => 0,
+            Self::Blk | Self::Console | Self::Rng | Self::Net | Self::Vsock => 0,
             Self::Fs => FS_KEPT_BYTES,
         }
     }

@@ -22,32 +22,45 @@ pub enum ProcKind {
     Vsock,
     /// One shared folder.
     Fs,
+    /// One virtio network device.
+    Net,
     /// One piece of work on disk images. It belongs to no VM.
     Image,
 }
 
 impl ProcKind {
     /// Every kind, in the order in which tables show them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Vcpu,
         Self::Legacy,
         Self::Console,
         Self::Blk,
         Self::Rng,
-        Self::Fs,
+        Self::Net,
         Self::Vsock,
+        Self::Fs,
         Self::Image,
     ];
 
-    /// The kinds that a virtual machine consists of: all but [`Self::Image`].
-    pub const OF_MACHINES: [Self; 6] = [
+    /// The kinds that every virtual machine with a disk has a process of.
+    pub const OF_EVERY_MACHINE: [Self; 5] = [
         Self::Vcpu,
         Self::Legacy,
         Self::Console,
         Self::Blk,
         Self::Rng,
-        Self::Fs,
+    ];
+
+    /// The kinds that a virtual machine may consist of: all but [`Self::Image`].
+    pub const OF_MACHINES: [Self; 8] = [
+        Self::Vcpu,
+        Self::Legacy,
+        Self::Console,
+        Self::Blk,
+        Self::Rng,
+        Self::Net,
         Self::Vsock,
+        Self::Fs,
     ];
 
     /// The name used in policies, file names and messages, such as `blk`.
@@ -61,6 +74,7 @@ impl ProcKind {
             Self::Rng => "rng",
             Self::Vsock => "vsock",
             Self::Fs => "fs",
+            Self::Net => "net",
             Self::Image => "image",
         }
     }

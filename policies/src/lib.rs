@@ -40,6 +40,7 @@ pub const fn built_in(kind: ProcKind) -> &'static str {
         ProcKind::Rng => include_str!("../rng.toml"),
         ProcKind::Vsock => include_str!("../vsock.toml"),
         ProcKind::Fs => include_str!("../fs.toml"),
+        ProcKind::Net => include_str!("../net.toml"),
         ProcKind::Image => include_str!("../image.toml"),
     }
 }
@@ -95,6 +96,7 @@ mod tests {
             let listens = kind == ProcKind::Vsock;
             assert_eq!(policy.fd(FdRole::Listener).is_some(), listens);
             assert_eq!(policy.fd(FdRole::Folder).is_some(), kind == ProcKind::Fs);
+            assert_eq!(policy.fd(FdRole::Tap).is_some(), kind == ProcKind::Net);
         }
     }
 

@@ -36,7 +36,7 @@ fn machine() -> (Machine, tempfile::TempDir) {
     ];
     let mut machine = Machine::test_guest("mode=idle", &arguments);
     machine.expect("BH idle ");
-    for kind in ProcKind::OF_MACHINES {
+    for kind in ProcKind::OF_EVERY_MACHINE {
         let _locked = machine.process(kind.name());
     }
     (machine, disks)
@@ -47,7 +47,7 @@ fn subjects(machine: &Machine) -> Vec<Subject> {
     let pid = |pid: u32| i32::try_from(pid).unwrap();
     let processes = machine.processes();
     let mut subjects = Vec::new();
-    for kind in ProcKind::OF_MACHINES {
+    for kind in ProcKind::OF_EVERY_MACHINE {
         for (index, process) in (0..).zip(processes.all_of(kind.name())) {
             let generation = 1;
             subjects.push(Subject {

@@ -17,22 +17,30 @@ use bulkhead_policies::explain::{self, Denied};
 use bulkhead_policies::grant::STARTUP;
 use bulkhead_policies::load;
 use bulkhead_policies::plan::Policy;
+use bulkhead_tests::network::Network;
 use bulkhead_tests::prng::Prng;
 use bulkhead_tests::{Daemon, Fate, Intruder, Machine};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+/// The kinds of process of the machines here.
+const KINDS: [ProcKind; 6] = [
+    ProcKind::Vcpu,
+    ProcKind::Legacy,
+    ProcKind::Console,
+    ProcKind::Blk,
+    ProcKind::Rng,
+    ProcKind::Net,
+];
 /// Exit code of a process whose system call was not granted.
 const DENIED: i32 = 159;
 
 fn machine(disk: &tempfile::NamedTempFile) -> Machine {
+    let _network = Network::enter().unwrap();
+    let path = disk.path().to_str().unwrap();
     let folder = format!("{},readonly", env!("CARGO_MANIFEST_DIR"));
     let more = [
-        "--vsock",
-        "--disk",
-        disk.path().to_str().unwrap(),
-        "--share",
-        &folder,
+        "--vsock", "--disk", path, "--share", &folder, "--net", "tap=tap0",
     ];
     let mut machine = Machine::test_guest("mode=idle", &more);
     machine.expect("BH idle ");
@@ -52,7 +60,7 @@ fn filters_of_living_processes_decide_every_call_as_the_policies_say() {
     let disk = bulkhead_tests::disk(1 << 20);
     let machine = machine(&disk);
     let mut decided = 0;
-    for kind in ProcKind::OF_MACHINES {
+    for kind in KINDS {
         let policy = load(kind, None, false).unwrap();
         let pid = i32::try_from(machine.process(kind.name())).unwrap();
         let measured = filters::measure(pid).unwrap();
@@ -96,7 +104,7 @@ struct Forbidden {
 
 fn everything() -> Vec<Forbidden> {
     let mut all = Vec::new();
-    for kind in ProcKind::OF_MACHINES {
+    for kind in KINDS {
         let policy = load(kind, None, false).unwrap();
         for thread in threads(&policy) {
             let stopped = policy.stopped(&thread).into_iter();

@@ -6,6 +6,7 @@
     reason = "an integration test is a test module"
 )]
 
+use bulkhead_tests::network::Network;
 use bulkhead_tests::{Fate, Intruder, Machine};
 
 /// Exit code of a process whose system call was not granted.
@@ -71,8 +72,12 @@ fn try_everything(kind: &str, thread: Option<&str>) {
     for attempt in &ATTEMPTS {
         let disk = bulkhead_tests::disk(1 << 20);
         let disk_path = disk.path().to_str().unwrap();
-        let more = ["--vsock", "--disk", disk_path];
-        let mut machine = Machine::test_guest("mode=idle", &more);
+        let mut arguments = vec!["--vsock", "--disk", disk_path];
+        if kind == "net" {
+            let _network = Network::enter().unwrap();
+            arguments.extend(["--net", "tap=tap0"]);
+        }
+        let mut machine = Machine::test_guest("mode=idle", &arguments);
         machine.expect("BH idle ");
         let pid = machine.process(kind);
         let mut intruder = Intruder::enter(pid, thread);
@@ -112,6 +117,11 @@ fn taken_over_rng_gains_nothing() {
 #[test]
 fn taken_over_vsock_gains_nothing() {
     try_everything("vsock", None);
+}
+
+#[test]
+fn taken_over_net_gains_nothing() {
+    try_everything("net", None);
 }
 
 #[test]

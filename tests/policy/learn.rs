@@ -74,7 +74,7 @@ fn what_is_learnt_is_what_the_run_did_and_a_part_of_the_policy() {
         told.contains("grants were used") && !told.contains("denied"),
         "{told}"
     );
-    for kind in ProcKind::OF_MACHINES {
+    for kind in ProcKind::OF_EVERY_MACHINE {
         let all: BTreeSet<Grant> = load(kind, None, false)
             .unwrap()
             .grants()

@@ -17,6 +17,7 @@ mod guest_memory;
 mod held_file;
 mod intruder;
 mod machine;
+pub mod network;
 #[path = "../guests/src/pattern.rs"]
 pub mod pattern;
 #[allow(

@@ -21,7 +21,9 @@ impl Programs {
     pub fn copied() -> Self {
         let binaries = super::path("BULKHEAD_BIN_DIR");
         let folder = tempfile::tempdir().expect("a directory");
-        for kind in ["blk", "console", "fs", "legacy", "rng", "vcpu", "vsock"] {
+        for kind in [
+            "blk", "console", "fs", "legacy", "net", "rng", "vcpu", "vsock",
+        ] {
             let name = format!("bulkhead-{kind}");
             fs::copy(binaries.join(&name), folder.path().join(&name)).expect("room for programs");
         }

@@ -4,6 +4,7 @@ use crate::escape::escaped;
 use crate::vm::session::{Medium, ProgramFile};
 use crate::vm::spec::{BackingSpec, FILES_MAX, FileSpec};
 use bulkhead_ipc::protocol::birth::{DiskLimits, ImageFormat, Rate};
+use bulkhead_ipc::protocol::device::{Direction, Traffic};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -81,8 +82,8 @@ pub struct DeviceChanged {
     pub new: Device,
 }
 
-/// Body of `POST /v1/vms/NAME/devices/DEVICE/limit`: what a disk may do in a second from now on, until the
-/// machine ends. What is left out is not limited.
+/// Body of `POST /v1/vms/NAME/devices/DEVICE/limit`: what a disk or a network device (in each direction) may do in a second
+/// from now on, until the machine ends. What is left out is not limited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LimitDevice {
@@ -92,7 +93,7 @@ pub struct LimitDevice {
     /// Bytes at once after a time of rest; those of a second when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_burst: Option<u64>,
-    /// Requests of any kind, at least 1.
+    /// Requests of any kind, or packets, at least 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests_per_s: Option<u64>,
     /// Requests at once after a time of rest; those of a second when left out.
@@ -218,8 +219,70 @@ pub struct Limited {
     pub schema_version: u32,
     /// The machine.
     pub name: String,
-    /// The disk.
+    /// The disk or network device.
     pub device: String,
     /// What it may do now.
     pub limits: LimitDevice,
+}
+
+/// Body of `POST /v1/vms/NAME/devices/DEVICE/link`: whether the cable of a network device is plugged in from now
+/// on, until the machine ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkDevice {
+    /// Whether it is.
+    pub up: bool,
+}
+
+/// What `POST /v1/vms/NAME/devices/DEVICE/link` answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Linked {
+    /// [`super::SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// The machine.
+    pub name: String,
+    /// The network device.
+    pub device: String,
+    /// Whether its cable is plugged in.
+    pub up: bool,
+}
+
+/// What a network device has done within the present life of its machine; a second old at most. A frame that the
+/// host cuts up for the guest, or the other way round, is one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkStats {
+    /// Name in the VM file.
+    pub device: String,
+    /// Frames that the guest was given.
+    pub rx_packets: u64,
+    /// Their bytes.
+    pub rx_bytes: u64,
+    /// Frames for the guest that got lost here.
+    pub rx_dropped: u64,
+    /// Frames that the guest has sent.
+    pub tx_packets: u64,
+    /// Their bytes.
+    pub tx_bytes: u64,
+    /// Frames of the guest that got lost here.
+    pub tx_dropped: u64,
+}
+
+impl NetworkStats {
+    /// Of a device with these counters.
+    #[must_use]
+    pub fn new(device: &str, traffic: Traffic) -> Self {
+        let Traffic { received, sent } = traffic;
+        let parts = |d: Direction| (d.packets, d.bytes, d.dropped);
+        let (rx_packets, rx_bytes, rx_dropped) = parts(received);
+        let (tx_packets, tx_bytes, tx_dropped) = parts(sent);
+        Self {
+            device: device.to_owned(),
+            rx_packets,
+            rx_bytes,
+            rx_dropped,
+            tx_packets,
+            tx_bytes,
+            tx_dropped,
+        }
+    }
 }

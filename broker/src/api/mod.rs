@@ -12,7 +12,7 @@ pub mod time;
 
 pub use device::{
     BackingFile, ChangeMedium, Device, DeviceChanged, DeviceState, Devices, LimitDevice, Limited,
-    ResizeDevice,
+    LinkDevice, Linked, NetworkStats, ResizeDevice,
 };
 pub use error::{ApiError, Code};
 
@@ -239,6 +239,9 @@ pub struct Stats {
     pub pss_bytes: u64,
     /// Each process.
     pub processes: Vec<ProcessStats>,
+    /// Each network device.
+    #[serde(default)]
+    pub networks: Vec<NetworkStats>,
 }
 
 /// What one process has used.

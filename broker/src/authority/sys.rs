@@ -26,7 +26,7 @@ pub(crate) fn open_process(pid: i32) -> Result<OwnedFd, Errno> {
 ///
 /// # Errors
 /// EBADF when the process has none of that number, EPERM when we may not look.
-pub(super) fn duplicate(process: BorrowedFd<'_>, number: RawFd) -> Result<OwnedFd, Errno> {
+pub(crate) fn duplicate(process: BorrowedFd<'_>, number: RawFd) -> Result<OwnedFd, Errno> {
     let process = process.as_raw_fd();
     // SAFETY: plain integers.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process, number, 0u32) })?;

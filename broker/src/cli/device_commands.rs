@@ -1,4 +1,5 @@
-//! `device list`, `device restart`, `device upgrade`, `device limit`, `device resize`, `device medium`.
+//! `device list`, `device restart`, `device upgrade`, `device limit`, `device link`, `device resize`,
+//! `device medium`.
 
 use super::client_args::ClientArgs;
 use super::failure::{Failure, printable};
@@ -7,11 +8,12 @@ use super::paths::PathOptions;
 use super::show_commands::{row, table};
 use crate::api::client::{Client, ClientError};
 use crate::api::{
-    BackingFile, ChangeMedium, Device, DeviceChanged, Devices, LimitDevice, Limited, ResizeDevice,
+    BackingFile, ChangeMedium, Device, DeviceChanged, Devices, LimitDevice, Limited, LinkDevice,
+    Linked, ResizeDevice,
 };
 use crate::vmfile::{is_name, parse_format, parse_size, show_size};
 use bulkhead_ipc::protocol::birth::ImageFormat;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -41,10 +43,11 @@ pub(super) enum DeviceCommand {
     /// devices of a machine are upgraded, one after the other. bulkhead-vcpu and the broker stay as they are.
     #[command(after_long_help = UPGRADE_EXAMPLES)]
     Upgrade(UpgradeArgs),
-    /// Change what disks may do in a second, at once and until their machines end
+    /// Change what disks and network devices may do in a second, at once and until their machines end
     ///
-    /// A disk that has done so much waits; nothing fails. What is not given is not limited, so that no option at
-    /// all takes every limit away. A VM file says what holds from the start: limits of [[disk]].
+    /// A device that has done so much waits; nothing fails. For a network device the limits hold for each
+    /// direction by itself. What is not given is not limited, so that no option at
+    /// all takes every limit away. A VM file says what holds from the start: limits of [[disk]] and [[net]].
     #[command(after_long_help = LIMIT_EXAMPLES)]
     Limit(LimitArgs),
     /// Grow a disk while its machine runs
@@ -61,6 +64,11 @@ pub(super) enum DeviceCommand {
     /// A medium that cannot be served is taken back.
     #[command(after_long_help = MEDIUM_EXAMPLES)]
     Medium(MediumArgs),
+    /// Plug the cable of network devices in, or pull it out, until their machines end
+    ///
+    /// The guest sees it at once. What it sends while the cable is out is lost, and so is what is sent to it.
+    #[command(after_long_help = LINK_EXAMPLES)]
+    Link(LinkArgs),
 }
 
 const RESIZE_EXAMPLES: &str = "\
@@ -126,6 +134,17 @@ Examples:
         no limit any more
 ";
 
+const LINK_EXAMPLES: &str = "\
+Exit codes:
+  0  the cables are as wanted
+  2  there is no such machine or network device
+  6  a machine does not run
+
+Examples:
+  bulkhead device link web/net0 down
+  bulkhead device link web/net0 up
+";
+
 /// A device of a machine, or all of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Target {
@@ -177,20 +196,25 @@ pub(super) struct UpgradeArgs {
 /// Options of `device limit`.
 #[derive(Debug, Args)]
 pub(super) struct LimitArgs {
-    /// Disk
+    /// Disk or network device
     #[arg(value_name = "VM/DEVICE", required = true, value_parser = one_device)]
     targets: Vec<Target>,
-    /// Bytes read and written a second, such as 100MiB
+    /// Bytes read and written, sent or received a second, such as 100MiB
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     bytes_per_s: Option<u64>,
     /// Bytes at once after a time of rest [default: those of a second]
     #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "bytes_per_s")]
     bytes_burst: Option<u64>,
-    /// Requests a second
-    #[arg(long, value_name = "N")]
+    /// Requests a second; packets of a network device
+    #[arg(long, alias = "packets-per-s", value_name = "N")]
     requests_per_s: Option<u64>,
     /// Requests at once after a time of rest [default: those of a second]
-    #[arg(long, value_name = "N", requires = "requests_per_s")]
+    #[arg(
+        long,
+        alias = "packets-burst",
+        value_name = "N",
+        requires = "requests_per_s"
+    )]
     requests_burst: Option<u64>,
     #[command(flatten)]
     client: ClientArgs,
@@ -205,6 +229,18 @@ pub(super) struct ResizeArgs {
     /// What it is to have at least, such as 20GiB
     #[arg(value_name = "SIZE", value_parser = parse_size)]
     bytes: u64,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+/// Options of `device link`.
+#[derive(Debug, Args)]
+pub(super) struct LinkArgs {
+    /// Network device
+    #[arg(value_name = "VM/DEVICE", value_parser = one_device)]
+    target: Target,
+    /// Whether the cable is plugged in
+    state: LinkState,
     #[command(flatten)]
     client: ClientArgs,
 }
@@ -275,6 +311,44 @@ fn another_disk(
     })
 }
 
+/// Whether a cable is plugged in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LinkState {
+    /// It is
+    Up,
+    /// It is not
+    Down,
+}
+
+fn link(args: &LinkArgs, options: &PathOptions) -> Result<u8, Failure> {
+    let wish = LinkDevice {
+        up: args.state == LinkState::Up,
+    };
+    let targets = [args.target.clone()];
+    let answers = args.client.talk(options, async |client| {
+        let ask = |target: Target| {
+            let client = client.clone();
+            async move {
+                let device = target.device.unwrap_or_default();
+                let path = format!("/v1/vms/{}/devices/{device}/link", target.vm);
+                client.post::<Linked>(&path, Some(&wish)).await
+            }
+        };
+        Ok(side_by_side(&targets, ask).await)
+    })?;
+    tell(args.client.json.then_some(true), answers, |linked| {
+        let show = |linked: &Linked| {
+            let state = if linked.up { "up" } else { "down" };
+            format!(
+                "{}/{}: link {state}\n",
+                linked.name,
+                printable(&linked.device)
+            )
+        };
+        linked.iter().map(show).collect()
+    })
+}
+
 fn limit(args: &LimitArgs, options: &PathOptions) -> Result<u8, Failure> {
     let wish = LimitDevice {
         bytes_per_s: args.bytes_per_s,
@@ -336,6 +410,7 @@ pub(super) fn run(command: &DeviceCommand, options: &PathOptions) -> Result<u8, 
         DeviceCommand::Limit(args) => limit(args, options),
         DeviceCommand::Resize(args) => resize(args, options),
         DeviceCommand::Medium(args) => medium(args, options),
+        DeviceCommand::Link(args) => link(args, options),
     }
 }
 

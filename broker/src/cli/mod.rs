@@ -21,6 +21,7 @@ mod image_args;
 mod image_command;
 mod image_target;
 mod machine_commands;
+mod net_arg;
 mod paths;
 mod policy_command;
 mod policy_diff;

@@ -1,6 +1,7 @@
 //! The options of `run`, and the draft of a machine that they make.
 
 use super::disk_arg::parse_disk;
+use super::net_arg::parse_net;
 use super::share_arg::parse_share;
 use crate::console::keys::parse_escape;
 use crate::vm::spec::{ConsoleChoice, OnEnd};
@@ -106,6 +107,16 @@ pub(super) struct MachineArgs {
         help_heading = "Machine"
     )]
     shares: Vec<OsString>,
+    /// Network device; may be given several times
+    ///
+    /// tap=NAME or bridge=NAME, and then [,mac=MAC][,mtu=N][,queues=N][,link=up|down][,name=NAME]. A TAP
+    /// interface that is not there is made, and one is made for a bridge; both are removed with the machine.
+    #[arg(
+        long = "net",
+        value_name = "tap=NAME|bridge=NAME[,OPTION]...",
+        help_heading = "Machine"
+    )]
+    nets: Vec<String>,
     /// Host pages behind the memory; without a value, reserved [default: transparent]
     #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "reserved", help_heading = "Machine")]
@@ -143,7 +154,8 @@ pub(super) struct MachineArgs {
 /// Run a virtual machine in this terminal
 ///
 /// The machine is described by VMFILE (TOML), by options, or by both: an option wins over the file,
-/// and --disk adds to its disks. With neither VMFILE nor a kernel the built-in guest is started.
+/// --disk adds to its disks, --share to its folders and --net to its network devices. With neither VMFILE nor a kernel
+/// the built-in guest is started.
 ///
 /// Everything is checked before any process is started. Then each part of the machine runs in a
 /// sandboxed process of its own; this program stays outside of every data path.
@@ -261,7 +273,7 @@ impl MachineArgs {
     /// The machine as far as the options describe it.
     ///
     /// # Errors
-    /// Every wrong `--disk` and `--share`.
+    /// Every wrong `--disk`, `--share` and `--net`.
     pub(super) fn draft(&self) -> Result<Draft, Problems> {
         let (mut disks, mut problems) = (Vec::new(), Vec::new());
         for disk in &self.disks {
@@ -281,6 +293,13 @@ impl MachineArgs {
         for share in &self.shares {
             match parse_share(share) {
                 Ok(share) => shares.push(share),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        let mut nets = Vec::new();
+        for net in &self.nets {
+            match parse_net(net) {
+                Ok(net) => nets.push(net),
                 Err(problem) => problems.push(problem),
             }
         }
@@ -329,6 +348,7 @@ impl MachineArgs {
             }),
             cloud_init,
             shares,
+            nets,
             console_attach: self.console.map(|name| match name {
                 ConsoleName::Serial => located("--console", "serial", ConsoleChoice::Serial),
                 ConsoleName::Virtio => located("--console", "virtio", ConsoleChoice::Virtio),

@@ -252,6 +252,7 @@ impl Watcher {
                 notice(&format!("bulkhead: the machine restarts (number {count})"));
             }
             Event::Started { .. }
+            | Event::Traffic { .. }
             | Event::Died { .. }
             | Event::Locked { .. }
             | Event::AllLocked { .. }

@@ -234,10 +234,37 @@ fn show_stats(stats: &Stats) -> String {
         ms(stats.cpu_time_us),
         stats.pss_bytes >> 10
     );
-    match stats.processes.is_empty() {
-        true => head,
-        false => head + &table(&rows),
+    let mut text = head;
+    if !stats.processes.is_empty() {
+        text += &table(&rows);
     }
+    if !stats.networks.is_empty() {
+        let heading = [
+            "NETWORK",
+            "RX packets",
+            "RX KiB",
+            "RX dropped",
+            "TX packets",
+            "TX KiB",
+            "TX dropped",
+        ];
+        let rows = stats.networks.iter().map(|net| {
+            let numbers = [
+                net.rx_packets,
+                net.rx_bytes >> 10,
+                net.rx_dropped,
+                net.tx_packets,
+                net.tx_bytes >> 10,
+                net.tx_dropped,
+            ];
+            let numbers = numbers.map(|n| n.to_string());
+            let [a, b, c, d, e, f] = numbers.each_ref().map(String::as_str);
+            row([&printable(&net.device), a, b, c, d, e, f])
+        });
+        let rows: Vec<_> = std::iter::once(row(heading)).chain(rows).collect();
+        text += &table(&rows);
+    }
+    text
 }
 
 /// Runs `logs`.

@@ -446,6 +446,26 @@ impl Launcher {
 }
 
 impl Launched {
+    /// Second descriptors of everything that the process has open under this name of the host.
+    ///
+    /// # Errors
+    /// The kernel's error, as when we may not look.
+    pub fn descriptors_of(&self, path: &Path) -> io::Result<Vec<OwnedFd>> {
+        let directory = format!("/proc/{}/fd", self.pid);
+        let mut numbers = Vec::new();
+        for entry in std::fs::read_dir(directory)? {
+            let entry = entry?;
+            let same = std::fs::read_link(entry.path()).is_ok_and(|target| target == path);
+            let number = entry.file_name();
+            let number = number.to_str().and_then(|name| name.parse::<i32>().ok());
+            numbers.extend(number.filter(|_| same));
+        }
+        numbers.sort_unstable();
+        let handle = self.pidfd.as_fd();
+        let duplicate = |number| Ok(crate::authority::sys::duplicate(handle, number)?);
+        numbers.into_iter().map(duplicate).collect()
+    }
+
     /// A process that another broker has started and this one has adopted.
     #[must_use]
     pub const fn adopted(

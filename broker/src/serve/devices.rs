@@ -10,7 +10,7 @@ use super::routes::{Answer, Caller, Json, carried_out, json};
 use super::view::View;
 use crate::api::{
     ApiError, ChangeMedium, Code, Device, DeviceChanged, DeviceState, Devices, LimitDevice,
-    Limited, ResizeDevice, SCHEMA_VERSION, State as Doing,
+    Limited, LinkDevice, Linked, NetworkStats, ResizeDevice, SCHEMA_VERSION, State as Doing,
 };
 use crate::launch::program_path;
 use crate::vm::record::Record;
@@ -21,6 +21,7 @@ use axum::extract::{FromRequestParts, Path, State};
 use axum::http::request::Parts;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::birth::DiskLimits;
+use bulkhead_ipc::protocol::device::{Direction, Traffic};
 use std::collections::VecDeque;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
@@ -39,12 +40,24 @@ pub(super) struct Known {
     refused: u64,
     /// The last ones: number, device, reason.
     refusals: VecDeque<(u64, String, String)>,
+    traffic: Vec<Counted>,
+}
+
+/// What a network device has done within the present life of its machine.
+#[derive(Debug, Clone, Copy)]
+struct Counted {
+    /// The process that counts now.
+    id: ProcId,
+    /// What those before it have done.
+    before: Traffic,
+    now: Traffic,
 }
 
 impl Known {
     /// Of a machine that begins, or is over.
     pub(super) fn clear(&mut self) {
         self.devices.clear();
+        self.traffic.clear();
     }
 
     /// Of a machine that another broker has begun.
@@ -157,6 +170,7 @@ impl Known {
                     place.0 = *id;
                 }
             }
+            Event::Traffic { id, traffic } => self.count(*id, *traffic),
             Event::Refused { device, reason, .. } => {
                 self.refused += 1;
                 self.refusals.truncate(REFUSALS_MAX - 1);
@@ -175,9 +189,53 @@ impl Known {
         Some(reason)
     }
 
+    fn count(&mut self, id: ProcId, now: Traffic) {
+        let mut known = self.traffic.iter_mut();
+        match known.find(|counted| counted.id.index == id.index) {
+            None => self.traffic.push(Counted {
+                id,
+                before: Traffic::default(),
+                now,
+            }),
+            Some(counted) => {
+                if counted.id != id {
+                    counted.before = sum(counted.before, counted.now);
+                    counted.id = id;
+                }
+                counted.now = now;
+            }
+        }
+    }
+
+    /// What the network devices have done, as far as they have told; they do once a second.
+    pub(super) fn networks(&self) -> Vec<NetworkStats> {
+        let networks = self.devices.iter();
+        let networks = networks.filter(|(id, _)| id.kind == ProcKind::Net);
+        networks
+            .map(|(id, device)| {
+                let mut counted = self.traffic.iter();
+                let counted = counted.find(|counted| counted.id.index == id.index);
+                let all = counted.map(|counted| sum(counted.before, counted.now));
+                NetworkStats::new(&device.name, all.unwrap_or_default())
+            })
+            .collect()
+    }
+
     pub(super) fn list(&self) -> Vec<Device> {
         let devices = self.devices.iter().map(|(_, device)| device.clone());
         devices.collect()
+    }
+}
+
+fn sum(a: Traffic, b: Traffic) -> Traffic {
+    let both = |a: Direction, b: Direction| Direction {
+        packets: a.packets.saturating_add(b.packets),
+        bytes: a.bytes.saturating_add(b.bytes),
+        dropped: a.dropped.saturating_add(b.dropped),
+    };
+    Traffic {
+        received: both(a.received, b.received),
+        sent: both(a.sent, b.sent),
     }
 }
 
@@ -285,12 +343,42 @@ impl Vm {
         self.wait_until(REPLACE_TIMEOUT, &what, served).await?
     }
 
-    /// Changes what a disk may do in a second.
+    /// Plugs the cable of a network device in or pulls it out.
+    async fn link_device(&self, name: &str, up: bool) -> Result<Linked, ApiError> {
+        let device = Before::of(&self.view.borrow(), name)?.device;
+        let vm = self.view.borrow().record.name.clone();
+        if device.kind != ProcKind::Net.name() {
+            let line = format!(
+                "{vm}/{name} is a {}, expected a network device",
+                device.kind
+            );
+            return Err(ApiError::new(Code::BadRequest, line));
+        }
+        let command = Command::LinkDevice {
+            device: name.to_owned(),
+            up,
+        };
+        self.ask(|reply| Ask::Command(command, reply)).await?;
+        Ok(Linked {
+            schema_version: SCHEMA_VERSION,
+            name: vm,
+            device: name.to_owned(),
+            up,
+        })
+    }
+
+    /// Changes what a disk or network device may do in a second.
     async fn limit_device(&self, name: &str, limits: DiskLimits) -> Result<Limited, ApiError> {
         let device = Before::of(&self.view.borrow(), name)?.device;
         let vm = self.view.borrow().record.name.clone();
-        if device.kind != ProcKind::Blk.name() {
-            let line = format!("{vm}/{name} is a {}, expected a disk", device.kind);
+        if ![ProcKind::Blk, ProcKind::Net]
+            .map(ProcKind::name)
+            .contains(&device.kind.as_str())
+        {
+            let line = format!(
+                "{vm}/{name} is a {}, expected a disk or a network device",
+                device.kind
+            );
             return Err(ApiError::new(Code::BadRequest, line));
         }
         let command = Command::LimitDevice {
@@ -447,6 +535,24 @@ pub(super) async fn medium(
     let medium = medium.map_err(|e| ApiError::new(Code::BadRequest, e))?;
     let change = DiskChange::Medium(medium);
     json(&carried_out(async move { vm.change_disk(&device, change).await }).await?)
+}
+
+/// `POST /v1/vms/NAME/devices/DEVICE/link`.
+pub(super) async fn link(
+    State(host): State<Arc<Host>>,
+    Extension(caller): Extension<Caller>,
+    Named(name, device): Named,
+    Json(wish): Json<LinkDevice>,
+) -> Answer {
+    let vm = host.vm(&name).await?;
+    tracing::info!(
+        vm = name,
+        device,
+        up = wish.up,
+        user = caller.0,
+        "link device"
+    );
+    json(&carried_out(async move { vm.link_device(&device, wish.up).await }).await?)
 }
 
 #[cfg(test)]

@@ -75,6 +75,9 @@ pub(super) fn asked(command: &Command) -> Option<Value> {
         Command::ChangeDisk { device, change } => {
             return Some(json!({ "for": change.verb(), "device": device, "to": change }));
         }
+        Command::LinkDevice { device, up } => {
+            return Some(json!({ "for": "link_device", "device": device, "up": up }));
+        }
         Command::Resize { .. } => return None,
     };
     Some(json!({ "for": word }))
@@ -83,7 +86,7 @@ pub(super) fn asked(command: &Command) -> Option<Value> {
 /// A line of the log.
 pub(super) fn line_of(event: &Event) -> Option<(&'static str, Value)> {
     Some(match event {
-        Event::Consoles(_) => return None,
+        Event::Consoles(_) | Event::Traffic { .. } => return None,
         Event::Started { id, name, pid, .. } => (
             "process_started",
             json!({ "process": id.to_string(), "name": name, "pid": pid }),
@@ -260,6 +263,7 @@ pub(super) fn apply(view: &mut View, event: Event) {
             view.no_room.clear();
         }
         Event::Consoles(_)
+        | Event::Traffic { .. }
         | Event::Died { .. }
         | Event::DeviceFault { .. }
         | Event::GuestFault { .. }

@@ -68,6 +68,7 @@ pub(super) fn router(host: Arc<Host>) -> Router {
             "/v1/vms/{name}/devices/{device}/medium",
             post(devices::medium),
         )
+        .route("/v1/vms/{name}/devices/{device}/link", post(devices::link))
         .route("/v1/host/shutdown", post(host_shutdown))
         .fallback(nothing_there)
         .method_not_allowed_fallback(wrong_method)

@@ -34,6 +34,7 @@ fn measure(view: &View) -> Stats {
         cpu_time_us: processes.iter().map(|p| p.cpu_time_us).sum(),
         pss_bytes: processes.iter().filter_map(|p| p.pss_bytes).sum(),
         processes,
+        networks: view.devices.networks(),
     }
 }
 

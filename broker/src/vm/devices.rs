@@ -4,7 +4,7 @@
 use super::household::Positions;
 use super::record::Record;
 use super::session::default_name;
-use super::spec::{ConsoleSpec, DiskSpec, OnDiskFull, ShareSpec, VmSpec, VsockSpec};
+use super::spec::{ConsoleSpec, DiskSpec, NetSpec, OnDiskFull, ShareSpec, VmSpec, VsockSpec};
 use crate::image::chain::name_of;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{DeviceConfig, DeviceOwn, ImageFormat, ImageLayer, VirtioSlot};
@@ -41,7 +41,13 @@ const SEGMENT_BYTES_MAX: u32 = 32 << 10;
 const SECTOR_BYTES: u32 = 512;
 const BLOCK_BYTES: u32 = 512;
 
-/// Feature bits of virtio 1.2, sections 5.2.3 and 5.3.3.
+/// Size of each queue of frames.
+pub const NET_QUEUE: u16 = 256;
+/// What a pair of queues, and everything together once more, adds to the window of a network device. A half of
+/// it is for buffers to receive into: one page for each. The other takes 14 frames of 64 KiB.
+const NET_WINDOW_BYTES: u32 = 2 << 20;
+
+/// Feature bits of virtio 1.2, sections 5.1.3, 5.2.3 and 5.3.3.
 mod feature {
     pub(super) const BLK_SIZE_MAX: u64 = 1 << 1;
     pub(super) const BLK_SEG_MAX: u64 = 1 << 2;
@@ -52,6 +58,17 @@ mod feature {
     pub(super) const BLK_DISCARD: u64 = 1 << 13;
     pub(super) const BLK_WRITE_ZEROES: u64 = 1 << 14;
     pub(super) const CONSOLE_SIZE: u64 = 1;
+    pub(super) const NET_CSUM: u64 = 1 << 0;
+    pub(super) const NET_GUEST_CSUM: u64 = 1 << 1;
+    pub(super) const NET_MTU: u64 = 1 << 3;
+    pub(super) const NET_MAC: u64 = 1 << 5;
+    pub(super) const NET_GUEST_TSO: u64 = 1 << 7 | 1 << 8;
+    pub(super) const NET_HOST_TSO: u64 = 1 << 11 | 1 << 12;
+    pub(super) const NET_MRG_RXBUF: u64 = 1 << 15;
+    pub(super) const NET_STATUS: u64 = 1 << 16;
+    pub(super) const NET_CTRL_VQ: u64 = 1 << 17;
+    pub(super) const NET_MQ: u64 = 1 << 22;
+    pub(super) const NET_HOST_USO: u64 = 1 << 56;
 }
 
 /// A virtio device of a machine.
@@ -84,14 +101,56 @@ pub fn plan(spec: &VmSpec) -> Vec<DevicePlan> {
     let disks = (DISK_SLOT..).zip(0..).zip(&spec.disks);
     let waits = spec.lifecycle.on_disk_full == OnDiskFull::Pause;
     let disks = disks.map(|((slot, index), disk)| self::disk(slot, index, disk, waits));
-    let first = DISK_SLOT.saturating_add(u8::try_from(spec.disks.len()).unwrap_or(u8::MAX));
-    let shares = (first..).zip(0..).zip(&spec.shares);
-    let shares = shares.map(|((slot, index), share)| self::share(slot, index, share));
-    let others = [rng()].into_iter().chain(disks).chain(shares);
-    let mut all: Vec<DevicePlan> = console.into_iter().chain(others).collect();
-    let next = all.last().map_or(0, |last| last.slot + 1);
-    all.extend(spec.vsock.as_ref().map(|vsock| self::vsock(next, vsock)));
-    all
+    let nets = (0..).zip(&spec.nets);
+    let nets = nets.map(|(index, net)| self::net(index, net));
+    let shares = (0..).zip(&spec.shares);
+    let shares = shares.map(|(index, share)| self::share(0, index, share));
+    let vsock = spec.vsock.as_ref().map(|vsock| self::vsock(0, vsock));
+    let mut plans: Vec<_> = console.into_iter().chain([rng()]).chain(disks).collect();
+    let next = plans.last().map_or(DISK_SLOT, |last| last.slot + 1);
+    let others = nets.chain(shares).chain(vsock).zip(next..);
+    plans.extend(others.map(|(plan, slot)| DevicePlan { slot, ..plan }));
+    plans
+}
+
+fn net(index: u16, spec: &NetSpec) -> DevicePlan {
+    let pairs = usize::from(spec.queues);
+    let mut features = feature::NET_CSUM
+        | feature::NET_GUEST_CSUM
+        | feature::NET_MAC
+        | feature::NET_GUEST_TSO
+        | feature::NET_HOST_TSO
+        | feature::NET_HOST_USO
+        | feature::NET_MRG_RXBUF
+        | feature::NET_STATUS;
+    let mut config = Image::new(VirtioKind::Net);
+    config.put(0, &spec.mac);
+    config.put(6, &u16::from(spec.link_up).to_le_bytes());
+    config.put(8, &u16::from(spec.queues).to_le_bytes());
+    if let Some(mtu) = spec.mtu {
+        features |= feature::NET_MTU;
+        config.put(10, &mtu.to_le_bytes());
+    }
+    let mut queue_sizes = vec![NET_QUEUE; 2 * pairs];
+    if pairs > 1 {
+        features |= feature::NET_CTRL_VQ | feature::NET_MQ;
+        queue_sizes.push(SMALL_QUEUE);
+    }
+    DevicePlan {
+        slot: 0,
+        name: spec.name.clone(),
+        index,
+        kind: VirtioKind::Net,
+        queue_sizes,
+        window_bytes: NET_WINDOW_BYTES * (1 + u32::from(spec.queues)),
+        features,
+        config: config.0,
+        own: DeviceOwn::Net {
+            link_up: spec.link_up,
+            cuts_udp: false,
+            limits: spec.limits,
+        },
+    }
 }
 
 fn console(spec: &ConsoleSpec) -> DevicePlan {
@@ -279,15 +338,27 @@ impl DevicePlan {
     }
 
     /// As its process sees it; a console's streams go on at `positions`, and its terminal has `size`
-    /// unless it was never resized; a disk is what `record` says that it was changed to.
+    /// unless it was never resized; a disk or network device is what `record` says that it was changed to, and
+    /// `cuts_udp` what the host does for the latter.
     #[must_use]
     pub(super) fn as_device(
         &self,
         positions: Positions,
         size: Option<(u16, u16)>,
         record: &Record,
+        cuts_udp: bool,
     ) -> DeviceConfig {
         let mut own = self.own.clone();
+        if let DeviceOwn::Net {
+            link_up,
+            cuts_udp: cuts,
+            limits,
+        } = &mut own
+        {
+            *link_up = record.link_of(&self.name).unwrap_or(*link_up);
+            *limits = record.limits_of(&self.name).unwrap_or(*limits);
+            *cuts = cuts_udp;
+        }
         if let DeviceOwn::Blk {
             limits,
             layers,

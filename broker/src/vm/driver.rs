@@ -512,6 +512,7 @@ impl Machine<'_> {
             Command::UpgradeDevice(name) => self.replace(name, true),
             Command::LimitDevice { device, limits } => self.limit(device, *limits),
             Command::ChangeDisk { device, change } => self.change_disk(device, change),
+            Command::LinkDevice { device, up } => self.link(device, *up),
             Command::Pause => self.note_pause(true),
             Command::Resume => {
                 self.note_pause(false);
@@ -525,12 +526,13 @@ impl Machine<'_> {
     /// For the process that serves the disk now, and for all that come after it.
     fn limit(&mut self, device: &str, limits: DiskLimits) {
         let mut members = self.household.members.iter();
-        let member = members.find(|m| m.name == device && m.launched.id.kind == ProcKind::Blk);
+        let limited = |kind| matches!(kind, ProcKind::Blk | ProcKind::Net);
+        let member = members.find(|m| m.name == device && limited(m.launched.id.kind));
         let Some(id) = member.map(|m| m.launched.id) else {
             return self.tell.event(Event::Refused {
                 device: device.to_owned(),
                 command: format!("limit {device}"),
-                reason: "there is no such disk".to_owned(),
+                reason: "there is no such disk or network device".to_owned(),
             });
         };
         self.nursery.keeper.note(|record| {
@@ -538,6 +540,24 @@ impl Machine<'_> {
             record.limits.push((device.to_owned(), limits));
         });
         self.send(id, &ToDevice::Limits(limits));
+    }
+
+    /// For the process that serves the network device now, and for all that come after it.
+    fn link(&mut self, device: &str, up: bool) {
+        let mut members = self.household.members.iter();
+        let member = members.find(|m| m.name == device && m.launched.id.kind == ProcKind::Net);
+        let Some(id) = member.map(|m| m.launched.id) else {
+            return self.tell.event(Event::Refused {
+                device: device.to_owned(),
+                command: format!("link {device}"),
+                reason: "there is no such network device".to_owned(),
+            });
+        };
+        self.nursery.keeper.note(|record| {
+            record.links.retain(|(name, _)| name != device);
+            record.links.push((device.to_owned(), up));
+        });
+        self.send(id, &ToDevice::Link(up));
     }
 
     fn notice(&mut self, id: ProcId, notice: Notice) {
@@ -579,6 +599,9 @@ impl Machine<'_> {
                 port,
                 asked_ms,
             }) => self.dial(id, dial, port, asked_ms),
+            Notice::Device(FromDevice::Traffic(traffic)) => {
+                self.tell.event(Event::Traffic { id, traffic });
+            }
             Notice::Device(FromDevice::NoRoom) => self.lacks_room(id),
             Notice::Device(FromDevice::HasRoom) => self.has_room(&self.name(id)),
             Notice::Vcpu(message, descriptors) => self.hear_vcpu(message, descriptors),

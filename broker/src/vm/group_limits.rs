@@ -34,7 +34,7 @@ pub(super) fn of(
                     + match device.kind {
                         VirtioKind::Console => spec.console.history_bytes,
                         VirtioKind::Blk => disk_bytes,
-                        VirtioKind::Rng | VirtioKind::Vsock | VirtioKind::Fs => 0,
+                        VirtioKind::Rng | VirtioKind::Net | VirtioKind::Vsock | VirtioKind::Fs => 0,
                     }
             })
         }

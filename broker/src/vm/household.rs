@@ -20,6 +20,7 @@ use super::vsock::{self};
 use crate::launch::cgroup::{Device, Group, GroupLimits, Place, Reach, device_of};
 use crate::launch::cores;
 use crate::launch::{FolderTerms, Gift, LaunchError, Launched, Launcher};
+use crate::network::Tap;
 use crate::supervisor::state::Rule;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
@@ -104,6 +105,8 @@ struct Standing {
     disks: Vec<Option<DiskHold>>,
     /// `None` for one that cannot be had again.
     folders: Vec<Option<SharedFolder>>,
+    /// `None` for one that has to be opened again.
+    nets: Vec<Option<Tap>>,
     entropy: File,
     vsock: Option<MachineSocket>,
     /// Size of all disks together.
@@ -266,6 +269,7 @@ impl Household {
                     .into_iter()
                     .map(Some)
                     .collect(),
+                nets: resources.nets.drain(..).map(Some).collect(),
                 entropy: resources.entropy.try_clone().map_err(host)?,
                 vsock: resources.vsock.take(),
                 disk_bytes: disk_bytes.fold(0, u64::saturating_add),
@@ -300,6 +304,12 @@ impl Household {
         let disks: Vec<_> = nursery.spec.disks.iter().map(found_again).collect();
         let ends = disks.iter().flatten().flat_map(bytes_in_memory);
         let disk_bytes = ends.fold(0, u64::saturating_add);
+        let nets = (0..).zip(&nursery.spec.nets).map(|(index, _)| {
+            let mut serving = found.iter();
+            let serving = serving.find(|p| (p.id.kind, p.id.index) == (ProcKind::Net, index))?;
+            taps_of(serving)
+        });
+        let nets = nets.collect();
         let mut members = Vec::new();
         for launched in found {
             let id = launched.id;
@@ -367,6 +377,7 @@ impl Household {
             standing: Standing {
                 disks: nursery.spec.disks.iter().zip(&disks).map(hold).collect(),
                 folders: nursery.spec.shares.iter().map(folder).collect(),
+                nets,
                 entropy,
                 vsock,
                 disk_bytes,
@@ -580,9 +591,11 @@ impl Midwife<'_, '_> {
         }
         let positions = |device: &DevicePlan| match device.kind {
             VirtioKind::Console => console,
-            VirtioKind::Blk | VirtioKind::Rng | VirtioKind::Vsock | VirtioKind::Fs => {
-                Positions::default()
-            }
+            VirtioKind::Blk
+            | VirtioKind::Rng
+            | VirtioKind::Net
+            | VirtioKind::Vsock
+            | VirtioKind::Fs => Positions::default(),
         };
         let slots = devices.iter().map(|d| d.as_slot(generation, positions(d)));
         let config = VcpuConfig {
@@ -641,6 +654,11 @@ impl Midwife<'_, '_> {
         occasion: Occasion,
     ) -> Result<(), RunError> {
         let rings = self.nursery.rings;
+        if device.kind == VirtioKind::Net {
+            self.household
+                .standing
+                .plug_in(self.nursery.spec, device.index)?;
+        }
         let standing = &mut self.household.standing;
         let entropy = standing
             .entropy
@@ -665,6 +683,7 @@ impl Midwife<'_, '_> {
         let folder = folder.transpose().map_err(|cause| RunError::Host {
             lacks: format!("a descriptor: {cause}"),
         })?;
+        let (taps, cuts_udp) = standing.tap(device)?;
         let mut gifts = Vec::from(wiring.gifts(0));
         gifts.extend(
             listener
@@ -674,6 +693,12 @@ impl Midwife<'_, '_> {
         match (device.kind, &rings.console) {
             (VirtioKind::Blk, _) => gifts.extend(disk.into_iter().flat_map(DiskFiles::gifts)),
             (VirtioKind::Rng, _) => gifts.push(Gift::new(FdRole::Entropy, entropy.as_fd())),
+            (VirtioKind::Net, _) => {
+                let queues = taps.iter().zip(0..);
+                gifts.extend(
+                    queues.map(|(queue, index)| Gift::numbered(FdRole::Tap, index, queue.as_fd())),
+                );
+            }
             (VirtioKind::Console, Some(ring)) => gifts.extend(ring.gifts()),
             (VirtioKind::Console, None) | (VirtioKind::Vsock, _) => {}
             (VirtioKind::Fs, _) => {
@@ -685,7 +710,7 @@ impl Midwife<'_, '_> {
             }
         }
         let record = self.nursery.keeper.record();
-        let mut config = device.as_device(positions, size, record);
+        let mut config = device.as_device(positions, size, record, cuts_udp);
         config.own = config.own.born_as(generation, is_successor);
         let terms = folder.as_ref().map(|(_, (terms, _))| *terms);
         if let (
@@ -828,6 +853,45 @@ fn listener(standing: &mut Standing) -> Result<OwnedFd, RunError> {
     listener
         .try_clone_to_owned()
         .map_err(|error| fails(error.to_string()))
+}
+
+impl Standing {
+    /// Sees to it that the interface of network device `index` is there.
+    fn plug_in(&mut self, spec: &VmSpec, index: u16) -> Result<(), RunError> {
+        let n = usize::from(index);
+        if let (Some(place @ None), Some(net)) = (self.nets.get_mut(n), spec.nets.get(n)) {
+            *place = Some(Tap::open(&spec.name, n, net)?);
+        }
+        Ok(())
+    }
+
+    /// Second descriptors of it, and whether the host cuts UDP datagrams. None for what is no network device.
+    fn tap(&self, device: &DevicePlan) -> Result<(Vec<OwnedFd>, bool), RunError> {
+        let tap = self.nets.get(usize::from(device.index));
+        let is_net = device.kind == VirtioKind::Net;
+        let Some(tap) = tap.and_then(Option::as_ref).filter(|_| is_net) else {
+            return Ok((Vec::new(), false));
+        };
+        let queues = tap.queues.iter().map(OwnedFd::try_clone);
+        let queues = queues.collect::<io::Result<_>>();
+        let queues = queues.map_err(|cause| RunError::Host {
+            lacks: format!("a descriptor: {cause}"),
+        })?;
+        Ok((queues, tap.cuts_udp))
+    }
+}
+
+/// Second descriptors of the interface that a living process of a network device serves, so that it stays when
+/// the process does not.
+fn taps_of(process: &Launched) -> Option<Tap> {
+    let queues = process.descriptors_of(Path::new("/dev/net/tun"));
+    let queues = queues
+        .inspect_err(
+            |error| tracing::warn!(proc = %process.id, %error, "its interface goes with it"),
+        )
+        .ok()
+        .filter(|queues| !queues.is_empty())?;
+    Tap::found(queues)
 }
 
 /// How much of the host's memory the files of a disk may take, which is charged to its process: each as

@@ -171,6 +171,9 @@ pub struct Record {
     /// Disks for which the host has no room, for which it is paused.
     #[serde(default)]
     pub no_room: Vec<String>,
+    /// Network devices whose cable was plugged in or pulled out, and whether it is in now.
+    #[serde(default)]
+    pub links: Vec<(String, bool)>,
     /// Disks whose limits were changed, and what they are now.
     #[serde(default)]
     pub limits: Vec<(String, DiskLimits)>,
@@ -198,6 +201,7 @@ impl Record {
             degraded: Vec::new(),
             pause_wanted: false,
             no_room: Vec::new(),
+            links: Vec::new(),
             limits: Vec::new(),
             changed_disks: Vec::new(),
         })
@@ -223,7 +227,14 @@ impl Record {
         self.remove_groups();
     }
 
-    /// What a disk may do now, where that was changed.
+    /// Whether the cable of a network device is plugged in, where that was changed.
+    #[must_use]
+    pub fn link_of(&self, device: &str) -> Option<bool> {
+        let changed = self.links.iter().find(|(name, _)| name == device)?;
+        Some(changed.1)
+    }
+
+    /// What a disk or network device may do now, where that was changed.
     #[must_use]
     pub fn limits_of(&self, device: &str) -> Option<DiskLimits> {
         let changed = self.limits.iter().find(|(name, _)| name == device)?;

@@ -12,6 +12,7 @@ use super::vsock::{self};
 use crate::escape::escaped;
 use crate::image::ephemeral;
 use crate::launch::{FolderTerms, Gift, Launcher};
+use crate::network::Tap;
 use crate::remains;
 use bulkhead_ipc::protocol::birth::{FdRole, ImageFormat};
 use bulkhead_policies::cache::Compiled;
@@ -40,6 +41,8 @@ pub struct Resources {
     pub disks: Vec<DiskFiles>,
     /// The shared folders, in order.
     pub folders: Vec<SharedFolder>,
+    /// The TAP interfaces of the network devices, in order.
+    pub nets: Vec<Tap>,
     /// The host's random numbers.
     pub entropy: File,
     /// The machine's Unix socket.
@@ -179,6 +182,12 @@ impl Resources {
             initrd,
             disks,
             folders: folders?,
+            nets: spec
+                .nets
+                .iter()
+                .enumerate()
+                .map(|(n, net)| Tap::open(&spec.name, n, net))
+                .collect::<Result<_, _>>()?,
             core: options.core.as_deref().map(core_file).transpose()?,
             kvm: device("/dev/kvm", true)?,
             entropy: device("/dev/urandom", false)?,

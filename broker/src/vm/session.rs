@@ -10,6 +10,7 @@ use bulkhead_ipc::ident::ProcId;
 use bulkhead_ipc::input_ring::InputWriter;
 use bulkhead_ipc::output_ring::OutputReader;
 use bulkhead_ipc::protocol::birth::{DiskLimits, ImageFormat};
+use bulkhead_ipc::protocol::device::Traffic;
 use bulkhead_ipc::protocol::vcpu::Outcome;
 use bulkhead_ipc::shared::Doorbell;
 use bulkhead_policies::explain::Explanation;
@@ -104,7 +105,14 @@ pub enum Command {
     /// The same with the program that is on disk now. If that does not serve, the program that did is
     /// started again, and [`Event::Refused`] says so.
     UpgradeDevice(String),
-    /// What a disk may do in a second from now on, until the machine ends.
+    /// Whether the cable of a network device is plugged in.
+    LinkDevice {
+        /// Its name in the VM file.
+        device: String,
+        /// Whether it is.
+        up: bool,
+    },
+    /// What a disk or network device may do in a second from now on, until the machine ends.
     LimitDevice {
         /// Its name in the VM file.
         device: String,
@@ -256,6 +264,13 @@ pub enum Event {
     Paused,
     /// The vCPUs run again.
     Resumed,
+    /// What a network device has done since its process started.
+    Traffic {
+        /// The process.
+        id: ProcId,
+        /// Its counters.
+        traffic: Traffic,
+    },
     /// The host has no room for what the guest writes to a disk: the machine is paused until there is.
     NoRoom {
         /// The disk's name in the VM file.
@@ -487,6 +502,7 @@ pub const fn default_name(kind: VirtioKind) -> &'static str {
         VirtioKind::Rng => "rng",
         VirtioKind::Vsock => "vsock",
         VirtioKind::Fs => "share",
+        VirtioKind::Net => "net",
     }
 }
 

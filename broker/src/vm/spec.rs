@@ -5,6 +5,7 @@
 //! on the notation. Nothing here opens a file or starts a process.
 
 use super::any_path;
+use crate::network::is_interface_name;
 use bulkhead_ipc::platform::{MEMORY_BYTES_MIN, VCPUS_MAX, VIRTIO_MMIO_SLOTS};
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat};
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,12 @@ pub const TAG_BYTES_MAX: usize = 36;
 pub const SHARE_CACHE_MS: u32 = 1000;
 /// The same, at most.
 pub const SHARE_CACHE_MS_MAX: u32 = 3_600_000;
+/// Most pairs of queues of one network device.
+pub const NET_QUEUES_MAX: u8 = 8;
+/// Smallest and largest packet of a network device in bytes: what IPv4 needs, and what fits a frame.
+pub const MTU_BYTES: (u16, u16) = (68, 65_521);
+/// Slots for disks, network devices and others: all but console's and rng's.
+pub const DEVICES_MAX: usize = VIRTIO_MMIO_SLOTS - 2;
 /// Most disks of one VM: every slot but console's and rng's.
 pub const DISKS_MAX: usize = VIRTIO_MMIO_SLOTS - DEVICES_MIN;
 /// Slots of console and rng.
@@ -68,6 +75,9 @@ pub struct VmSpec {
     /// Shared folders, in slot order, behind the disks.
     #[serde(default)]
     pub shares: Vec<ShareSpec>,
+    /// Network devices, in slot order.
+    #[serde(default)]
+    pub nets: Vec<NetSpec>,
     /// The consoles.
     pub console: ConsoleSpec,
     /// What cloud-init finds on a disk of its own, [`SEED_DISK`].
@@ -241,6 +251,150 @@ impl ShareSpec {
             "at most an hour",
         )
     }
+}
+
+/// A network device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetSpec {
+    /// Name in messages, as [`VmSpec::name`].
+    pub name: String,
+    /// What it is plugged into.
+    pub source: NetSource,
+    /// Its address.
+    pub mac: [u8; 6],
+    /// Largest packet that the guest is told of; `None` leaves it what it is.
+    pub mtu: Option<u16>,
+    /// Pairs of queues, 1 to [`NET_QUEUES_MAX`].
+    pub queues: u8,
+    /// Whether the cable is plugged in at the start.
+    pub link_up: bool,
+    /// What it may send in a second, and as much receive.
+    pub limits: DiskLimits,
+}
+
+/// What a network device is plugged into.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NetSource {
+    /// A TAP interface of the host, which is made if it is not there.
+    Tap(String),
+    /// A TAP interface that is made and put into this bridge of the host.
+    Bridge(String),
+}
+
+impl NetSource {
+    const fn interface(&self) -> &String {
+        match self {
+            Self::Tap(name) | Self::Bridge(name) => name,
+        }
+    }
+}
+
+/// A number of a name, the same on every host and for all time (FNV-1a).
+fn number_of(name: &str, n: usize) -> u64 {
+    let bytes = name.bytes().chain([0]).chain(n.to_le_bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+impl NetSpec {
+    /// The address of network device `n` of machine `vm` unless it is given another one: locally
+    /// administered, and the same whenever the machine is started.
+    #[must_use]
+    pub fn default_mac(vm: &str, n: usize) -> [u8; 6] {
+        let [first, second, third, fourth, fifth, sixth, ..] = number_of(vm, n).to_le_bytes();
+        [first & 0xfc | 0x02, second, third, fourth, fifth, sixth]
+    }
+
+    /// The TAP interface of this device, which is number `n` of machine `vm`.
+    #[must_use]
+    pub fn interface(&self, vm: &str, n: usize) -> String {
+        match &self.source {
+            NetSource::Tap(name) => name.clone(),
+            NetSource::Bridge(_) => {
+                let plain = format!("bh-{vm}-{n}");
+                if is_interface_name(&plain) {
+                    plain
+                } else {
+                    format!("bh{:09x}-{n}", number_of(vm, n) >> 28)
+                }
+            }
+        }
+    }
+
+    fn check(&self, n: usize) -> Result<(), SpecError> {
+        check_name(&format!("net[{n}].name"), &self.name)?;
+        let interface = self.source.interface();
+        expect(
+            is_interface_name(interface),
+            &format!("net[{n}]"),
+            interface,
+            "the name of a network interface: at most 15 letters, digits, '-', '_' or '.'",
+        )?;
+        expect(
+            is_unicast(self.mac),
+            &format!("net[{n}].mac"),
+            show_mac(self.mac),
+            "the address of one device, not of a group",
+        )?;
+        let (least, most) = MTU_BYTES;
+        expect(
+            self.mtu.is_none_or(|mtu| (least..=most).contains(&mtu)),
+            &format!("net[{n}].mtu"),
+            self.mtu.unwrap_or_default(),
+            "68 to 65521",
+        )?;
+        expect(
+            (1..=NET_QUEUES_MAX).contains(&self.queues),
+            &format!("net[{n}].queues"),
+            self.queues,
+            "1 to 8",
+        )
+    }
+
+    #[cfg(test)]
+    pub(crate) fn for_test(source: NetSource) -> Self {
+        Self {
+            name: "net0".into(),
+            source,
+            mac: Self::default_mac("vm", 0),
+            mtu: None,
+            queues: 1,
+            link_up: true,
+            limits: DiskLimits::default(),
+        }
+    }
+}
+
+/// Whether an address can be that of one device.
+#[must_use]
+pub fn is_unicast(mac: [u8; 6]) -> bool {
+    let [first, ..] = mac;
+    first & 1 == 0 && mac != [0; 6]
+}
+
+/// An address as it is written.
+#[must_use]
+pub fn show_mac(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// Reads an address.
+///
+/// # Errors
+/// What was expected.
+pub fn parse_mac(text: &str) -> Result<[u8; 6], String> {
+    let byte = |part: &str| {
+        let plain = part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+        u8::from_str_radix(part, 16).ok().filter(|_| plain)
+    };
+    let bytes = text.split(':').map(byte).collect::<Option<Vec<_>>>();
+    bytes
+        .and_then(|bytes| bytes.try_into().ok())
+        .filter(|mac| is_unicast(*mac))
+        .ok_or_else(|| {
+            "expected the address of one device, such as \"52:54:00:12:34:56\"".to_owned()
+        })
 }
 
 const fn raw() -> ImageFormat {
@@ -448,6 +602,7 @@ impl VmSpec {
             disks: Vec::new(),
             vsock: None,
             shares: Vec::new(),
+            nets: Vec::new(),
             console: ConsoleSpec::default(),
             cloud_init: None,
             lifecycle: Lifecycle::default(),
@@ -530,6 +685,24 @@ impl VmSpec {
             self.shares.len(),
             "at most 14 disks and shared folders together",
         )?;
+        expect(
+            self.disks.len() + self.nets.len() <= DEVICES_MAX,
+            "nets",
+            format!("{} beside {} disks", self.nets.len(), self.disks.len()),
+            "at most 14 disks and network devices together",
+        )?;
+        for (n, net) in self.nets.iter().enumerate() {
+            net.check(n)?;
+            let mut names = self.disks.iter().map(|d| &d.name);
+            let twin = names.any(|name| *name == net.name)
+                || self.nets.iter().take(n).any(|other| other.name == net.name);
+            expect(
+                !twin,
+                &format!("net[{n}].name"),
+                &net.name,
+                "a name that no other device has",
+            )?;
+        }
         let (least, most) = HISTORY_BYTES;
         expect(
             (least..=most).contains(&self.console.history_bytes),

@@ -312,7 +312,8 @@ impl Life {
                 | Command::RestartDevice(_)
                 | Command::UpgradeDevice(_)
                 | Command::LimitDevice { .. }
-                | Command::ChangeDisk { .. },
+                | Command::ChangeDisk { .. }
+                | Command::LinkDevice { .. },
                 _,
             )
             | (Command::PowerButton | Command::Pause | Command::Resume, _) => Vec::new(),

@@ -1,16 +1,18 @@
 //! From a [`Draft`] to a [`VmSpec`]: fills in the defaults and checks the draft against the rules
 //! of machines and against this host, before any process is started.
 
-use super::draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftShare};
+use super::draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftNet};
+use super::host::{DraftShare, Facts};
 use super::host::{DraftVsock, Facts};
 use super::host::{Facts, HostMemory, inspect, inspect_directory};
 use super::problem::{Located, Place, Problem, Problems};
 use super::quantity::show_size;
+use crate::network::is_interface_name;
 use crate::vm::spec::{
-    BackingSpec, BootDisk, CMDLINE_BYTES_MAX, CloudInitSpec, ConsoleChoice, DISKS_MAX, DiskSpec,
-    FILES_MAX, FileSpec, GUEST_PATH_BYTES_MAX, HISTORY_BYTES, KernelSource, NAME_BYTES_MAX,
-    SEED_DISK, SERIAL_BYTES_MAX, SOCKET_NAME_BYTES_MAX, ShareSpec, TAG_BYTES_MAX, VmSpec,
-    VsockSpec, is_guest_path,
+    BackingSpec, BootDisk, CMDLINE_BYTES_MAX, CloudInitSpec, ConsoleChoice, DEVICES_MAX, DISKS_MAX,
+    DiskSpec, FILES_MAX, FileSpec, GUEST_PATH_BYTES_MAX, HISTORY_BYTES, KernelSource, MTU_BYTES,
+    NAME_BYTES_MAX, NetSource, NetSpec, SEED_DISK, SERIAL_BYTES_MAX, SOCKET_NAME_BYTES_MAX,
+    ShareSpec, TAG_BYTES_MAX, VmSpec, VsockSpec, is_guest_path,
 };
 use bulkhead_ipc::platform::MEMORY_BYTES_MIN;
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
@@ -123,6 +125,7 @@ impl Checker {
             spec.kernel = KernelSource::Disk(self.boot_disk(disk, &draft, &spec.disks));
         }
         self.shares(&draft.shares, &mut spec);
+        self.nets(&draft.nets, &mut spec);
         if let Some(virtio) = &draft.console_virtio {
             spec.console.virtio = virtio.value;
         }
@@ -500,7 +503,98 @@ impl Checker {
         }
     }
 
+    fn nets(&mut self, drafts: &[DraftNet], spec: &mut VmSpec) {
+        for (n, draft) in drafts.iter().enumerate() {
+            if n + spec.disks.len() == DEVICES_MAX {
+                self.problems.push(Problem {
+                    place: draft.place.clone(),
+                    expectation: format!(
+                        "expected at most {DEVICES_MAX} disks and network devices together"
+                    ),
+                });
+            }
+            if let Some(net) = self.net(n, draft, spec, drafts) {
+                spec.nets.push(net);
+            }
+        }
+    }
+
+    fn net(
+        &mut self,
+        n: usize,
+        draft: &DraftNet,
+        spec: &VmSpec,
+        all: &[DraftNet],
+    ) -> Option<NetSpec> {
+        let source = match (&draft.tap, &draft.bridge) {
+            (Some(tap), None) => (tap, NetSource::Tap(tap.value.clone())),
+            (None, Some(bridge)) => (bridge, NetSource::Bridge(bridge.value.clone())),
+            (None, None) | (Some(_), Some(_)) => {
+                self.problems.push(Problem {
+                    place: draft.place.clone(),
+                    expectation: "expected either `tap` or `bridge`".to_owned(),
+                });
+                return None;
+            }
+        };
+        let rule =
+            "expected the name of a network interface: at most 15 letters, digits, '-', '_' or '.'";
+        self.expect(is_interface_name(&source.0.value), source.0, rule);
+        let tap = |net: &DraftNet| net.tap.as_ref().map(|tap| tap.value.clone());
+        let twin = tap(draft).is_some() && all.iter().take(n).any(|other| tap(other) == tap(draft));
+        self.expect(
+            !twin,
+            source.0,
+            "expected an interface that no other device has",
+        );
+        let default_name = format!("net{n}");
+        let name = draft
+            .name
+            .as_ref()
+            .map_or(&default_name, |name| &name.value);
+        let mut others = spec
+            .disks
+            .iter()
+            .map(|d| &d.name)
+            .chain(spec.nets.iter().map(|n| &n.name));
+        let taken = others.any(|other| other == name);
+        match &draft.name {
+            Some(given) => {
+                self.expect(is_name(name), given, NAME_RULE);
+                self.expect(!taken, given, "expected a name that no other device has");
+            }
+            None if taken => self.problems.push(Problem {
+                place: draft.place.clone(),
+                expectation: format!("expected a `name`, since another device is called {name}"),
+            }),
+            None => {}
+        }
+        let (least, most) = MTU_BYTES;
+        let mtu = draft.mtu.as_ref().and_then(|mtu| {
+            let fits = u16::try_from(mtu.value).ok();
+            let fits = fits.filter(|bytes| (least..=most).contains(bytes));
+            self.expect(fits.is_some(), mtu, format!("expected {least} to {most}"));
+            fits
+        });
+        Some(NetSpec {
+            name: name.clone(),
+            source: source.1,
+            mac: draft
+                .mac
+                .as_ref()
+                .map_or_else(|| NetSpec::default_mac(&spec.name, n), |mac| mac.value),
+            mtu,
+            queues: draft.queues.as_ref().map_or(1, |queues| queues.value),
+            link_up: draft.link.as_ref().is_none_or(|link| link.value),
+            limits: self.limits_named(&draft.limits, "packets_per_s"),
+        })
+    }
+
     fn limits(&mut self, draft: &DraftLimits) -> DiskLimits {
+        self.limits_named(draft, "requests_per_s")
+    }
+
+    fn limits_named(&mut self, draft: &DraftLimits, requests_key: &str) -> DiskLimits {
         let bytes = self.rate(
             &draft.bytes_per_s,
             &draft.bytes_burst,
@@ -510,7 +604,7 @@ impl Checker {
         let wide = |n: &Located<u32>| n.with(u64::from(n.value));
         let per_s = draft.requests_per_s.as_ref().map(wide);
         let burst = draft.requests_burst.as_ref().map(wide);
-        let requests = self.rate(&per_s, &burst, "requests_per_s", 1);
+        let requests = self.rate(&per_s, &burst, requests_key, 1);
         DiskLimits { bytes, requests }
     }
 

@@ -27,6 +27,7 @@ pub struct Draft {
     pub vsock: Option<DraftVsock>,
     pub cloud_init: Option<DraftCloudInit>,
     pub shares: Vec<DraftShare>,
+    pub nets: Vec<DraftNet>,
     pub console_virtio: Option<Located<bool>>,
     pub console_attach: Option<Located<ConsoleChoice>>,
     pub console_on_cmdline: Option<Located<bool>>,
@@ -131,7 +132,42 @@ impl DraftShare {
     }
 }
 
-/// What a disk may do in a second, perhaps with gaps.
+/// A network device, perhaps with gaps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are those of the VM file")]
+pub struct DraftNet {
+    /// Where the device's description begins.
+    pub place: Place,
+    pub name: Option<Located<String>>,
+    pub tap: Option<Located<String>>,
+    pub bridge: Option<Located<String>>,
+    pub mac: Option<Located<[u8; 6]>>,
+    pub mtu: Option<Located<u32>>,
+    pub queues: Option<Located<u8>>,
+    pub link: Option<Located<bool>>,
+    /// Of packets, where a disk's are of requests.
+    pub limits: DraftLimits,
+}
+
+impl DraftNet {
+    /// A device of which nothing is known but where it is described.
+    #[must_use]
+    pub const fn new(place: Place) -> Self {
+        Self {
+            place,
+            name: None,
+            tap: None,
+            bridge: None,
+            mac: None,
+            mtu: None,
+            queues: None,
+            link: None,
+            limits: DraftLimits::NONE,
+        }
+    }
+}
+
+/// What a disk may do in a second, or a network device in each direction, perhaps with gaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are those of the VM file")]
 pub struct DraftLimits {
@@ -173,7 +209,7 @@ impl DraftDisk {
 }
 
 impl Draft {
-    /// This draft, with its gaps filled from `other` and `other`'s disks and folders before its own.
+    /// This draft, with its gaps filled from `other` and `other`'s disks, folders and network devices before its own.
     #[must_use]
     pub fn or(self, mut other: Self) -> Self {
         // A path on a disk and one on the host do not fill each other's gaps.
@@ -186,6 +222,8 @@ impl Draft {
         disks.extend(self.disks);
         let mut shares = other.shares;
         shares.extend(self.shares);
+        let mut nets = other.nets;
+        nets.extend(self.nets);
         Self {
             name: self.name.or(other.name),
             vcpus: self.vcpus.or(other.vcpus),
@@ -205,6 +243,7 @@ impl Draft {
                 (own, other) => own.or(other),
             },
             shares,
+            nets,
             console_virtio: self.console_virtio.or(other.console_virtio),
             console_attach: self.console_attach.or(other.console_attach),
             console_on_cmdline: self.console_on_cmdline.or(other.console_on_cmdline),

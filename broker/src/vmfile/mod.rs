@@ -19,7 +19,7 @@ mod section;
 mod tests;
 
 pub use check::{Surroundings, check, is_name};
-pub use draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftShare, DraftVsock};
+pub use draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftNet, DraftShare, DraftVsock};
 pub use host::{HostMemory, meminfo_bytes};
 pub use nearest::nearest;
 pub use parse::{FILE_BYTES_MAX, parse, parse_console_size, parse_format, parse_owner};

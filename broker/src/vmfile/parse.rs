@@ -1,10 +1,13 @@
 //! From the text of a VM file to a [`Draft`]. Pure: looks at nothing but the text.
 
-use super::draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftShare, DraftVsock};
+use super::draft::{
+    Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftNet, DraftShare, DraftVsock,
+};
 use super::problem::{Located, Problem, Problems};
 use super::section::{Key, Section, Source, key, later};
 use crate::vm::spec::{
-    CIDS, ConsoleChoice, DISK_QUEUES_MAX, HostShare, OnDiskFull, OnEnd, SHARE_CACHE_MS_MAX,
+    CIDS, ConsoleChoice, DISK_QUEUES_MAX, HostShare, NET_QUEUES_MAX, OnDiskFull, OnEnd,
+    SHARE_CACHE_MS_MAX, parse_mac,
 };
 use bulkhead_ipc::platform::VCPUS_MAX;
 use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
@@ -23,11 +26,11 @@ pub(super) const ROOT_KEYS: &[Key] = &[
     key("disk"),
     key("vsock"),
     key("cloud_init"),
+    key("net"),
     key("console"),
     key("lifecycle"),
     key("limits"),
     key("autostart"),
-    later("net"),
     key("share"),
     later("snapshots"),
     later("policy"),
@@ -80,6 +83,23 @@ pub(super) const SHARE_KEYS: &[Key] = &[
     key("guest_owner"),
     key("cache_ms"),
 ];
+pub(super) const NET_KEYS: &[Key] = &[
+    key("name"),
+    key("tap"),
+    key("bridge"),
+    key("mac"),
+    key("mtu"),
+    key("queues"),
+    key("link"),
+    key("limits"),
+];
+pub(super) const NET_LIMITS_KEYS: &[Key] = &[
+    key("bytes_per_s"),
+    key("bytes_burst"),
+    key("packets_per_s"),
+    key("packets_burst"),
+];
+pub(super) const LINKS: [(&str, bool); 2] = [("up", true), ("down", false)];
 pub(super) const CONSOLE_KEYS: &[Key] = &[
     key("virtio"),
     key("attach"),
@@ -236,6 +256,9 @@ fn read_root(root: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>) 
     for share in root.tables("share", problems) {
         draft.shares.push(read_share(&share, directory, problems));
     }
+    for net in root.tables("net", problems) {
+        draft.nets.push(read_net(&net, problems));
+    }
     if let Some(console) = root.table("console", problems) {
         console.check_keys(CONSOLE_KEYS, problems);
         draft.console_virtio = console.boolean("virtio", problems);
@@ -345,6 +368,33 @@ fn read_share(share: &Section<'_>, directory: &Path, problems: &mut Vec<Problem>
         owner,
         guest_owner,
         cache_ms: share.number("cache_ms", (0, SHARE_CACHE_MS_MAX), problems),
+    }
+}
+
+fn read_net(net: &Section<'_>, problems: &mut Vec<Problem>) -> DraftNet {
+    net.check_keys(NET_KEYS, problems);
+    let limits = net.table_named("limits", "net.limits", problems);
+    let limits = limits.map_or(DraftLimits::NONE, |limits| {
+        limits.check_keys(NET_LIMITS_KEYS, problems);
+        DraftLimits {
+            bytes_per_s: limits.size("bytes_per_s", problems),
+            bytes_burst: limits.size("bytes_burst", problems),
+            requests_per_s: limits.number("packets_per_s", (1, u32::MAX), problems),
+            requests_burst: limits.number("packets_burst", (1, u32::MAX), problems),
+        }
+    });
+    DraftNet {
+        place: net.place(),
+        name: net.string("name", problems),
+        tap: net.string("tap", problems),
+        bridge: net.string("bridge", problems),
+        mac: net.get("mac", problems, |value| {
+            parse_mac(value.as_str().unwrap_or_default())
+        }),
+        mtu: net.number("mtu", (0, u32::MAX), problems),
+        queues: net.small("queues", (1, NET_QUEUES_MAX), problems),
+        link: net.choice("link", &LINKS, problems),
+        limits,
     }
 }
 

@@ -4,10 +4,11 @@
 //! two together: what is printed reads back as the same machine, and the schema knows exactly the
 //! keys that the parser knows.
 
-use super::parse::{CONSOLES, HUGE_PAGES, ON_DISK_FULL, ON_END};
+use super::parse::{CONSOLES, HUGE_PAGES, LINKS, ON_DISK_FULL, ON_END};
 use super::quantity::show_size;
 use crate::vm::spec::{
-    CloudInitSpec, DiskSpec, HostShare, KernelSource, SEED_DISK, ShareSpec, VmSpec, VsockSpec,
+    CloudInitSpec, DiskSpec, HostShare, KernelSource, NetSource, NetSpec, SEED_DISK, ShareSpec,
+    VmSpec, VsockSpec, show_mac,
 };
 use bulkhead_ipc::protocol::birth::DiskLimits;
 use schemars::JsonSchema;
@@ -46,6 +47,10 @@ pub(super) struct VmFile {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(default, length(max = 14))]
     share: Vec<Share>,
+    /// The network devices, in the order in which the guest finds them, after the disks.
+    #[serde(default)]
+    #[schemars(length(max = 14))]
+    net: Vec<Net>,
     /// Serial port and virtio console.
     console: Option<Console>,
     /// What happens when the guest ends by itself.
@@ -190,6 +195,79 @@ fn disk_limit(limits: &DiskLimits) -> Option<DiskLimit> {
         requests_per_s: limits.requests.map(|rate| rate.per_s),
         requests_burst: limits.requests.map(|rate| rate.burst),
     })
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Net {
+    /// Name in messages. Default: net0, net1, …
+    #[schemars(
+        length(min = 1, max = 64),
+        regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    )]
+    name: Option<String>,
+    /// TAP interface of the host that it is plugged into; one that is not there is made, and removed with the
+    /// machine. Either this or `bridge`.
+    #[schemars(length(min = 1, max = 15), regex(pattern = "^[A-Za-z0-9._-]+$"))]
+    tap: Option<String>,
+    /// Bridge of the host: a TAP interface is made, put into it, and removed with the machine.
+    #[schemars(length(min = 1, max = 15), regex(pattern = "^[A-Za-z0-9._-]+$"))]
+    bridge: Option<String>,
+    /// Address. Default: one of the name of the machine and the number of the device, always the same.
+    #[schemars(regex(pattern = "^[0-9A-Fa-f][02468ACEace](:[0-9A-Fa-f]{2}){5}$"))]
+    mac: Option<String>,
+    /// Largest packet in bytes, for host and guest. Default: what it is.
+    #[schemars(range(min = 68, max = 65521))]
+    mtu: Option<u16>,
+    /// Pairs of queues. Default: 1.
+    #[schemars(range(min = 1, max = 8))]
+    queues: Option<u8>,
+    /// Whether the cable is plugged in at the start. Default: "up".
+    #[schemars(extend("enum" = ["up", "down"]))]
+    link: Option<&'static str>,
+    /// What it may send in a second, and as much receive. Default: no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limits: Option<NetLimit>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct NetLimit {
+    /// Bytes of frames, at least "4KiB".
+    #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?(B|[KMGT](iB|B)?|kB)$"))]
+    bytes_per_s: Option<String>,
+    /// Bytes at once after a time of rest. Default: those of a second.
+    #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?(B|[KMGT](iB|B)?|kB)$"))]
+    bytes_burst: Option<String>,
+    /// Frames; one that is to be cut up by the host, or has not been yet, counts as one.
+    #[schemars(range(min = 1))]
+    packets_per_s: Option<u64>,
+    /// Frames at once after a time of rest. Default: those of a second.
+    #[schemars(range(min = 1))]
+    packets_burst: Option<u64>,
+}
+
+fn net(net: &NetSpec) -> Net {
+    let (tap, bridge) = match &net.source {
+        NetSource::Tap(name) => (Some(name.clone()), None),
+        NetSource::Bridge(name) => (None, Some(name.clone())),
+    };
+    let limits = &net.limits;
+    Net {
+        name: Some(net.name.clone()),
+        tap,
+        bridge,
+        mac: Some(show_mac(net.mac)),
+        mtu: net.mtu,
+        queues: Some(net.queues),
+        link: word(&LINKS, &net.link_up),
+        limits: (limits != &DiskLimits::default()).then(|| NetLimit {
+            bytes_per_s: limits.bytes.map(|rate| show_size(rate.per_s)),
+            bytes_burst: limits.bytes.map(|rate| show_size(rate.burst)),
+            packets_per_s: limits.requests.map(|rate| rate.per_s),
+            packets_burst: limits.requests.map(|rate| rate.burst),
+        }),
+    }
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -385,6 +463,7 @@ pub fn print(spec: &VmSpec) -> Result<String, PrintError> {
         }),
         boot: Some(boot),
         disk: disks.map(disk).collect::<Result<_, _>>()?,
+        net: spec.nets.iter().map(net).collect(),
         share: spec.shares.iter().map(share).collect::<Result<_, _>>()?,
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
         cloud_init: spec.cloud_init.as_ref().map(cloud_init).transpose()?,

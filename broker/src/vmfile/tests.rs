@@ -1,7 +1,7 @@
 use super::*;
 use crate::vm::spec::{
     BootDisk, CloudInitSpec, ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource,
-    Lifecycle, Limits, OnEnd, ShareSpec, VmSpec, VsockSpec,
+    Lifecycle, Limits, NetSource, NetSpec, OnEnd, ShareSpec, VmSpec, VsockSpec,
 };
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
 use proptest::prelude::*;
@@ -632,6 +632,8 @@ fn schema_knows_exactly_the_keys_that_work() {
         ("/$defs/Vsock/properties", parse::VSOCK_KEYS),
         ("/$defs/CloudInit/properties", parse::CLOUD_INIT_KEYS),
         ("/$defs/Share/properties", parse::SHARE_KEYS),
+        ("/$defs/Net/properties", parse::NET_KEYS),
+        ("/$defs/NetLimit/properties", parse::NET_LIMITS_KEYS),
         ("/$defs/Console/properties", parse::CONSOLE_KEYS),
         ("/$defs/Lifecycle/properties", parse::LIFECYCLE_KEYS),
         ("/$defs/Limits/properties", parse::LIMITS_KEYS),
@@ -640,6 +642,62 @@ fn schema_knows_exactly_the_keys_that_work() {
         let mut names: Vec<_> = working.map(|key| key.name.to_owned()).collect();
         names.sort();
         assert_eq!(keys(pointer), names, "{pointer}");
+    }
+}
+
+#[test]
+fn network_devices_have_names_addresses_and_queues_of_their_own() {
+    let home = tempfile::tempdir().unwrap();
+    fs::write(home.path().join("k"), [0; 512]).unwrap();
+    let read = |nets: &str| {
+        let text = format!("name = \"web\"\n[boot]\nkernel = \"k\"\n{nets}");
+        parse("f", home.path(), &text).and_then(|draft| check(draft, &around()))
+    };
+    let nets = "[[net]]\ntap = \"tap0\"\n[[net]]\nbridge = \"br0\"\nmac = \"52:54:00:00:00:01\"\n";
+    let spec = read(nets).unwrap();
+    let [first, second] = &spec.nets[..] else {
+        panic!("{:?}", spec.nets);
+    };
+    assert_eq!(
+        (first.name.as_str(), second.name.as_str()),
+        ("net0", "net1")
+    );
+    assert_eq!(first.mac, NetSpec::default_mac("web", 0));
+    assert_ne!(first.mac, NetSpec::default_mac("web", 1));
+    assert_eq!(first.mac[0] & 3, 2, "locally administered, of one device");
+    assert_eq!(second.mac, [0x52, 0x54, 0, 0, 0, 1]);
+    assert_eq!(first.interface("web", 0), "tap0");
+    assert_eq!(second.interface("web", 1), "bh-web-1");
+    let long = second.interface("a-machine-with-a-long-name", 1);
+    assert!(crate::network::is_interface_name(&long), "{long}");
+    for (nets, wanted) in [
+        ("[[net]]\n", "expected either `tap` or `bridge`"),
+        (
+            "[[net]]\ntap = \"a\"\nbridge = \"b\"\n",
+            "expected either `tap` or `bridge`",
+        ),
+        (
+            "[[net]]\ntap = \"a/b\"\n",
+            "expected the name of a network interface",
+        ),
+        (
+            "[[net]]\ntap = \"a\"\n[[net]]\ntap = \"a\"\n",
+            "an interface that no other device has",
+        ),
+        ("[[net]]\ntap = \"a\"\nmtu = 67\n", "expected 68 to 65521"),
+        (
+            "[[net]]\ntap = \"a\"\nmac = \"ff:ff:ff:ff:ff:ff\"\n",
+            "the address of one device",
+        ),
+        ("[[net]]\ntap = \"a\"\nqueues = 9\n", "queues"),
+        ("[[net]]\ntap = \"a\"\nlink = \"on\"\n", "link"),
+        (
+            "[[net]]\ntap = \"a\"\nlimits = { packets_burst = 3 }\n",
+            "expected packets_per_s beside it",
+        ),
+    ] {
+        let problems = read(nets).unwrap_err().to_string();
+        assert!(problems.contains(wanted), "{nets}: {problems}");
     }
 }
 
@@ -700,6 +758,26 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn any_net()(
+        name in "[a-zA-Z0-9._-]{0,20}",
+        interface in "[a-zA-Z0-9_-]{1,12}",
+        bridged: bool, link_up: bool, limits in any_limits(),
+        first in 0u8..=127, rest in prop::array::uniform5(any::<u8>()),
+        mtu in prop::option::of(68u16..=65_521), queues in 1u8..=8,
+    ) -> NetSpec {
+        NetSpec {
+            name,
+            source: if bridged { NetSource::Bridge(interface) } else { NetSource::Tap(interface) },
+            mac: [first << 1 | 2, rest[0], rest[1], rest[2], rest[3], rest[4]],
+            mtu,
+            queues,
+            link_up,
+            limits,
+        }
+    }
+}
+
+prop_compose! {
     fn any_share()(
         cpu_weight in prop::option::of(1u32..=10_000),
         cpu_percent in prop::option::of(1u32..=100_000),
@@ -722,8 +800,11 @@ prop_compose! {
         cmdline in "[^\0]{0,200}",
         with_initrd: bool,
         cid in prop::option::of(3u32..u32::MAX),
-        disks in prop::collection::vec(any_disk(), 0..4),
-        shares in prop::collection::vec(any_folder(), 0..3),
+        (disks, nets, shares) in (
+            prop::collection::vec(any_disk(), 0..4),
+            prop::collection::vec(any_net(), 0..4),
+            prop::collection::vec(any_folder(), 0..3),
+        ),
         (virtio, attach, on_cmdline) in (any::<bool>(), any::<bool>(), any::<bool>()),
         history_bytes in 4096u64..=(64 << 20),
         size in (1u16.., 1u16..),
@@ -735,7 +816,7 @@ prop_compose! {
     ) -> (VmSpec, bool) {
         let end = |n: usize| parse::ON_END[n].1;
         let spec = VmSpec {
-            name, vcpus, cmdline, disks, shares,
+    cmdline, disks, name, nets, shares, vcpus,
             memory_bytes: pages * 4096,
             huge_pages: parse::HUGE_PAGES[huge].1,
             kernel: KernelSource::File(PathBuf::new()),
@@ -792,6 +873,11 @@ proptest! {
         for (n, share) in spec.shares.iter_mut().enumerate() {
             share.path = home.path().into();
             share.name = format!("s{n}{}", share.name);
+        }
+        for (n, net) in spec.nets.iter_mut().enumerate() {
+            net.name = format!("n{n}{}", net.name);
+            let (NetSource::Tap(interface) | NetSource::Bridge(interface)) = &mut net.source;
+            *interface = format!("{n}{interface}");
         }
         let text = print(&spec).unwrap();
         // Another directory: printed paths must not depend on where the file lies.

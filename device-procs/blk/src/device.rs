@@ -2,12 +2,12 @@
 
 use crate::backend::{self, Begun, Commit, Disk, TOKEN_COMMIT};
 use crate::job::{How, Job, Next};
-use crate::limits::Limiter;
 use crate::request::{self, Geometry, ID_BYTES, Operation, Parsed, Status};
 use bulkhead_image::Use;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{DeviceOwn, DiskLimits};
 use bulkhead_runtime::device::FIRST_TOKEN;
+use bulkhead_runtime::limits::Limiter;
 use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Room, Setup, Span, Stillbirth};
 use nix::errno::Errno;
 use std::time::{Duration, Instant};

@@ -8,7 +8,6 @@
 mod backend;
 mod device;
 mod job;
-mod limits;
 mod request;
 
 pub use device::Blk;

@@ -23,6 +23,10 @@ pub struct Wishes {
     pub limits: Option<DiskLimits>,
     /// Answers to [`FromDevice::Dial`], by number; `None` when nobody was reached.
     pub dialled: Vec<(u64, Option<OwnedFd>)>,
+    /// Whether the cable is plugged in has changed.
+    pub link: Option<bool>,
+    /// It was asked whether it is alive, and has answered.
+    pub pinged: bool,
     /// There may be more messages.
     pub more: bool,
 }
@@ -72,7 +76,10 @@ impl Control {
                     wishes.shutdown = true;
                     return wishes;
                 }
-                Ok(Some((ToDevice::Ping(number), _))) => self.say(&FromDevice::Pong(number)),
+                Ok(Some((ToDevice::Ping(number), _))) => {
+                    self.say(&FromDevice::Pong(number));
+                    wishes.pinged = true;
+                }
                 Ok(Some((ToDevice::Resize { columns, rows }, _))) => {
                     wishes.resize = Some((columns, rows));
                 }
@@ -83,6 +90,7 @@ impl Control {
                     let socket = <[OwnedFd; 1]>::try_from(fds).ok().map(|[socket]| socket);
                     wishes.dialled.push((id, socket));
                 }
+                Ok(Some((ToDevice::Link(up), _))) => wishes.link = Some(up),
                 Err(error) => tracing::error!(%error, "the broker sent what is no message"),
             }
         }
@@ -133,7 +141,8 @@ mod tests {
         let control = Control::from(device);
         broker.send(&(200u8, 1u8), &[]).unwrap();
         broker.send(&ToDevice::Ping(3), &[]).unwrap();
-        assert!(!control.listen().more);
+        let wishes = control.listen();
+        assert!(wishes.pinged && !wishes.more);
         let (answer, _) = broker.try_recv::<FromDevice>().unwrap().unwrap();
         assert_eq!(answer, FromDevice::Pong(3));
         drop(broker);

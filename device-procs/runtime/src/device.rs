@@ -14,6 +14,7 @@ use crate::{log, sys};
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{DeviceConfig, DiskLimits, FdRole, KindConfig, UringGrant};
 use bulkhead_ipc::protocol::device::FromDevice;
+use bulkhead_ipc::protocol::device::Traffic;
 use bulkhead_ipc::shared::Doorbell;
 use bulkhead_ipc::window::{Doorbells, Window, WindowLayout};
 use nix::errno::Errno;
@@ -63,6 +64,8 @@ pub struct Setup<'a> {
     pub kept: Kept,
     /// CPUs that the process may run on.
     pub cpus: usize,
+    /// Counts the processes of this device, from 1.
+    pub generation: u32,
     waiter: &'a Waiter,
 }
 
@@ -75,6 +78,7 @@ impl<'a> Setup<'a> {
         memory: WindowMemory,
         kept: Kept,
         cpus: usize,
+        generation: u32,
         waiter: &'a Waiter,
     ) -> Self {
         Self {
@@ -84,6 +88,7 @@ impl<'a> Setup<'a> {
             memory,
             kept,
             cpus,
+            generation,
             waiter,
         }
     }
@@ -218,6 +223,22 @@ pub trait Device: Sized {
         false
     }
 
+    /// The cable is plugged in, or pulled out. Returns whether the configuration has changed.
+    fn on_link(&mut self, up: bool) -> bool {
+        let _no_cable = up;
+        false
+    }
+
+    /// What it has done, for devices that count it.
+    fn traffic(&self) -> Option<Traffic> {
+        None
+    }
+
+    /// How long it may sleep at most before it has something to do that nobody rings for.
+    fn wakes_in(&mut self) -> Option<Duration> {
+        None
+    }
+
     /// It may do so much in a second from now on.
     fn on_limits(&mut self, limits: &DiskLimits) {
         let _unlimited = limits;
@@ -345,7 +366,17 @@ fn prepare<D: Device>(newborn: &mut Newborn) -> Result<Prepared<D>, Stillbirth> 
         .map_err(Stillbirth::setup)?;
     let (memory, cpus) = (queues.memory(), newborn.cpus);
     let kept = Kept::of(&queues, &window.layout);
-    let mut setup = Setup::new(config, grants, &newborn.uring, memory, kept, cpus, &waiter);
+    let generation = newborn.id.generation;
+    let mut setup = Setup::new(
+        config,
+        grants,
+        &newborn.uring,
+        memory,
+        kept,
+        cpus,
+        generation,
+        &waiter,
+    );
     let device = D::start(&mut setup)?;
     Ok(Prepared {
         device,

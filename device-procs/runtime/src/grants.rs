@@ -185,7 +185,7 @@ fn check_kind(role: FdRole, index: u16, fd: &OwnedFd) -> Result<(), GrantError> 
     let stat = fstat(fd).map_err(|errno| GrantError::Os { fd: -1, errno })?;
     let got = type_bits(&stat);
     let (allowed, expected): (&[SFlag], _) = match role {
-        FdRole::Kvm | FdRole::Entropy => (&[SFlag::S_IFCHR], "a character device"),
+        FdRole::Kvm | FdRole::Entropy | FdRole::Tap => (&[SFlag::S_IFCHR], "a character device"),
         FdRole::Disk | FdRole::Image | FdRole::Backing | FdRole::Target => {
             (&[SFlag::S_IFREG, SFlag::S_IFBLK], "a file or block device")
         }

@@ -14,6 +14,7 @@ pub mod confine;
 pub mod control;
 pub mod device;
 pub mod grants;
+pub mod limits;
 pub mod log;
 pub mod queues;
 mod serve;
@@ -24,6 +25,7 @@ mod sys;
 pub mod testing;
 pub mod transcript;
 pub mod uring;
+pub mod used;
 pub mod wait;
 
 pub use birth::{Newborn, Stillbirth};

@@ -7,6 +7,7 @@
 
 use crate::device::DeviceFault;
 use crate::sys;
+use crate::used;
 use bulkhead_ipc::shared::{SharedError, SharedMemory};
 use bulkhead_ipc::window::{DESCRIPTORS_PER_SLOT, WindowLayout};
 use nix::errno::Errno;
@@ -108,6 +109,8 @@ pub struct Queues {
     memory: GuestMemoryMmap,
     bytes: u32,
     queues: Vec<Queue>,
+    /// Where each used ring was when the gate was last told of it.
+    told: Vec<u16>,
     completed: bool,
 }
 
@@ -140,10 +143,11 @@ impl Queues {
 
     /// Queues that are set up already. `memory` has one region, from 0 to `bytes`.
     #[must_use]
-    pub const fn over(memory: GuestMemoryMmap, bytes: u32, queues: Vec<Queue>) -> Self {
+    pub fn over(memory: GuestMemoryMmap, bytes: u32, queues: Vec<Queue>) -> Self {
         Self {
             memory,
             bytes,
+            told: queues.iter().map(QueueT::next_used).collect(),
             queues,
             completed: false,
         }
@@ -205,6 +209,23 @@ impl Queues {
         Ok(())
     }
 
+    /// Completes several requests (head, bytes written) in one step: the gate sees all of them or none.
+    ///
+    /// # Errors
+    /// As [`Queues::complete`].
+    pub fn complete_together(
+        &mut self,
+        index: usize,
+        requests: &[(u16, u32)],
+    ) -> Result<(), DeviceFault> {
+        if let Some(queue) = self.queues.get_mut(index) {
+            used::put_together(queue, &self.memory, requests)
+                .map_err(|cause| DeviceFault::Ring { index, cause })?;
+            self.completed |= !requests.is_empty();
+        }
+        Ok(())
+    }
+
     /// Copies bytes out of the window. Returns how many: less than asked for where the span ends.
     pub fn read(&self, span: Span, to: &mut [u8]) -> usize {
         self.slice(span).copy_to(to)
@@ -240,6 +261,35 @@ impl Queues {
         sys::write_at(file.as_fd(), at, &self.slice(from))
     }
 
+    /// Reads once from a descriptor that is not a file, such as a network interface: into the spans and, what they
+    /// have no room for, into `rest`. No more than 63 spans are used.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn read_scattered(
+        &self,
+        from: impl AsFd,
+        to: impl Iterator<Item = Span>,
+        rest: &mut [u8],
+    ) -> Result<usize, Errno> {
+        let slices = to.map(|span| self.slice(span));
+        sys::read_scattered(from.as_fd(), slices, rest)
+    }
+
+    /// Writes `front` and the spans at once to a descriptor that is not a file.
+    ///
+    /// # Errors
+    /// The kernel's errno; EMSGSIZE for more than 63 spans.
+    pub fn write_gathered(
+        &self,
+        to: impl AsFd,
+        front: &[u8],
+        from: impl Iterator<Item = Span>,
+    ) -> Result<usize, Errno> {
+        let slices = from.map(|span| self.slice(span));
+        sys::write_gathered(to.as_fd(), front, slices)
+    }
+
     /// Whether the gate asked to be called for what was completed since the last question.
     ///
     /// # Errors
@@ -249,9 +299,8 @@ impl Queues {
             return Ok(false);
         }
         let mut needed = false;
-        for (index, queue) in self.queues.iter_mut().enumerate() {
-            needed |= queue
-                .needs_notification(&self.memory)
+        for (index, (queue, told)) in self.queues.iter().zip(&mut self.told).enumerate() {
+            needed |= used::wants_news(queue, &self.memory, told)
                 .map_err(|cause| DeviceFault::Ring { index, cause })?;
         }
         Ok(needed)

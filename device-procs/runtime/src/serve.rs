@@ -14,7 +14,7 @@ use crate::device::{Device, DeviceFault, FIRST_TOKEN, Room};
 use crate::queues::Queues;
 use crate::spin::Spin;
 use crate::wait::{WATCHED_MAX, Waiter, Woken};
-use bulkhead_ipc::protocol::device::FromDevice;
+use bulkhead_ipc::protocol::device::{FromDevice, Traffic};
 use bulkhead_ipc::window::{DeviceState, Doorbells, Window};
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,8 @@ pub(crate) struct Server<D> {
     draining: bool,
     /// What was last said of it.
     at_once: bool,
+    /// What the broker was last told.
+    traffic: Traffic,
 }
 
 impl<D: Device> Server<D> {
@@ -78,6 +80,7 @@ impl<D: Device> Server<D> {
             spin,
             draining: false,
             at_once: false,
+            traffic: Traffic::default(),
         }
     }
 
@@ -119,8 +122,10 @@ impl<D: Device> Server<D> {
             } else if let Some(rest) = self.rest() {
                 self.sleep(Some(rest))?;
             } else if !self.look() && !self.ask_for_kicks()? {
+                let within = self.device.wakes_in();
                 let asleep = Instant::now();
-                self.sleep(self.patience(asleep))?;
+                let until = self.patience(asleep);
+                self.sleep(until.into_iter().chain(within).min())?;
                 self.spin.slept(asleep.elapsed());
             }
         }
@@ -280,8 +285,16 @@ impl<D: Device> Server<D> {
             try_again,
             limits,
             dialled,
+            link,
+            pinged,
             more,
         } = control.listen();
+        if pinged
+            && let Some(traffic) = self.device.traffic()
+            && std::mem::replace(&mut self.traffic, traffic) != traffic
+        {
+            control.say(&FromDevice::Traffic(traffic));
+        }
         if let Some(limits) = limits {
             self.device.on_limits(&limits);
         }
@@ -294,6 +307,11 @@ impl<D: Device> Server<D> {
         }
         if let Some((columns, rows)) = resize
             && self.device.on_resize(columns, rows)
+        {
+            self.publish();
+        }
+        if let Some(up) = link
+            && self.device.on_link(up)
         {
             self.publish();
         }

@@ -272,6 +272,81 @@ pub fn change_mode(fd: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
+/// Most pieces of memory that one call reads into or writes from.
+pub(crate) const PIECES_MAX: usize = 64;
+
+/// The pieces of one call, on the stack. What does not fit is left out.
+struct Pieces {
+    list: [libc::iovec; PIECES_MAX],
+    used: usize,
+}
+
+impl Pieces {
+    const fn new() -> Self {
+        let none = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
+        Self {
+            list: [none; PIECES_MAX],
+            used: 0,
+        }
+    }
+
+    fn push(&mut self, base: *mut u8, len: usize) {
+        if let Some(place) = self.list.get_mut(self.used) {
+            *place = libc::iovec {
+                iov_base: base.cast(),
+                iov_len: len,
+            };
+            self.used += 1;
+        }
+    }
+
+    fn count(&self) -> i32 {
+        i32::try_from(self.used).unwrap_or(0)
+    }
+}
+
+/// Reads once from something that is not a file, into window memory and then into `rest`. At most
+/// [`PIECES_MAX`] - 1 slices count.
+pub(crate) fn read_scattered<'a>(
+    from: BorrowedFd<'_>,
+    to: impl Iterator<Item = VolatileSlice<'a>>,
+    rest: &mut [u8],
+) -> Result<usize, Errno> {
+    let mut pieces = Pieces::new();
+    for slice in to.take(PIECES_MAX - 1) {
+        // The window stays mapped for as long as its slices live, which is longer than this call.
+        pieces.push(slice.ptr_guard_mut().as_ptr(), slice.len());
+    }
+    pieces.push(rest.as_mut_ptr(), rest.len());
+    // SAFETY: every piece is mapped and writable for its length; window memory is only ever accessed
+    // as volatile, and `rest` is borrowed.
+    let n = unsafe { libc::readv(from.as_raw_fd(), pieces.list.as_ptr(), pieces.count()) };
+    Errno::result(n).map(|n| usize::try_from(n).unwrap_or(0))
+}
+
+/// Writes once to something that is not a file: `front`, and then window memory. More than
+/// [`PIECES_MAX`] - 1 slices are an error, for what is written must be whole.
+pub(crate) fn write_gathered<'a>(
+    to: BorrowedFd<'_>,
+    front: &[u8],
+    from: impl Iterator<Item = VolatileSlice<'a>>,
+) -> Result<usize, Errno> {
+    let mut pieces = Pieces::new();
+    pieces.push(front.as_ptr().cast_mut(), front.len());
+    for slice in from {
+        if pieces.used == PIECES_MAX {
+            return Err(Errno::EMSGSIZE);
+        }
+        pieces.push(slice.ptr_guard().as_ptr().cast_mut(), slice.len());
+    }
+    // SAFETY: every piece is mapped and readable for its length, and the call only reads them.
+    let n = unsafe { libc::writev(to.as_raw_fd(), pieces.list.as_ptr(), pieces.count()) };
+    Errno::result(n).map(|n| usize::try_from(n).unwrap_or(0))
+}
+
 /// Ends the process at once, with no destructor and no exit handler: those would unmap and close,
 /// which the locked filter refuses.
 pub fn leave(status: i32) -> ! {

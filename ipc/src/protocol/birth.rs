@@ -79,6 +79,8 @@ pub enum FdRole {
     Listener,
     /// The directory that is shared: where the broker is root, the root of a mount of its own.
     Folder,
+    /// A queue of a TAP interface (`/dev/net/tun`). One for each pair of virtqueues.
+    Tap,
 }
 
 /// One granted descriptor.
@@ -270,12 +272,12 @@ pub struct Rate {
     pub burst: u64,
 }
 
-/// What a disk may do in a second.
+/// What a disk may do in a second, or a network device in each direction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct DiskLimits {
-    /// Bytes read and written.
+    /// Bytes read and written; of frames.
     pub bytes: Option<Rate>,
-    /// Requests of any kind.
+    /// Requests of any kind; frames.
     pub requests: Option<Rate>,
 }
 
@@ -343,6 +345,15 @@ pub enum DeviceOwn {
         guest_owner: (u32, u32),
         /// How long the guest may believe names and attributes without asking, in milliseconds.
         cache_ms: u32,
+    },
+    /// Network device.
+    Net {
+        /// Whether its cable is plugged in.
+        link_up: bool,
+        /// Whether the host cuts UDP datagrams.
+        cuts_udp: bool,
+        /// What it may send in a second, and as much receive.
+        limits: DiskLimits,
     },
 }
 

@@ -1,4 +1,4 @@
-//! Broker and device processes (`legacy`, `console`, `blk`, `rng`, `vsock`), after birth.
+//! Broker and device processes (`legacy`, `console`, `blk`, `rng`, `net`, `fs`, `vsock`), after birth.
 
 use super::birth::DiskLimits;
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ pub enum ToDevice {
     /// Do again what the host's disk had no room for (disks only). Answered with
     /// [`FromDevice::HasRoom`] or [`FromDevice::NoRoom`].
     TryAgain,
-    /// What the device may do in a second from now on (disks only).
+    /// What the device may do in a second from now on (disks and network devices only).
     Limits(DiskLimits),
     /// Answer to [`FromDevice::Dial`], with one descriptor if a listener was reached and none
     /// otherwise (sockets only). Not idempotent: the descriptor is another one each time.
@@ -28,6 +28,8 @@ pub enum ToDevice {
         /// Number of the question.
         id: u64,
     },
+    /// Whether the cable is plugged in (network devices only).
+    Link(bool),
 }
 
 /// Sender: device process.
@@ -57,6 +59,29 @@ pub enum FromDevice {
         /// waits for the answer to an old question any more.
         asked_ms: u64,
     },
+    /// What a network device has done since its process started. Said after a [`FromDevice::Pong`] when it has
+    /// changed.
+    Traffic(Traffic),
+}
+
+/// Counters of a network device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Traffic {
+    /// What the guest was given.
+    pub received: Direction,
+    /// What the guest has sent.
+    pub sent: Direction,
+}
+
+/// Counters of one direction. A frame that the guest has the host cut up, or the other way round, is one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Direction {
+    /// Frames.
+    pub packets: u64,
+    /// Bytes of frames.
+    pub bytes: u64,
+    /// Frames that got lost: not sound, too large for the guest's buffers, or refused by the host.
+    pub dropped: u64,
 }
 
 /// Questions of one device for connections that may wait for their answers.

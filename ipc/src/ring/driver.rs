@@ -237,6 +237,13 @@ impl ShadowDriver {
         memory.load::<u16>(self.layout.used_ring + 2, Ordering::Relaxed) != self.used_next.0
     }
 
+    /// How many completions the device has put that were not taken yet, as it says.
+    #[must_use]
+    pub fn completions(&self, memory: &SharedMemory) -> u16 {
+        let index = memory.load::<u16>(self.layout.used_ring + 2, Ordering::Acquire);
+        (Wrapping(index) - self.used_next).0
+    }
+
     /// Whether the device has put completions that were not taken yet.
     #[must_use]
     pub fn has_completions(&self, memory: &SharedMemory) -> bool {

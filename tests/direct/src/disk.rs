@@ -120,6 +120,7 @@ pub(crate) fn serve(boundary: &Ungated, mut grants: Grants, memory_bytes: u32) -
         memory,
         kept,
         cpus(),
+        1,
         &waiter,
     );
     let mut blk = Blk::start(&mut setup)?;

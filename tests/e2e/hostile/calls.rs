@@ -3,7 +3,7 @@
 
 use super::{
     beside_others, canary_lives, disk_with_canary, errors_are_sound, expected_memory,
-    nothing_changes, server_of, start, while_watched,
+    nothing_changes, server_of, start, while_watched, with_network,
 };
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_policies::denied::Attempt;
@@ -114,6 +114,13 @@ fn denied_calls_of_a_taken_over_rng_end_it_and_harm_nobody_else() {
 #[test]
 fn denied_calls_of_a_taken_over_vsock_end_it_and_harm_nobody_else() {
     calls_of_device(ProcKind::Vsock);
+}
+
+#[test]
+fn denied_calls_of_a_taken_over_net_end_it_and_harm_nobody_else() {
+    if with_network() {
+        calls_of_device(ProcKind::Net);
+    }
 }
 
 #[test]

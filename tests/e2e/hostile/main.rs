@@ -12,8 +12,10 @@
     reason = "the measured shares are printed besides being asserted"
 )]
 
+use bulkhead_tests::network::Network;
 use bulkhead_tests::{Difference, Ended, Expected, GuestMemory, Look, Machine, Programs};
 use nix::sys::signal::Signal;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -52,6 +54,17 @@ const LOOKS_MIN: usize = 3;
 /// Whoever runs machines here reads it; whoever wants to be alone writes it.
 static MACHINES: RwLock<()> = RwLock::new(());
 
+thread_local! {
+    /// Whether the machines of this test have a network device, which is in a network of the test's own.
+    static HAS_NETWORK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The machines of this test have a network device from now on. False without root.
+fn with_network() -> bool {
+    HAS_NETWORK.set(Network::enter().is_some());
+    HAS_NETWORK.get()
+}
+
 fn beside_others() -> RwLockReadGuard<'static, ()> {
     MACHINES.read().unwrap_or_else(PoisonError::into_inner)
 }
@@ -65,6 +78,9 @@ fn start(name: &str, programs: &Path, disks: &[NamedTempFile], seconds: u32) -> 
     );
     let mut arguments = vec!["--name", name, "--libexec-dir", programs.to_str().unwrap()];
     arguments.push("--vsock");
+    if HAS_NETWORK.get() {
+        arguments.extend(["--net", "tap=tap0"]);
+    }
     for disk in disks {
         arguments.extend(["--disk", disk.path().to_str().unwrap()]);
     }
@@ -338,6 +354,13 @@ fn taken_over_rng_harms_nobody_else() {
 #[test]
 fn taken_over_vsock_harms_nobody_else() {
     attacked_by("vsock");
+}
+
+#[test]
+fn taken_over_net_harms_nobody_else() {
+    if with_network() {
+        attacked_by("net");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The operations of the daemon's HTTP API, as points know them.
 
 /// Method, path behind `/v1`, name of the point.
-const OPERATIONS: [(&str, &str, &str); 22] = [
+const OPERATIONS: [(&str, &str, &str); 23] = [
     ("GET", "/version", "api.version"),
     ("GET", "/vms", "api.list"),
     ("POST", "/vms", "api.create"),
@@ -34,6 +34,11 @@ const OPERATIONS: [(&str, &str, &str); 22] = [
         "POST",
         "/vms/{name}/devices/{device}/limit",
         "api.limit-device",
+    ),
+    (
+        "POST",
+        "/vms/{name}/devices/{device}/link",
+        "api.link-device",
     ),
     ("POST", "/host/shutdown", "api.shutdown-host"),
 ];

@@ -522,7 +522,7 @@ fn of_calls(into: &mut Vec<Scenario>) {
 pub fn all() -> Vec<Scenario> {
     let mut scenarios = Vec::new();
     for phase in Phase::ALL {
-        for kind in ProcKind::OF_MACHINES {
+        for kind in ProcKind::OF_EVERY_MACHINE {
             of_messages(phase, kind, &mut scenarios);
             let devices_alone = matches!(phase, Phase::Restart | Phase::Upgrade);
             if !(devices_alone && kind == ProcKind::Vcpu) {
@@ -569,7 +569,7 @@ fn of_waits(phase: Phase, into: &mut Vec<Scenario>) {
     if matches!(phase, Phase::Boot | Phase::Shutdown) {
         return;
     }
-    for kind in ProcKind::OF_MACHINES {
+    for kind in ProcKind::OF_EVERY_MACHINE {
         let is_vcpu = kind == ProcKind::Vcpu;
         if is_vcpu && matches!(phase, Phase::Restart | Phase::Upgrade) {
             continue;
@@ -633,7 +633,7 @@ mod tests {
             Scenario::parse("matrix", &text).unwrap();
         }
         for phase in Phase::ALL {
-            for kind in ProcKind::OF_MACHINES {
+            for kind in ProcKind::OF_EVERY_MACHINE {
                 let devices_alone =
                     matches!(phase, Phase::Restart | Phase::Upgrade) && kind == ProcKind::Vcpu;
                 let head = format!("{}-{kind}-", phase.name());

@@ -152,6 +152,7 @@ names!(TO_DEVICE, to_device, ToDevice,
     ToDevice::TryAgain => "to-device.try-again",
     ToDevice::Limits(_) => "to-device.limits",
     ToDevice::Dialled { .. } => "to-device.dialled",
+    ToDevice::Link(_) => "to-device.link",
 );
 names!(FROM_DEVICE, from_device, FromDevice,
     FromDevice::Pong(_) => "from-device.pong",
@@ -159,6 +160,7 @@ names!(FROM_DEVICE, from_device, FromDevice,
     FromDevice::NoRoom => "from-device.no-room",
     FromDevice::HasRoom => "from-device.has-room",
     FromDevice::Dial { .. } => "from-device.dial",
+    FromDevice::Traffic(_) => "from-device.traffic",
 );
 names!(ADOPT, adopt, Adopt, Adopt { .. } => "adoption.adopt");
 names!(ADOPTED, adopted, Adopted, Adopted { .. } => "adoption.adopted");

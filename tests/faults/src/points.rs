@@ -108,6 +108,7 @@ const WITH_WINDOW: [ProcKind; 5] = [
     ProcKind::Console,
     ProcKind::Rng,
     ProcKind::Fs,
+    ProcKind::Net,
     ProcKind::Vsock,
     ProcKind::Legacy,
 ];
@@ -305,7 +306,7 @@ mod tests {
         for wrong in [
             "to-vcpu.pong",
             "call.blk.execve",
-            "process.net",
+            "process.gpu",
             "window.vcpu",
             "host:after",
         ] {

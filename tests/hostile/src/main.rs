@@ -54,6 +54,7 @@ fn kind(name: &str) -> ProcKind {
         ProcKind::Blk,
         ProcKind::Console,
         ProcKind::Rng,
+        ProcKind::Net,
         ProcKind::Vcpu,
         ProcKind::Vsock,
     ];

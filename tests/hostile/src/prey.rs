@@ -11,9 +11,10 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 
 /// Roles whose descriptors a device process may have, doorbells apart.
-const FILES: [FdRole; 4] = [
+const FILES: [FdRole; 5] = [
     FdRole::Disk,
     FdRole::Entropy,
+    FdRole::Tap,
     FdRole::Output,
     FdRole::Listener,
 ];

@@ -5,6 +5,7 @@ use bulkhead::launch::users::UserRange;
 use bulkhead::vm::session::{Command, EVENTS_CAPACITY, Ending, Event};
 use bulkhead::vm::take_over;
 use bulkhead_ipc::ident::ProcKind;
+use bulkhead_tests::network::{self, Network};
 use bulkhead_tests::{Ended, Machine, kill, tool};
 use nix::sys::signal::Signal;
 use std::fs;
@@ -41,6 +42,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     ),
     plain("sockets of both sides", sockets),
     plain("a shared folder", shared_folder),
+    plain("a network device", network_device),
     plain("a console that is typed at", typed_at),
     plain("a guest that resets", resets),
     plain("a guest that crashes, with a core", crashes),
@@ -58,6 +60,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     starved("rng cannot start", ProcKind::Rng, 14),
     starved("vsock cannot start", ProcKind::Vsock, 14),
     starved("fs cannot start", ProcKind::Fs, 14),
+    starved("net cannot start", ProcKind::Net, 14),
     denied("blk reports a denial", ProcKind::Blk, "main", "epoll_wait"),
     Scenario {
         denies: Some((ProcKind::Image, "main", "fdatasync")),
@@ -77,6 +80,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         "main",
         "epoll_wait",
     ),
+    denied("net reports a denial", ProcKind::Net, "main", "epoll_wait"),
     denied(
         "legacy reports a denial",
         ProcKind::Legacy,
@@ -298,6 +302,19 @@ fn shared_folder(stage: &Stage) {
     good(stage.guest("mode=share,hello timeout=60", &share));
 }
 
+/// A network device in a network of its own.
+const NET: [&str; 2] = ["--net", "tap=tap0"];
+
+fn network_device(stage: &Stage) {
+    let network = Network::enter().unwrap();
+    let mut machine = stage.guest("mode=net seconds=3 size=100k", &NET);
+    machine.expect("BH net.ready");
+    network.address("tap0", "10.0.0.1/24");
+    network::ping("10.0.0.2");
+    network::give("10.0.0.2", 100_000);
+    good(machine);
+}
+
 fn typed_at(stage: &Stage) {
     let load = "mode=console lines=2 count=2 timeout=60";
     let mut machine = stage.guest(load, &["--console", "virtio"]);
@@ -351,9 +368,11 @@ fn devices_die(stage: &Stage) {
     let load = "mode=rng,blk-load,legacy,console seconds=2 qd=32 timeout=60";
     let folder = tempfile::tempdir().unwrap();
     let share = folder.path().to_str().unwrap();
-    let mut machine = stage.guest(load, &["--disk", path(&disk), "--share", share]);
+    let _network = Network::enter().unwrap();
+    let more = [&["--disk", path(&disk), "--share", share], &NET[..]].concat();
+    let mut machine = stage.guest(load, &more);
     machine.expect("BH blk-load.begin");
-    for (n, kind) in (1..).zip(["blk", "rng", "console", "fs", "legacy"]) {
+    for (n, kind) in (1..).zip(["blk", "rng", "console", "fs", "legacy", "net"]) {
         kill(machine.process(kind));
         machine.expect_restarts(n);
     }
@@ -374,7 +393,10 @@ fn every_device(stage: &Stage) {
         "-c",
         "2",
     ];
-    good(stage.guest("mode=blk,rng,share,legacy,console,smp", &disks));
+    let network = Network::enter().unwrap();
+    let devices = [&disks, &NET[..]].concat();
+    good(stage.guest("mode=blk,rng,share,legacy,console,smp", &devices));
+    drop(network);
     sockets(stage);
 }
 
@@ -391,6 +413,7 @@ fn next_broker(stage: &Stage) {
     let disk = in_memory();
     let folder = tempfile::tempdir().unwrap();
     let share = folder.path().to_str().unwrap();
+    let _network = Network::enter().unwrap();
     let more = [
         "--vsock",
         "--disk",
@@ -399,9 +422,13 @@ fn next_broker(stage: &Stage) {
         share,
         "--name=web",
     ];
+    let more = [&more, &NET[..]].concat();
     let mut machine = stage.guest("mode=button", &more);
     machine.expect("BH button.ready");
-    for kind in ProcKind::OF_MACHINES {
+    for kind in ProcKind::OF_EVERY_MACHINE
+        .into_iter()
+        .chain([ProcKind::Net])
+    {
         let _locked = machine.process(kind.name());
     }
     machine.expect_phase("running");
@@ -462,8 +489,9 @@ fn adopt(stage: &Stage, machine: &Machine) -> Option<Ending> {
 fn reports_a_denial(stage: &Stage) {
     let (disk, folder) = (on_a_ring(), tempfile::tempdir().unwrap());
     let share = folder.path().to_str().unwrap();
+    let _network = Network::enter().unwrap();
     let devices = ["--vsock", "--disk", path(&disk), "--share", share];
-    let machine = stage.guest("mode=idle", &devices);
+    let machine = stage.guest("mode=idle", &[&devices, &NET[..]].concat());
     machine.expect_error("is not granted to thread");
     machine.expect_error("was stopped by the kernel");
     machine.signal(Signal::SIGTERM);
@@ -474,7 +502,9 @@ fn reports_a_denial(stage: &Stage) {
 fn cannot_start(stage: &Stage) {
     let (disk, folder) = (on_a_ring(), tempfile::tempdir().unwrap());
     let share = folder.path().to_str().unwrap();
+    let _network = Network::enter().unwrap();
     let devices = ["--vsock", "--disk", path(&disk), "--share", share];
+    let devices = [&devices, &NET[..]].concat();
     let ended = stage.guest("mode=idle seconds=60", &devices).wait();
     assert_eq!(ended.code, 6, "{ended:?}");
     assert!(ended.errors.contains("Too many open files"), "{ended:?}");

@@ -31,7 +31,7 @@ const BUILT_IN_GUEST: &str = "bulkhead-guest.elf";
 
 /// The program of all device processes, and the kinds under whose names it is installed.
 const DEVICE_PROGRAM: &str = "bulkhead-devices";
-const DEVICE_KINDS: [&str; 6] = ["blk", "console", "fs", "legacy", "rng", "vsock"];
+const DEVICE_KINDS: [&str; 7] = ["blk", "console", "fs", "legacy", "net", "rng", "vsock"];
 
 /// `cargo xtask test …`
 #[derive(clap::Args)]
@@ -55,7 +55,7 @@ fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
     require_kvm()?;
     // What the tests themselves call: they look into disk images after the guest is done (qemu-img reads what
     // we write, and writes what we read), have a
-    // debugger open cores, assemble kernels of a few instructions, and disassemble ACPI tables.
+    // debugger open cores, assemble kernels of a few instructions, disassemble ACPI tables, and make networks of their own.
     stages.run("packages", || {
         packages::ensure(&[
             "acpica-tools",
@@ -67,6 +67,7 @@ fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
             "fdisk",
             "gdb",
             "mtools",
+            "iproute2",
             "qemu-utils",
         ])
     })?;

@@ -92,7 +92,7 @@ impl Gate {
     pub(crate) fn new(slot: &VirtioSlot, channel: Arc<DeviceChannel>, link: Arc<GateLink>) -> Self {
         channel.window.initialise(slot.generation);
         let queues: Vec<_> = (0..slot.queue_sizes.len())
-            .filter_map(|n| GateQueue::new(n, slot.kind.framing(n), &channel.window))
+            .filter_map(|n| GateQueue::new(n, slot.kind, &channel.window))
             .collect();
         let streams = (0..queues.len()).map(|n| match slot.kind.framing(n) {
             framing if framing.positioned => slot.output_position,

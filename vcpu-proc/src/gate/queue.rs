@@ -9,10 +9,13 @@
 
 use super::copy::{Direction, NotMemory, copy_spans};
 use super::journal::{Entry, GuestSpan};
-use bulkhead_ipc::device_kind::{Failure, Framing, HEAD_SLOT_BYTES, POSITION_BYTES, TAIL_OFFSET};
+use bulkhead_ipc::device_kind::{
+    Failure, Framing, HEAD_SLOT_BYTES, POSITION_BYTES, ReplayClass, TAIL_OFFSET, VirtioKind,
+};
 use bulkhead_ipc::ring::{RequestLayout, RingFault, ShadowDriver, Span, WindowPages};
 use bulkhead_ipc::shared::SharedMemory;
 use bulkhead_ipc::window::{DATA_PAGE_BYTES, QueueLayout, Window};
+use bulkhead_runtime::used;
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 use virtio_queue::desc::split::Descriptor;
@@ -84,6 +87,8 @@ pub(crate) struct Backing<'a> {
 pub(crate) struct GateQueue {
     index: usize,
     pub(super) framing: Framing,
+    /// Whether what a dead process had in its hands counts as done.
+    pub(super) droppable: bool,
     pub(super) layout: QueueLayout,
     pub(super) guest: Option<Queue>,
     pub(super) shadow: ShadowDriver,
@@ -98,6 +103,10 @@ pub(crate) struct GateQueue {
     pub(super) held: bool,
     spare: Entry,
     used_added: bool,
+    /// Where the guest's used ring was when it was last asked whether it wants an interrupt.
+    told: u16,
+    /// Used elements that the guest is to see in one step.
+    together: Vec<(u16, u32)>,
     /// Window pages that this queue holds, and how many it may: a queue whose requests stay with
     /// the device (console input) must not starve the others.
     pub(super) pages_held: usize,
@@ -105,15 +114,23 @@ pub(crate) struct GateQueue {
 }
 
 impl GateQueue {
-    pub(crate) fn new(index: usize, framing: Framing, window: &Window) -> Option<Self> {
+    pub(crate) fn new(index: usize, kind: VirtioKind, window: &Window) -> Option<Self> {
         let layout = *window.layout.queues.get(index)?;
-        let pages = window.layout.data_pages;
-        let pages_limit = (pages / window.layout.queues.len().max(1)).max(pages.div_ceil(4));
+        let framing = kind.framing(index);
+        let (pages, queues) = (window.layout.data_pages, window.layout.queues.len());
+        let pages_limit = if framing.waits_for_input {
+            // All of these together get a half, for what they hold stays with the device.
+            let alike = (0..queues).filter(|&n| kind.framing(n).waits_for_input);
+            pages / 2 / alike.count().max(1)
+        } else {
+            (pages / queues.max(1)).max(pages.div_ceil(4))
+        };
         let mut journal = Vec::new();
         journal.resize_with(usize::from(layout.slots), Entry::default);
         Some(Self {
             index,
             framing,
+            droppable: kind.replay_class(index) == ReplayClass::Droppable,
             layout,
             guest: None,
             shadow: ShadowDriver::new(layout),
@@ -124,6 +141,8 @@ impl GateQueue {
             held: false,
             spare: Entry::default(),
             used_added: false,
+            told: 0,
+            together: Vec::with_capacity(layout.slots.into()),
             pages_held: 0,
             pages_limit,
         })
@@ -143,6 +162,7 @@ impl GateQueue {
         if !guest.is_valid(memory) {
             return Err(GuestFault::Ring { queue: self.index });
         }
+        self.told = guest.next_used();
         self.guest = Some(guest);
         Ok(())
     }
@@ -238,7 +258,10 @@ impl GateQueue {
             return Err(GuestFault::Truncated { head });
         }
         // A device may fill less than a pure input buffer, so a huge one is offered in part.
-        entry.writable_bytes = entry.writable_bytes.min(limit);
+        let limit = limit.min(self.pages_limit * DATA_PAGE_BYTES);
+        if is_input(entry) {
+            entry.writable_bytes = entry.writable_bytes.min(limit);
+        }
         entry.head = head;
         entry.epoch = backing.epoch;
         entry.deaths = 0;
@@ -280,7 +303,10 @@ impl GateQueue {
                 });
             }
             let held = self.pages_held;
-            let enough = held > 0 && held + pages > HOT_PAGES && backing.window.is_at_once();
+            let enough = held > 0
+                && held + pages > HOT_PAGES
+                && !self.framing.waits_for_input
+                && backing.window.is_at_once();
             if enough || held + pages > self.pages_limit {
                 return Ok(false);
             }
@@ -356,10 +382,23 @@ impl GateQueue {
         backing: &mut Backing<'_>,
         budget: &mut u32,
     ) -> Result<u32, RingFault> {
+        let together = self.framing.answered_together;
         let mut done = 0;
-        while *budget > 0 {
-            let Some(completion) = self.shadow.complete(&backing.window.memory)? else {
-                break;
+        // What must be seen together is taken together: as far as the device's index is now.
+        let mut left = match together {
+            true if *budget > 0 => u32::from(self.shadow.completions(&backing.window.memory)),
+            true => 0,
+            false => *budget,
+        };
+        while left > 0 {
+            left -= 1;
+            let completion = match self.shadow.complete(&backing.window.memory) {
+                Ok(Some(completion)) => completion,
+                Ok(None) => break,
+                Err(fault) => {
+                    self.together.clear();
+                    return Err(fault);
+                }
             };
             *budget = budget.saturating_sub(1);
             done += 1;
@@ -380,6 +419,9 @@ impl GateQueue {
             if let Some(place) = self.journal.get_mut(usize::from(completion.slot)) {
                 *place = entry;
             }
+        }
+        if together {
+            self.put_together(backing.memory);
         }
         Ok(done)
     }
@@ -408,10 +450,25 @@ impl GateQueue {
             copied.is_ok(),
             "guest memory was checked when the request was taken"
         );
-        self.put_used(backing.memory, entry.head, written);
+        if self.framing.answered_together {
+            let len = u32::try_from(written).unwrap_or(u32::MAX);
+            self.together.push((entry.head, len));
+        } else {
+            self.put_used(backing.memory, entry.head, written);
+        }
     }
 
-    fn put_used(&mut self, memory: &GuestMemoryMmap, head: u16, written: usize) {
+    /// Puts what the guest is to see in one step.
+    fn put_together(&mut self, memory: &GuestMemoryMmap) {
+        if let Some(guest) = self.guest.as_mut().filter(|_| !self.together.is_empty()) {
+            // The rings were checked at activation, the heads came out of this queue, and a guest has no more
+            // of them in flight than fit; one that has put a head twice only confuses itself.
+            self.used_added |= used::put_together(guest, memory, &self.together).is_ok();
+        }
+        self.together.clear();
+    }
+
+    pub(super) fn put_used(&mut self, memory: &GuestMemoryMmap, head: u16, written: usize) {
         let Some(guest) = self.guest.as_mut() else {
             return;
         };
@@ -442,16 +499,17 @@ impl GateQueue {
                 continue;
             }
             let mut entry = std::mem::take(place);
-            if entry.epoch == backing.epoch {
-                self.fail(backing.memory, &entry);
-            }
             release(&mut self.pages_held, backing.pages, &mut entry);
+            entry.in_flight = false;
+            if entry.epoch == backing.epoch {
+                self.fail_or_keep(backing.memory, entry);
+            }
         }
         let mut kept = std::mem::take(&mut self.suspects);
         kept.append(&mut self.replay);
         kept.extend(self.waiting.take());
         for entry in kept {
-            self.fail(backing.memory, &entry);
+            self.fail_or_keep(backing.memory, entry);
         }
         while *budget > 0 {
             *budget -= 1;
@@ -459,9 +517,20 @@ impl GateQueue {
             if !self.pop(backing, &mut entry)? {
                 break;
             }
-            self.fail(backing.memory, &entry);
+            self.fail_or_keep(backing.memory, entry);
         }
         Ok(())
+    }
+
+    /// A buffer for frames is no request that a driver waits for: it would put the next one at once, and so
+    /// on without end. It stays for a process that may come.
+    fn fail_or_keep(&mut self, memory: &GuestMemoryMmap, entry: Entry) {
+        let room = self.replay.len() < usize::from(self.layout.slots);
+        if self.framing.answered_together && is_input(&entry) && room {
+            self.replay.push_back(entry);
+        } else {
+            self.fail(memory, &entry);
+        }
     }
 
     /// Answers one request with an error that the guest's driver understands.
@@ -488,6 +557,7 @@ impl GateQueue {
         if !std::mem::take(&mut self.used_added) {
             return false;
         }
+        let told = &mut self.told;
         let Some(guest) = self.guest.as_mut() else {
             return false;
         };
@@ -500,7 +570,7 @@ impl GateQueue {
                 .map(u16::from_le);
             return flags.is_ok_and(|f| f & VRING_AVAIL_F_NO_INTERRUPT == 0);
         }
-        guest.needs_notification(memory).unwrap_or(false)
+        used::wants_news(guest, memory, told).unwrap_or(false)
     }
 
     /// Stops kicks and calls while the gate is looking anyway.
@@ -606,6 +676,11 @@ fn fuse_error(memory: &GuestMemoryMmap, entry: &Entry) -> usize {
         left = rest;
     }
     ANSWER_BYTES
+}
+
+/// Whether a request is nothing but room for what comes from outside.
+pub(super) const fn is_input(entry: &Entry) -> bool {
+    entry.readable_bytes == 0
 }
 
 fn release(held: &mut usize, pages: &mut WindowPages, entry: &mut Entry) {

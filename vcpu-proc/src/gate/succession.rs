@@ -14,7 +14,7 @@
 use super::device::{Fault, Gate};
 use super::journal::Entry;
 use super::link::{Attachment, Phase};
-use super::queue::{Backing, GateQueue, GuestFault};
+use super::queue::{Backing, GateQueue, GuestFault, is_input};
 use super::rings::RingAccount;
 use bulkhead_ipc::ring::{ShadowDriver, WindowPages};
 use bulkhead_ipc::window::{DriverView, Published};
@@ -58,7 +58,10 @@ impl Gate {
             let Some(queue) = self.queues.get_mut(n) else {
                 break;
             };
-            let condemned = queue.retire(self.epoch, blame);
+            let Retired { condemned, dropped } = queue.retire(self.epoch, blame);
+            for head in dropped {
+                queue.put_used(memory, head, 0);
+            }
             for entry in &condemned {
                 queue.fail(memory, entry);
                 self.faults.push(Fault::GivenUp(describe(n, entry)));
@@ -164,11 +167,20 @@ impl Gate {
     }
 }
 
+/// What a dead process had that its successor is not given.
+struct Retired {
+    /// Too many died with it.
+    condemned: Vec<Entry>,
+    /// Heads of what counts as done: frames, which may get lost on any wire.
+    dropped: Vec<u16>,
+}
+
 impl GateQueue {
     /// The device process is dead: takes back what it had. Returns the requests that are not to be
     /// tried again.
-    fn retire(&mut self, epoch: u64, blame: bool) -> Vec<Entry> {
+    fn retire(&mut self, epoch: u64, blame: bool) -> Retired {
         let mut back = Vec::new();
+        let mut dropped = Vec::new();
         for place in &mut self.journal {
             if !place.in_flight {
                 continue;
@@ -179,7 +191,11 @@ impl GateQueue {
                 // A leftover of before the guest's reset.
                 continue;
             }
-            if blame && !self.framing.waits_for_input {
+            if self.droppable {
+                dropped.push(entry.head);
+                continue;
+            }
+            if blame && !(self.framing.waits_for_input && is_input(&entry)) {
                 entry.deaths = entry.deaths.saturating_add(1);
             }
             back.push(entry);
@@ -198,7 +214,7 @@ impl GateQueue {
                 _ => self.replay.push_back(entry),
             }
         }
-        condemned
+        Retired { condemned, dropped }
     }
 
     fn has_suspects(&self) -> bool {

@@ -1,6 +1,7 @@
 //! The transport and the gates together, between a scripted driver and a scripted device.
 
 mod flood;
+mod frames;
 mod succession;
 
 use super::*;
@@ -24,7 +25,8 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// One blk device with one queue; the test is both its driver and its device process.
+/// A device of which one queue is used, a blk device unless a test wants another; the test is both its driver and its
+/// device process.
 struct Machine {
     memory: GuestMemoryMmap,
     bus: Arc<VirtioBus>,
@@ -36,11 +38,13 @@ struct Machine {
     call: Doorbell,
     avail: u16,
     used: u16,
+    /// Number of the queue.
+    queue: u16,
 }
 
 /// The device half of the shadow queue, as a process has it that was just born.
-fn device_queue(window: &Window) -> Queue {
-    let q = window.layout.queues[0];
+fn device_queue(window: &Window, queue: u16) -> Queue {
+    let q = window.layout.queues[usize::from(queue)];
     let mut device = Queue::new(q.descriptors).unwrap();
     let low = |a: usize| Some(u32::try_from(a).unwrap());
     device.set_desc_table_address(low(q.desc_table), Some(0));
@@ -53,8 +57,14 @@ fn device_queue(window: &Window) -> Queue {
 
 impl Machine {
     fn new() -> Self {
+        Self::of(VirtioKind::Blk, 0)
+    }
+
+    /// A device with as many queues as it takes to have number `queue`.
+    fn of(kind: VirtioKind, queue: u16) -> Self {
+        let sizes = vec![QUEUE; usize::from(queue) + 1];
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
-        let layout = WindowLayout::new(WINDOW_BYTES as usize, &[QUEUE]).unwrap();
+        let layout = WindowLayout::new(WINDOW_BYTES as usize, &sizes).unwrap();
         let fd = sealed_memfd("w", u64::from(WINDOW_BYTES)).unwrap();
         let window = Window::map(fd.try_clone().unwrap(), layout.clone()).unwrap();
         let region = Window::map(fd.try_clone().unwrap(), layout)
@@ -63,7 +73,7 @@ impl Machine {
             .into_region();
         let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
         let device_memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
-        let device = device_queue(&window);
+        let device = device_queue(&window, queue);
         let (kick, call) = (Doorbell::new().unwrap(), Doorbell::new().unwrap());
         let own = |bell: &Doorbell| bell.try_clone().unwrap().into();
         let fds = SlotFds {
@@ -74,12 +84,12 @@ impl Machine {
         let slot = VirtioSlot {
             slot: 0,
             name: "disk".to_owned(),
-            kind: VirtioKind::Blk,
+            kind,
             generation: 1,
-            queue_sizes: vec![QUEUE],
+            queue_sizes: sizes,
             window_bytes: WINDOW_BYTES,
             features: 1 << 9,
-            config: vec![0; 60],
+            config: vec![0; kind.config_bytes()],
             output_position: 0,
             input_position: 0,
         };
@@ -97,6 +107,7 @@ impl Machine {
             call,
             avail: 0,
             used: 0,
+            queue,
         }
     }
 
@@ -129,6 +140,7 @@ impl Machine {
         self.set(0x20, 1);
         self.set(0x70, 11);
         assert_eq!(self.get(0x70), 11, "features are accepted");
+        self.set(0x30, u32::from(self.queue));
         self.set(0x38, u32::from(QUEUE));
         for (offset, address) in [(0x80, DESC), (0x90, AVAIL), (0xa0, USED)] {
             self.set(offset, u32::try_from(address).unwrap());
@@ -153,7 +165,8 @@ impl Machine {
         self.memory
             .store(self.avail, GuestAddress(AVAIL + 2), Ordering::Release)
             .unwrap();
-        self.bus.wiring()[0].notify[0].write(1).unwrap();
+        let queue = usize::from(self.queue);
+        self.bus.wiring()[0].notify[queue].write(1).unwrap();
     }
 
     /// A blk request: 16-byte header, `data` bytes, status.

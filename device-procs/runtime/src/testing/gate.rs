@@ -128,8 +128,9 @@ impl Gate {
             tail_bytes,
             positioned,
             waits_for_input: _,
-            numbered,
+            answered_together: _,
             failure: _,
+            numbered,
         } = self.kind.framing(queue);
         assert_eq!(positioned || numbered, position.is_some());
         let driver = self.drivers.get_mut(queue).unwrap();

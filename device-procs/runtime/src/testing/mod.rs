@@ -65,7 +65,7 @@ impl<D: Device> Rig<D> {
         let mut grants = Grants::of(held);
         let memory = queues.memory();
         let kept = Kept::of(&queues, &layout);
-        let mut setup = Setup::new(config, &mut grants, uring, memory, kept, 1, &waiter);
+        let mut setup = Setup::new(config, &mut grants, uring, memory, kept, 1, 1, &waiter);
         let device = D::start(&mut setup)?;
         grants.finish()?;
         let server = Server::new(

@@ -19,6 +19,7 @@ mod hello;
 mod idle;
 mod legacy;
 mod memory;
+mod net;
 mod nonce;
 mod pace;
 mod rng;
@@ -56,6 +57,7 @@ const MODES: &[(&str, Mode)] = &[
     ("idle", idle::run),
     ("legacy", legacy::run),
     ("memory", memory::run),
+    ("net", net::run),
     ("nonce", nonce::run),
     ("pace", pace::run),
     ("rng", rng::run),

@@ -9,6 +9,8 @@ use crate::virtio::queue::{QUEUE_SIZE_MAX, Queue};
 
 /// Device ids.
 pub mod id {
+    /// Network device.
+    pub const NET: u32 = 1;
     /// Block device.
     pub const BLK: u32 = 2;
     /// Console.

@@ -3,5 +3,6 @@
 pub mod blk;
 pub mod fs;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod vsock;

@@ -260,6 +260,11 @@ impl Queue {
         self.device.write(reg::QUEUE_NOTIFY, u32::from(self.index));
     }
 
+    /// Whether there is a used element.
+    pub fn has_used(&self) -> bool {
+        self.used().read::<u16>(2) != self.used_index
+    }
+
     /// The next used element, checked; the chain is not released.
     #[inline]
     pub fn poll(&mut self) -> Result<Option<Used>, Failure> {

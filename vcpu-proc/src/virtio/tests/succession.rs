@@ -29,7 +29,7 @@ impl Machine {
         self.prepare(generation, blame, false);
         self.wait_phase(generation, Phase::Prepared);
         assert!(self.window.is_generation(generation));
-        self.device = device_queue(&self.window);
+        self.device = device_queue(&self.window, self.queue);
     }
 
     /// The process is dead and there is another.
@@ -153,7 +153,7 @@ fn successor_with_another_size_is_accepted_once_where_the_owner_wants_it() {
     let generation = m.get(0xfc);
     m.prepare(2, false, true);
     m.wait_phase(2, Phase::Prepared);
-    m.device = device_queue(&m.window);
+    m.device = device_queue(&m.window, m.queue);
     m.window.publish(u64::MAX, &78u64.to_le_bytes());
     m.call.ring();
     m.wait_phase(2, Phase::Serving);

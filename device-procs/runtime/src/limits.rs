@@ -1,4 +1,4 @@
-//! What a disk may do in a second: token buckets for bytes and for requests.
+//! What a device may do in a second: token buckets for bytes and for requests (disks) or frames (networks).
 //!
 //! A request is taken while both buckets have something, and may take more than they have: what is owed is
 //! waited for before the next one is taken. So a request of any size gets through, and the rate holds in the mean.
@@ -59,16 +59,17 @@ impl Bucket {
     }
 }
 
-/// The buckets of a disk.
+/// The buckets of a disk, or of one direction of a network device.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Limiter {
+pub struct Limiter {
     bytes: Option<Bucket>,
     requests: Option<Bucket>,
 }
 
 impl Limiter {
     /// With full buckets.
-    pub(crate) fn new(limits: &DiskLimits, now: Instant) -> Self {
+    #[must_use]
+    pub fn new(limits: &DiskLimits, now: Instant) -> Self {
         let bucket = |rate: Option<Rate>| rate.map(|rate| Bucket::new(rate, now));
         Self {
             bytes: bucket(limits.bytes),
@@ -77,7 +78,7 @@ impl Limiter {
     }
 
     /// Other limits; what is owed stays owed where there still is a limit.
-    pub(crate) fn change(&mut self, limits: &DiskLimits, now: Instant) {
+    pub fn change(&mut self, limits: &DiskLimits, now: Instant) {
         let changed = |before: Option<Bucket>, rate: Option<Rate>| {
             let mut bucket = Bucket::new(rate?, now);
             if let Some(mut before) = before {
@@ -91,12 +92,13 @@ impl Limiter {
     }
 
     /// Whether there is a limit at all.
-    pub(crate) const fn limits(&self) -> bool {
+    #[must_use]
+    pub const fn limits(&self) -> bool {
         self.bytes.is_some() || self.requests.is_some()
     }
 
     /// A request with so many bytes of data was taken.
-    pub(crate) fn take(&mut self, bytes: u64) {
+    pub fn take(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bytes {
             bucket.take(bytes);
         }
@@ -106,7 +108,7 @@ impl Limiter {
     }
 
     /// How long no request is to be taken.
-    pub(crate) fn wait(&mut self, now: Instant) -> Option<Duration> {
+    pub fn wait(&mut self, now: Instant) -> Option<Duration> {
         let mut longest = None;
         for bucket in [&mut self.bytes, &mut self.requests].into_iter().flatten() {
             bucket.fill(now);

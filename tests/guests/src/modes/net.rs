@@ -1,0 +1,221 @@
+//! `net`: for `seconds=`, answers pings and UDP to port 7 at address `ip=`, and serves verified data by TCP: what
+//! comes to port 9 must be the pattern, and whoever connects to port 19 is sent `size=` bytes of it.
+//! `pairs=` pairs of queues; `offload=1` for offloads and frames that are spread over buffers.
+
+use smoltcp::iface::{Config, Interface, SocketSet, SocketStorage};
+use smoltcp::socket::{tcp, udp};
+use smoltcp::time::Instant;
+use smoltcp::wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr, Ipv4Address};
+
+use crate::machine::Machine;
+use crate::report::{Failure, fail, say};
+use crate::sys::time::{self, Deadline};
+use crate::sys::{irq, phys};
+use crate::virtio::net::Net;
+
+const ECHO: u16 = 7;
+const SINK: u16 = 9;
+const SOURCE: u16 = 19;
+const TCP_BUFFER: usize = 256 << 10;
+const UDP_BUFFER: usize = 64 << 10;
+const UDP_PACKETS: usize = 32;
+
+/// Byte `at` of the pattern.
+fn pattern(at: u64) -> u8 {
+    (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
+}
+
+fn now() -> Instant {
+    let micros = time::cycles() as u128 * 1000 / u128::from(time::khz());
+    Instant::from_micros(micros as i64)
+}
+
+/// Memory for a socket, for as long as the mode runs.
+fn memory(len: usize) -> &'static mut [u8] {
+    let memory = phys::allocate(len);
+    // SAFETY: the memory is fresh, nobody else has it, and it is given back after the mode only.
+    unsafe { core::slice::from_raw_parts_mut(memory.address as *mut u8, len) }
+}
+
+fn address(machine: &Machine) -> Result<Ipv4Address, Failure> {
+    let text = machine.args().text("ip").unwrap_or("10.0.0.2");
+    text.parse().map_err(|_| Failure::Parameter("ip"))
+}
+
+fn tcp_socket() -> tcp::Socket<'static> {
+    let buffer = || tcp::SocketBuffer::new(memory(TCP_BUFFER));
+    let mut socket = tcp::Socket::new(buffer(), buffer());
+    socket.set_nagle_enabled(false);
+    socket
+}
+
+/// Serves.
+pub fn run(machine: &Machine) -> Result<(), Failure> {
+    let ip = address(machine)?;
+    let size = machine.number("size", 1 << 20)?;
+    let pairs = machine.number("pairs", 1)? as usize;
+    let offload = machine.number("offload", 0)? != 0;
+    let mut net = Net::open(machine, machine.number("disk", 0)?, pairs, offload)?;
+    let mac = HardwareAddress::Ethernet(EthernetAddress(net.mac));
+    let mut config = Config::new(mac);
+    config.random_seed = time::cycles();
+    let mut interface = Interface::new(config, &mut net, now());
+    interface.update_ip_addrs(|all| {
+        let _ = all.push(IpCidr::new(IpAddress::Ipv4(ip), 24));
+    });
+    let mut storage = [SocketStorage::EMPTY; 3];
+    let mut sockets = SocketSet::new(&mut storage[..]);
+    let mut metadata = [[udp::PacketMetadata::EMPTY; UDP_PACKETS]; 2];
+    let [receive, send] = &mut metadata;
+    let echo = sockets.add(udp::Socket::new(
+        udp::PacketBuffer::new(&mut receive[..], memory(UDP_BUFFER)),
+        udp::PacketBuffer::new(&mut send[..], memory(UDP_BUFFER)),
+    ));
+    let sink = sockets.add(tcp_socket());
+    let source = sockets.add(tcp_socket());
+    let bound = sockets.get_mut::<udp::Socket>(echo).bind(ECHO);
+    bound.map_err(|_| Failure::Parameter("port"))?;
+    irq::enable(net.device.gsi);
+    let mut link = net.link_is_up();
+    say!(
+        "net.ready ip={ip} features={:#x} link={}",
+        net.features,
+        u8::from(link)
+    );
+    let end = Deadline::after_ms(machine.number("seconds", 60)?.saturating_mul(1000));
+    let mut taken = Stream::default();
+    let mut given = Stream::default();
+    while !end.passed() {
+        interface.poll(now(), &mut net, &mut sockets);
+        answer(sockets.get_mut::<udp::Socket>(echo));
+        if taken.take(sockets.get_mut::<tcp::Socket>(sink)) {
+            let seen = net.receiver.seen;
+            say!(
+                "net.sink bytes={} wrong={} frames={} largest={} spread={} pairs={:#x}",
+                taken.last,
+                taken.last_wrong,
+                seen.frames,
+                seen.largest,
+                seen.spread,
+                seen.pairs
+            );
+            if taken.last_wrong > 0 {
+                fail!("net", "kind=data what=pattern wrong={}", taken.last_wrong);
+            }
+        }
+        if given.give(sockets.get_mut::<tcp::Socket>(source), size) {
+            say!("net.source bytes={}", given.last);
+        }
+        let moment = now();
+        interface.poll(moment, &mut net, &mut sockets);
+        net.flush()?;
+        let wait = interface.poll_delay(moment, &sockets);
+        if wait.is_some_and(|wait| wait.total_micros() == 0) || net.has_frames() {
+            continue;
+        }
+        net.want_interrupt();
+        let until = wait.map_or(20, |wait| wait.total_millis().clamp(1, 20));
+        irq::sleep_until(Deadline::after_ms(until), || net.has_frames());
+        net.device.take_interrupt();
+        let up = net.link_is_up();
+        if up != link {
+            link = up;
+            say!("net.link up={}", u8::from(up));
+        }
+    }
+    irq::disable(net.device.gsi);
+    let seen = net.receiver.seen;
+    say!(
+        "net result=ok frames={} largest={} spread={} pairs={:#x}",
+        seen.frames,
+        seen.largest,
+        seen.spread,
+        seen.pairs
+    );
+    Ok(())
+}
+
+fn answer(socket: &mut udp::Socket<'_>) {
+    let mut packet = [0; 2048];
+    while socket.can_recv() && socket.can_send() {
+        let Ok((len, from)) = socket.recv_slice(&mut packet) else {
+            continue;
+        };
+        // One that has no room is lost, as UDP is.
+        let _ = socket.send_slice(&packet[..len], from.endpoint);
+    }
+}
+
+/// One direction of verified data, connection after connection.
+#[derive(Default)]
+struct Stream {
+    at: u64,
+    wrong: u64,
+    /// Bytes of the last connection that has ended.
+    last: u64,
+    /// Of them, those that were not the pattern.
+    last_wrong: u64,
+    open: bool,
+}
+
+impl Stream {
+    fn end(&mut self) -> bool {
+        (self.last, self.last_wrong) = (self.at, self.wrong);
+        (self.at, self.wrong, self.open) = (0, 0, false);
+        true
+    }
+
+    /// Takes what has come. True when a connection has ended.
+    fn take(&mut self, socket: &mut tcp::Socket<'_>) -> bool {
+        if !socket.is_open() {
+            // One that listens already is as good.
+            let _ = socket.listen(SINK);
+        }
+        self.open |= socket.may_recv();
+        while socket.can_recv() {
+            let (at, wrong) = (&mut self.at, &mut self.wrong);
+            let taken = socket.recv(|bytes| {
+                for byte in bytes.iter() {
+                    *wrong += u64::from(*byte != pattern(*at));
+                    *at += 1;
+                }
+                (bytes.len(), ())
+            });
+            if taken.is_err() {
+                break;
+            }
+        }
+        let over = self.open && !socket.may_recv();
+        if over {
+            socket.close();
+        }
+        over && self.end()
+    }
+
+    /// Sends what there is room for. True when a connection has ended.
+    fn give(&mut self, socket: &mut tcp::Socket<'_>, size: u64) -> bool {
+        if !socket.is_open() {
+            let _ = socket.listen(SOURCE);
+        }
+        self.open |= socket.may_send();
+        while self.open && self.at < size && socket.can_send() {
+            let at = &mut self.at;
+            let sent = socket.send(|room| {
+                let len = room.len().min((size - *at) as usize);
+                for byte in &mut room[..len] {
+                    *byte = pattern(*at);
+                    *at += 1;
+                }
+                (len, ())
+            });
+            if sent.is_err() {
+                break;
+            }
+        }
+        let over = self.open && (self.at == size || !socket.may_send());
+        if over {
+            socket.close();
+        }
+        over && self.end()
+    }
+}
