@@ -120,6 +120,7 @@ impl Checker {
         spec.vsock = draft.vsock.as_ref().map(|vsock| self.vsock(vsock));
         spec.cloud_init = draft
             .cloud_init
+            .clone()
             .map(|told| self.cloud_init(told, &draft.disks));
         if let Some(disk) = &draft.from_disk {
             spec.kernel = KernelSource::Disk(self.boot_disk(disk, &draft, &spec.disks));
