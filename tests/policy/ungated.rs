@@ -26,6 +26,7 @@ fn no_program_but_that_of_the_benchmark_can_do_without_gates() {
         "bulkhead-console",
         "bulkhead-legacy",
         "bulkhead-rng",
+        "bulkhead-net",
         "bulkhead-vsock",
         "bulkhead-fs",
     ] {

@@ -1,9 +1,9 @@
 //! From a [`Draft`] to a [`VmSpec`]: fills in the defaults and checks the draft against the rules
 //! of machines and against this host, before any process is started.
 
-use super::draft::{Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftNet};
-use super::host::{DraftShare, Facts};
-use super::host::{DraftVsock, Facts};
+use super::draft::{
+    Draft, DraftCloudInit, DraftDisk, DraftLimits, DraftNet, DraftShare, DraftVsock,
+};
 use super::host::{Facts, HostMemory, inspect, inspect_directory};
 use super::problem::{Located, Place, Problem, Problems};
 use super::quantity::show_size;

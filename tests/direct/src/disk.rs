@@ -13,7 +13,7 @@ use bulkhead_ipc::protocol::birth::{
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_runtime::spin::Spin;
 use bulkhead_runtime::wait::Waiter;
-use bulkhead_runtime::{Device, Grants, Queues, Setup, cpus};
+use bulkhead_runtime::{Device, Grants, Kept, Queues, Setup, cpus};
 use bulkhead_vcpu::gate::{Asked, Ungated};
 use bulkhead_vcpu::virtio::SlotFds;
 use nix::fcntl::{FcntlArg, fcntl};

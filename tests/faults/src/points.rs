@@ -103,7 +103,7 @@ pub fn can_be_short(call: &str) -> bool {
 }
 
 /// Kinds of process that have a window, or a page like one.
-const WITH_WINDOW: [ProcKind; 5] = [
+const WITH_WINDOW: [ProcKind; 7] = [
     ProcKind::Blk,
     ProcKind::Console,
     ProcKind::Rng,

@@ -35,13 +35,14 @@ const BUDGET: Duration = Duration::from_secs(90);
 const HELD: i32 = 0;
 const FAILED: i32 = 10;
 /// The packages whose programs can be broken.
-const PACKAGES: [&str; 7] = [
+const PACKAGES: [&str; 9] = [
     "bulkhead",
     "bulkhead-vcpu",
     "bulkhead-legacy",
     "bulkhead-console",
     "bulkhead-blk",
     "bulkhead-rng",
+    "bulkhead-net",
     "bulkhead-vsock",
     "bulkhead-fs",
 ];

@@ -14,13 +14,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The programs of a host.
-const PROGRAMS: [&str; 7] = [
+const PROGRAMS: [&str; 9] = [
     "bulkhead",
     "bulkhead-vcpu",
     "bulkhead-legacy",
     "bulkhead-console",
     "bulkhead-blk",
     "bulkhead-rng",
+    "bulkhead-net",
     "bulkhead-vsock",
     "bulkhead-fs",
 ];
