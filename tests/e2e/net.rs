@@ -350,5 +350,4 @@ fn what_the_host_lacks_is_said() {
         assert_eq!(ended.code, code, "{net}: {ended:?}");
         assert!(ended.errors.contains(said), "{net}: {ended:?}");
     }
-    drop(network);
 }

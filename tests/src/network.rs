@@ -45,10 +45,6 @@ impl Network {
     }
 
     /// Runs `ip` with these words.
-    #[expect(
-        clippy::unused_self,
-        reason = "it is in the network that the thread is in"
-    )]
     pub fn ip(&self, words: &str) -> String {
         let words: Vec<&str> = words.split_whitespace().collect();
         tool("ip", &words)

@@ -235,7 +235,7 @@ pub fn run_in(
             .recv_within::<FromImage>(patience(SILENCE)?);
         match heard {
             Ok((FromImage::Progress { done, total }, _)) => progress(done, total),
-            Ok((FromImage::Done(report), _)) => return Ok(report),
+            Ok((FromImage::Done(report), _)) => return Ok(*report),
             Ok((FromImage::Failed { reason }, _)) => return Err(WorkError::Failed(reason)),
             Err(error) => {
                 // Whether it was silent for too long is known when the time is over.

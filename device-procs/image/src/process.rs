@@ -191,7 +191,7 @@ impl Work {
         };
         match done {
             Ok(report) => {
-                teller.tell(&FromImage::Done(report));
+                teller.tell(&FromImage::Done(Box::new(report)));
                 0
             }
             Err(error) => {

@@ -192,20 +192,19 @@ pub(crate) mod tests {
             frame.extend([0x81, 0, 0, 7]);
         }
         let tcp_len = u16::try_from(32 + payload.len()).unwrap();
-        let pseudo;
-        if is_v6 {
+        let pseudo = if is_v6 {
             frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
             frame.extend(tcp_len.to_be_bytes());
             frame.extend([6, 64]);
             frame.extend([0xfd; 16]);
             frame.extend([0xfc; 16]);
-            pseudo = sum(&[0xfd; 16]) + sum(&[0xfc; 16]) + 6 + u64::from(tcp_len);
+            sum(&[0xfd; 16]) + sum(&[0xfc; 16]) + 6 + u64::from(tcp_len)
         } else {
             frame.extend([8, 0, 0x45, 0]);
             frame.extend((tcp_len + 20).to_be_bytes());
             frame.extend([0xff, 0xfe, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
-            pseudo = sum(&[10, 0, 0, 1, 10, 0, 0, 2]) + 6 + u64::from(tcp_len);
-        }
+            sum(&[10, 0, 0, 1, 10, 0, 0, 2]) + 6 + u64::from(tcp_len)
+        };
         let start = frame.len();
         frame.extend([0x1f, 0x90, 0xc0, 0x00]);
         frame.extend(0xffff_ff00u32.to_be_bytes());
@@ -307,7 +306,7 @@ pub(crate) mod tests {
             payload in prop::collection::vec(any::<u8>(), 1..20_000),
         ) {
             let (header, frame) = tcp(is_v6, vlan, &payload);
-            let header = Header { gso_size: piece.max(payload.len() as u16 / 60 + 1), ..header };
+            let header = Header { gso_size: piece.max(u16::try_from(payload.len() / 60).unwrap() + 1), ..header };
             let mut cutter = Cutter::new(&header, &frame).unwrap();
             let mut out = vec![0xee; 65_600];
             let (mut got, mut next) = (Vec::new(), 0xffff_ff00u32);
@@ -320,7 +319,7 @@ pub(crate) mod tests {
                 prop_assert_eq!(sequence, next);
                 let part = &segment[tcp + 32..];
                 prop_assert!(!part.is_empty() && part.len() <= usize::from(header.gso_size));
-                next = next.wrapping_add(part.len() as u32);
+                next = next.wrapping_add(u32::try_from(part.len()).unwrap());
                 got.extend_from_slice(part);
             }
             prop_assert_eq!(got, payload);

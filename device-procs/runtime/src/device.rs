@@ -71,6 +71,10 @@ pub struct Setup<'a> {
 
 impl<'a> Setup<'a> {
     /// What a device is given; `waiter` is what wakes it.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of a process, put together in one place"
+    )]
     pub const fn new(
         config: &'a DeviceConfig,
         grants: &'a mut Grants,

@@ -284,7 +284,7 @@ struct Pieces {
 impl Pieces {
     const fn new() -> Self {
         let none = libc::iovec {
-            iov_base: std::ptr::null_mut(),
+            iov_base: ptr::null_mut(),
             iov_len: 0,
         };
         Self {

@@ -86,22 +86,22 @@ mod tests {
     use proptest::prelude::*;
     use vm_memory::GuestMemoryMmap;
 
-    const USED: u64 = 0x2000;
-    const AVAIL: u64 = 0x1000;
+    const USED: u32 = 0x2000;
+    const AVAIL: u32 = 0x1000;
 
     fn queue(size: u16) -> (GuestMemoryMmap, Queue) {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
         let mut queue = Queue::new(size).unwrap();
         queue.set_size(size);
-        queue.set_avail_ring_address(Some(AVAIL as u32), Some(0));
-        queue.set_used_ring_address(Some(USED as u32), Some(0));
+        queue.set_avail_ring_address(Some(AVAIL), Some(0));
+        queue.set_used_ring_address(Some(USED), Some(0));
         queue.set_event_idx(true);
         queue.set_ready(true);
         (memory, queue)
     }
 
     fn index(memory: &GuestMemoryMmap) -> u16 {
-        memory.read_obj(GuestAddress(USED + 2)).unwrap()
+        memory.read_obj(GuestAddress(u64::from(USED) + 2)).unwrap()
     }
 
     #[test]
@@ -117,8 +117,12 @@ mod tests {
                 singly.add_used(&other, head, written).unwrap();
             }
             let (mut a, mut b) = ([0; 70], [0; 70]);
-            memory.read_slice(&mut a, GuestAddress(USED)).unwrap();
-            other.read_slice(&mut b, GuestAddress(USED)).unwrap();
+            memory
+                .read_slice(&mut a, GuestAddress(u64::from(USED)))
+                .unwrap();
+            other
+                .read_slice(&mut b, GuestAddress(u64::from(USED)))
+                .unwrap();
             assert_eq!(a, b, "from {start}");
             assert_eq!(together.next_used(), singly.next_used());
         }
@@ -140,7 +144,7 @@ mod tests {
             let (memory, mut q) = queue(8);
             q.set_next_used(told);
             put_together(&mut q, &memory, &vec![(0, 0); count.into()]).unwrap();
-            memory.write_obj(event, GuestAddress(AVAIL + 4 + 16)).unwrap();
+            memory.write_obj(event, GuestAddress(u64::from(AVAIL) + 4 + 16)).unwrap();
             let mut mark = told;
             let wanted = wants_news(&q, &memory, &mut mark).unwrap();
             prop_assert_eq!(mark, told.wrapping_add(count));

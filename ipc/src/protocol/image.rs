@@ -91,7 +91,7 @@ pub enum FromImage {
         total: u64,
     },
     /// It is done.
-    Done(ImageReport),
+    Done(Box<ImageReport>),
     /// It cannot be done.
     Failed {
         /// One line.

@@ -393,10 +393,9 @@ fn every_device(stage: &Stage) {
         "-c",
         "2",
     ];
-    let network = Network::enter().unwrap();
+    let _network = Network::enter().unwrap();
     let devices = [&disks, &NET[..]].concat();
     good(stage.guest("mode=blk,rng,share,legacy,console,smp", &devices));
-    drop(network);
     sockets(stage);
 }
 
