@@ -23,7 +23,7 @@ dd if=/dev/zero of=z bs=1k count=0 seek=64 2>/dev/null; t sparse '[ "$(stat -c %
 dd if=/dev/urandom of=r bs=64k count=40 2>/dev/null; cp r r2; t copy 'cmp -s r r2'
 [ "$2" = guest ] && sync && echo 3 > /proc/sys/vm/drop_caches
 t read_again 'cmp -s r r2'
-i=0; while [ $i -lt 100 ]; do : > f$i; i=$((i+1)); done; set -- "$1" "$2" f*; t list '[ $# = 102 ]'
+i=0; while [ $i -lt 100 ]; do : > f$i; i=$((i+1)); done; set -- "$1" "$2" f*; found=$#; t list '[ $found = 102 ]'
 rm f*; t list_nothing '[ "$(echo f*)" = "f*" ]'
 no a_pipe 'mkfifo p'
 [ "$2" = guest ] && no a_foreign_owner 'chown 4242 a'

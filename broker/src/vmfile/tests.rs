@@ -206,11 +206,6 @@ fn keys_of_later_features_are_refused_not_ignored() {
     );
     fault(
         "[lifecycle]",
-        "[[net]]\nnetwork = 'n'\n[lifecycle]",
-        &format!("vm.toml:28:3: net: {later}"),
-    );
-    fault(
-        "[lifecycle]",
         "[snapshots]\n[lifecycle]",
         &format!("vm.toml:28:2: snapshots: {later}"),
     );

@@ -40,6 +40,17 @@ const OPERATIONS: [(&str, &str, &str); 23] = [
         "/vms/{name}/devices/{device}/link",
         "api.link-device",
     ),
+    (
+        "POST",
+        "/vms/{name}/devices/{device}/resize",
+        "api.resize-device",
+    ),
+    (
+        "POST",
+        "/vms/{name}/devices/{device}/medium",
+        "api.change-medium",
+    ),
+    ("GET", "/vms/{name}/vsock", "api.vsock"),
     ("POST", "/host/shutdown", "api.shutdown-host"),
 ];
 

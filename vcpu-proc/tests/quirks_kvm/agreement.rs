@@ -91,7 +91,8 @@ guest_code! {
     counts: "popcnt rax, rbx", "pushfq", "pop r10", "popcnt ecx, r8d", "popcnt dx, r9w",
         "popcnt r12, [rsi+8]";
     lowest_bits: "blsi rax, rbx", "pushfq", "pop r10", "blsr ecx, edx", "pushfq", "pop r11",
-        "blsmsk r12, r8", "blsr r13, [rsi+16]";
+        // PF and AF are what the processor's maker pleases.
+        "and r10, -21", "and r11, -21", "blsmsk r12, r8", "blsr r13, [rsi+16]";
     fields: "andn rax, rbx, rcx", "bextr r10, rdx, r8", "bextr r11d, ebx, r9d", "bzhi r12, rdx, r8";
     shifts: "shlx rax, rbx, rcx", "shrx r10d, ebx, ecx", "sarx r11, rdx, r8", "sarx r12d, edx, r9d",
         "rorx r13, rbx, 13", "rorx r14d, ebx, 13", "rorx r15d, ebx, 0";
