@@ -1,7 +1,7 @@
 //! The operations of the daemon's HTTP API, as points know them.
 
 /// Method, path behind `/v1`, name of the point.
-const OPERATIONS: [(&str, &str, &str); 23] = [
+const OPERATIONS: [(&str, &str, &str); 26] = [
     ("GET", "/version", "api.version"),
     ("GET", "/vms", "api.list"),
     ("POST", "/vms", "api.create"),
