@@ -96,6 +96,9 @@ pub struct Folder {
     timeout_ms: u64,
 }
 
+/// What [`Folder::attributes`] tells, in the order of its description.
+pub type Attributes = (u64, u64, u32, u32, (u32, u32));
+
 impl Folder {
     /// Finds folder number `index`, starts it and begins a session.
     pub fn open(machine: &Machine, index: u64, timeout_ms: u64) -> Result<Folder, Failure> {
@@ -331,7 +334,7 @@ impl Folder {
     }
 
     /// Attributes: size, time of the last change, mode, links, owner.
-    pub fn attributes(&mut self, node: u64) -> Result<(u64, u64, u32, u32, (u32, u32)), Refusal> {
+    pub fn attributes(&mut self, node: u64) -> Result<Attributes, Refusal> {
         self.ask(op::GETATTR, node, &[&[0; 16]], 0, 104)?;
         let owner = (self.word(16 + 68), self.word(16 + 72));
         let (mode, links) = (self.word(16 + 60), self.word(16 + 64));
