@@ -30,7 +30,8 @@ impl Agent {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-agent"));
         let child = command.arg("--unix").arg(&socket).spawn().unwrap();
         let agent = Self { child, dir };
-        agent.until(|| socket.exists());
+        // It is there a moment before anybody listens.
+        agent.until(|| UnixStream::connect(&socket).is_ok());
         agent
     }
 
