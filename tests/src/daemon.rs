@@ -275,18 +275,23 @@ impl Daemon {
         }
     }
 
-    /// The pid of a machine's process of `kind`.
+    /// The pid of a machine's process of `kind`. One that follows another may be on its way.
     ///
     /// # Panics
-    /// When there is none.
+    /// When there is none within some seconds.
     #[must_use]
     pub fn process(&self, name: &str, kind: &str) -> u32 {
-        let about = self.inspect(name);
-        let processes = about["processes"].as_array().expect("an array");
-        let found = processes.iter().find(|p| p["kind"] == kind);
-        let pid = found.and_then(|p| p["pid"].as_u64());
-        let pid = pid.unwrap_or_else(|| panic!("no {kind}: {about}"));
-        u32::try_from(pid).expect("a pid")
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let about = self.inspect(name);
+            let processes = about["processes"].as_array().expect("an array");
+            let found = processes.iter().find(|p| p["kind"] == kind);
+            if let Some(pid) = found.and_then(|p| p["pid"].as_u64()) {
+                return u32::try_from(pid).expect("a pid");
+            }
+            assert!(Instant::now() < deadline, "no {kind}: {about}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// The pids of all processes of all machines.

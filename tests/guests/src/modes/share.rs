@@ -96,6 +96,7 @@ fn verify_file(
 /// Everything once, then the folder is as it was but for `kept`, which holds the pattern of `seed`.
 pub fn run(machine: &Machine) -> Result<(), Failure> {
     let seed = machine.number("seed", 1)?;
+    let names = machine.number("names", 200)?;
     let mut prng = Prng::new(seed);
     let mut folder = open(machine)?;
     let fault = |what| move |e: Refusal| e.failure(what);
@@ -127,7 +128,7 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
     let release = folder.release(op::RELEASE, made.0, made.1);
     release.map_err(fault("release"))?;
     folder.forget(made.0, 2).map_err(fault("forget"))?;
-    for n in 0..200 {
+    for n in 0..names {
         let made = folder
             .create(directory, &name_of(n))
             .map_err(fault("many"))?;
@@ -135,8 +136,8 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
         release.map_err(fault("release"))?;
     }
     let many = folder.list(directory).map_err(fault("list"))?;
-    expect("listed", many.0, 200)?;
-    for n in 0..200 {
+    expect("listed", many.0, names)?;
+    for n in 0..names {
         let removed = folder.remove(op::UNLINK, directory, &name_of(n));
         removed.map_err(fault("unlink"))?;
     }
