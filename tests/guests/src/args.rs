@@ -15,6 +15,7 @@ const KNOWN: &[&str] = &[
     "iterations",
     "lines",
     "mode",
+    "names",
     "offload",
     "op",
     "port",
