@@ -397,7 +397,7 @@ fn machine_takes_no_more_of_its_host_than_its_file_says() {
     let text = format!(
         "[boot]\nkernel = {:?}\ncmdline = \"mode=idle\"\n[machine]\nmemory = \"64MiB\"\n\
          [[disk]]\npath = {:?}\n[limits]\ncpu_percent = 40\ncpu_weight = 50\n\
-         disk_write_per_s = \"1MiB\"\n",
+         disk_write_per_s = \"1MiB\"\n[vsock]\n",
         bulkhead_tests::path("BULKHEAD_TEST_GUEST"),
         disk.path(),
     );

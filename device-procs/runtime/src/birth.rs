@@ -141,6 +141,7 @@ impl Newborn {
             // The kernels that vCPU processes unpack should not stay in their heaps.
             sys::settle_heap(match kind {
                 ProcKind::Vsock => CONNECTIONS_HEAP_BYTES,
+                ProcKind::Fs => FOLDER_HEAP_BYTES,
                 _ => HEAP_BYTES,
             });
         }
@@ -279,6 +280,8 @@ const HEAP_BYTES: i32 = 1 << 20;
 /// The same of a socket device, which keeps 64 KiB for each of a thousand clients that do not read, in blocks
 /// that have grown to that size.
 const CONNECTIONS_HEAP_BYTES: i32 = 160 << 20;
+/// The same of a folder's process, which may ask for more: what it keeps of names is up to its guest.
+const FOLDER_HEAP_BYTES: i32 = 256 << 10;
 
 /// Version of this program.
 fn program_version() -> &'static str {
