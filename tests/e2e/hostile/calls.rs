@@ -3,7 +3,7 @@
 
 use super::{
     beside_others, canary_lives, disk_with_canary, errors_are_sound, expected_memory,
-    nothing_changes, server_of, start, while_watched, with_network,
+    nothing_changes, server_of, start, while_watched, with_folder, with_network,
 };
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_policies::denied::Attempt;
@@ -121,6 +121,12 @@ fn denied_calls_of_a_taken_over_net_end_it_and_harm_nobody_else() {
     if with_network() {
         calls_of_device(ProcKind::Net);
     }
+}
+
+#[test]
+fn denied_calls_of_a_taken_over_fs_end_it_and_harm_nobody_else() {
+    let _folder = with_folder();
+    calls_of_device(ProcKind::Fs);
 }
 
 #[test]

@@ -15,13 +15,13 @@
 use bulkhead_tests::network::Network;
 use bulkhead_tests::{Difference, Ended, Expected, GuestMemory, Look, Machine, Programs};
 use nix::sys::signal::Signal;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 
 mod calls;
 mod paused;
@@ -57,12 +57,21 @@ static MACHINES: RwLock<()> = RwLock::new(());
 thread_local! {
     /// Whether the machines of this test have a network device, which is in a network of the test's own.
     static HAS_NETWORK: Cell<bool> = const { Cell::new(false) };
+    /// The folder that the machines of this test share, if they do.
+    static FOLDER: RefCell<Option<PathBuf>> = const { RefCell::new(None) };
 }
 
 /// The machines of this test have a network device from now on. False without root.
 fn with_network() -> bool {
     HAS_NETWORK.set(Network::enter().is_some());
     HAS_NETWORK.get()
+}
+
+/// The machines of this test share a folder from now on, which is returned.
+fn with_folder() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    FOLDER.set(Some(folder.path().to_owned()));
+    folder
 }
 
 fn beside_others() -> RwLockReadGuard<'static, ()> {
@@ -80,6 +89,10 @@ fn start(name: &str, programs: &Path, disks: &[NamedTempFile], seconds: u32) -> 
     arguments.push("--vsock");
     if HAS_NETWORK.get() {
         arguments.extend(["--net", "tap=tap0"]);
+    }
+    let folder = FOLDER.with_borrow(Clone::clone);
+    if let Some(folder) = &folder {
+        arguments.extend(["--share", folder.to_str().unwrap()]);
     }
     for disk in disks {
         arguments.extend(["--disk", disk.path().to_str().unwrap()]);
@@ -361,6 +374,17 @@ fn taken_over_net_harms_nobody_else() {
     if with_network() {
         attacked_by("net");
     }
+}
+
+#[test]
+fn taken_over_fs_harms_nobody_else() {
+    let folder = with_folder();
+    fs::write(folder.path().join("mine"), [CANARY; 4096]).unwrap();
+    attacked_by("fs");
+    let names: Vec<_> = fs::read_dir(folder.path()).unwrap().flatten().collect();
+    assert_eq!(names.len(), 1, "{names:?}");
+    let mine = fs::read(folder.path().join("mine")).unwrap();
+    assert_eq!(mine, [CANARY; 4096]);
 }
 
 #[test]

@@ -55,6 +55,7 @@ fn kind(name: &str) -> ProcKind {
         ProcKind::Console,
         ProcKind::Rng,
         ProcKind::Net,
+        ProcKind::Fs,
         ProcKind::Vcpu,
         ProcKind::Vsock,
     ];

@@ -11,8 +11,9 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 
 /// Roles whose descriptors a device process may have, doorbells apart.
-const FILES: [FdRole; 5] = [
+const FILES: [FdRole; 6] = [
     FdRole::Disk,
+    FdRole::Folder,
     FdRole::Entropy,
     FdRole::Tap,
     FdRole::Output,

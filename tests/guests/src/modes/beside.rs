@@ -13,6 +13,7 @@ use crate::report::{Failure, expect, fail, say};
 use crate::sys::phys::{self, Dma};
 use crate::sys::time::{self, Deadline};
 use crate::virtio::blk::{Blk, WANTED, answer, kind};
+use crate::virtio::fs::{ROOT, op};
 use crate::virtio::mmio::{self, Device, feature, id};
 use crate::virtio::queue::{QUEUE_SIZE_MAX, Queue, Segment};
 
@@ -34,6 +35,8 @@ const COMPANY_MAX: usize = 8;
 const HEADER: usize = 16;
 const DATA_AT: usize = 64;
 const STATUS_AT: usize = BUFFER - 1;
+/// Bytes of a request to a shared folder: a `fuse_in_header`.
+const ASK: usize = 40;
 
 /// What a buffer in flight is to its device.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -44,6 +47,8 @@ enum Shape {
     Input,
     /// It holds a request to read a sector.
     Sector,
+    /// It holds a request to tell of the file system of a shared folder.
+    Ask,
 }
 
 impl Shape {
@@ -53,6 +58,7 @@ impl Shape {
             Shape::Output => 0,
             Shape::Input => BUFFER,
             Shape::Sector => SECTOR + 1,
+            Shape::Ask => BUFFER - DATA_AT,
         }
     }
 }
@@ -107,6 +113,17 @@ impl Line {
                     Segment::readable(memory.part(0, HEADER)),
                     Segment::writable(memory.part(DATA_AT, SECTOR)),
                     Segment::writable(memory.part(STATUS_AT, 1)),
+                ])
+            }
+            Shape::Ask => {
+                memory.all_mut().fill(0);
+                memory.write(0, ASK as u32);
+                memory.write(4, op::STATFS);
+                memory.write(8, number as u64);
+                memory.write(16, ROOT);
+                self.queue.build(&[
+                    Segment::readable(memory.part(0, ASK)),
+                    Segment::writable(memory.part(DATA_AT, BUFFER - DATA_AT)),
                 ])
             }
         };
@@ -195,7 +212,7 @@ fn company(machine: &Machine, disk: u64, lines: &mut [Option<Line>]) -> Result<u
     let verified = mmio::find(machine, id::BLK, disk)?.slot;
     mmio::each(machine, |device| {
         let wanted = match device.id {
-            id::RNG | id::CONSOLE | id::VSOCK => true,
+            id::RNG | id::CONSOLE | id::VSOCK | id::NET | id::FS => true,
             id::BLK => device.slot != verified,
             _ => false,
         };
@@ -219,9 +236,10 @@ fn company(machine: &Machine, disk: u64, lines: &mut [Option<Line>]) -> Result<u
 /// Starts a device and puts requests in flight on its queues. Returns how many lines that took.
 fn join(device: Device, lines: &mut [Option<Line>]) -> Result<usize, Failure> {
     let features = device.negotiate(feature::EVENT_IDX)?;
-    // Of consoles and sockets the receive queue and the transmit queue, of everything else the first one.
+    // Of whatever receives and sends the queues for either, of folders that for what must not wait and the first for
+    // requests, of everything else the first one. What is sent is nothing that anybody takes.
     let queues = match device.id {
-        id::CONSOLE | id::VSOCK => 2,
+        id::CONSOLE | id::VSOCK | id::NET | id::FS => 2,
         _ => 1,
     };
     let lines = lines
@@ -230,6 +248,8 @@ fn join(device: Device, lines: &mut [Option<Line>]) -> Result<usize, Failure> {
     for (line, index) in lines.iter_mut().zip(0..) {
         let shape = match (device.id, index) {
             (id::BLK, _) => Shape::Sector,
+            (id::FS, 1) => Shape::Ask,
+            (id::FS, _) => Shape::Output,
             (_, 0) => Shape::Input,
             _ => Shape::Output,
         };
