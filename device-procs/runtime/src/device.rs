@@ -20,7 +20,7 @@ use bulkhead_ipc::window::{Doorbells, Window, WindowLayout};
 use nix::errno::Errno;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Why a device cannot go on. Its gate then sets DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
@@ -206,11 +206,6 @@ pub trait Device: Sized {
         Ok(())
     }
 
-    /// When it wants [`Device::settle`] to be called although nothing has happened.
-    fn deadline(&self) -> Option<Instant> {
-        None
-    }
-
     /// The driver has negotiated `features`, or (`None`) was reset. Requests that wait for something
     /// other than I/O in progress are given back on a reset.
     ///
@@ -238,7 +233,8 @@ pub trait Device: Sized {
         None
     }
 
-    /// How long it may sleep at most before it has something to do that nobody rings for.
+    /// How long it may sleep at most before it wants [`Device::settle`] to be called although nothing has
+    /// happened. Called before going to sleep.
     fn wakes_in(&mut self) -> Option<Duration> {
         None
     }

@@ -124,8 +124,7 @@ impl<D: Device> Server<D> {
             } else if !self.look() && !self.ask_for_kicks()? {
                 let within = self.device.wakes_in();
                 let asleep = Instant::now();
-                let until = self.patience(asleep);
-                self.sleep(until.into_iter().chain(within).min())?;
+                self.sleep(within)?;
                 self.spin.slept(asleep.elapsed());
             }
         }
@@ -216,12 +215,6 @@ impl<D: Device> Server<D> {
     fn rest(&mut self) -> Option<Duration> {
         let rest = self.device.rests().filter(|_| !self.draining)?;
         (!self.device.has_news()).then_some(rest.max(REST_MIN))
-    }
-
-    /// How long to sleep when nothing happens; for ever if `None`.
-    fn patience(&self, now: Instant) -> Option<Duration> {
-        let deadline = self.device.deadline()?;
-        Some(deadline.saturating_duration_since(now))
     }
 
     /// Looks for work for as long as the spin budget says.

@@ -217,7 +217,7 @@ impl Device for Sockets {
         Ok(())
     }
 
-    fn deadline(&self) -> Option<Instant> {
+    fn wakes_in(&mut self) -> Option<Duration> {
         let expire = self.exchange.next_deadline();
         let expire = expire.map(|at| at.max(self.expire_at));
         let quiet = match self.news {
@@ -227,7 +227,8 @@ impl Device for Sockets {
         let dial = self.exchange.wants_to_dial();
         let dial = dial.then(|| self.dials.next_chance());
         let all = [expire, quiet, dial, self.accept_at];
-        all.into_iter().flatten().min()
+        let first = all.into_iter().flatten().min();
+        first.map(|at| at.saturating_duration_since(Instant::now()))
     }
 
     fn is_at_once(&self) -> bool {
