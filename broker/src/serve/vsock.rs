@@ -7,7 +7,7 @@
 use super::host::Host;
 use super::routes::Name;
 use crate::api::{ApiError, Code, State as Phase, VSOCK_PROTOCOL};
-use crate::vm::home::path_of;
+use crate::vm::spec::VsockSpec;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
@@ -29,8 +29,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a guest may say nothing once its client has said all. A guest that never ends would keep the
 /// connection of a client that is long gone.
 const SILENCE: Duration = Duration::from_secs(30);
-/// A machine's socket in its runtime directory.
-const SOCKET: &str = "vsock.sock";
 
 /// `GET /v1/vms/NAME/vsock`, upgraded.
 pub(super) async fn connect(
@@ -143,7 +141,11 @@ fn socket_of(runtime: &Path, name: &str, file: &str) -> PathBuf {
     let path = file
         .get("vsock")
         .and_then(|vsock| vsock.get("path")?.as_str());
-    path.map_or_else(|| path_of(runtime, name).join(SOCKET), PathBuf::from)
+    let vsock = VsockSpec {
+        path: path.map(PathBuf::from),
+        ..VsockSpec::default()
+    };
+    vsock.socket(runtime, name)
 }
 
 #[cfg(test)]

@@ -14,8 +14,8 @@ use bulkhead_ipc::window::WindowLayout;
 const CONSOLE_SLOT: u8 = 0;
 /// Slot of the entropy source.
 const RNG_SLOT: u8 = 1;
-/// Slot of the first disk.
-const DISK_SLOT: u8 = 2;
+/// Slot of the first of all others: disks, then network devices, folders and the socket device.
+const FIRST_OTHER_SLOT: u8 = 2;
 
 const SMALL_QUEUE: u16 = 64;
 /// Size of each queue of a disk.
@@ -98,19 +98,18 @@ pub struct DevicePlan {
 #[must_use]
 pub fn plan(spec: &VmSpec) -> Vec<DevicePlan> {
     let console = spec.console.virtio.then(|| console(&spec.console));
-    let disks = (DISK_SLOT..).zip(0..).zip(&spec.disks);
     let waits = spec.lifecycle.on_disk_full == OnDiskFull::Pause;
-    let disks = disks.map(|((slot, index), disk)| self::disk(slot, index, disk, waits));
+    let disks = (0..).zip(&spec.disks);
+    let disks = disks.map(|(index, disk)| self::disk(index, disk, waits));
     let nets = (0..).zip(&spec.nets);
     let nets = nets.map(|(index, net)| self::net(index, net));
     let shares = (0..).zip(&spec.shares);
-    let shares = shares.map(|(index, share)| self::share(0, index, share));
-    let vsock = spec.vsock.as_ref().map(|vsock| self::vsock(0, vsock));
-    let mut plans: Vec<_> = console.into_iter().chain([rng()]).chain(disks).collect();
-    let next = plans.last().map_or(DISK_SLOT, |last| last.slot + 1);
-    let others = nets.chain(shares).chain(vsock).zip(next..);
-    plans.extend(others.map(|(plan, slot)| DevicePlan { slot, ..plan }));
-    plans
+    let shares = shares.map(|(index, share)| self::share(index, share));
+    let vsock = spec.vsock.as_ref().map(vsock);
+    let others = disks.chain(nets).chain(shares).chain(vsock);
+    let others = (FIRST_OTHER_SLOT..).zip(others);
+    let others = others.map(|(slot, plan)| DevicePlan { slot, ..plan });
+    console.into_iter().chain([rng()]).chain(others).collect()
 }
 
 fn net(index: u16, spec: &NetSpec) -> DevicePlan {
@@ -191,11 +190,11 @@ fn rng() -> DevicePlan {
     }
 }
 
-fn vsock(slot: u8, spec: &VsockSpec) -> DevicePlan {
+fn vsock(spec: &VsockSpec) -> DevicePlan {
     let mut config = Image::new(VirtioKind::Vsock);
     config.put(0, &u64::from(spec.cid).to_le_bytes());
     DevicePlan {
-        slot,
+        slot: 0,
         name: default_name(VirtioKind::Vsock).to_owned(),
         index: 0,
         kind: VirtioKind::Vsock,
@@ -211,7 +210,7 @@ fn vsock(slot: u8, spec: &VsockSpec) -> DevicePlan {
     }
 }
 
-fn disk(slot: u8, index: u16, spec: &DiskSpec, waits_for_room: bool) -> DevicePlan {
+fn disk(index: u16, spec: &DiskSpec, waits_for_room: bool) -> DevicePlan {
     let queue_sizes = vec![DISK_QUEUE; usize::from(spec.queues)];
     let window_bytes = DISK_WINDOW_BYTES;
     let layout = WindowLayout::new(window_bytes as usize, &queue_sizes);
@@ -243,7 +242,7 @@ fn disk(slot: u8, index: u16, spec: &DiskSpec, waits_for_room: bool) -> DevicePl
         config.put(56, &[1]);
     }
     DevicePlan {
-        slot,
+        slot: 0,
         name: spec.name.clone(),
         index,
         kind: VirtioKind::Blk,
@@ -263,13 +262,13 @@ fn disk(slot: u8, index: u16, spec: &DiskSpec, waits_for_room: bool) -> DevicePl
     }
 }
 
-fn share(slot: u8, index: u16, spec: &ShareSpec) -> DevicePlan {
+fn share(index: u16, spec: &ShareSpec) -> DevicePlan {
     let mut config = Image::new(VirtioKind::Fs);
     config.put(0, spec.name.as_bytes());
     config.put(36, &1u32.to_le_bytes());
     let kept = u32::try_from(VirtioKind::Fs.kept_bytes()).unwrap_or(0);
     DevicePlan {
-        slot,
+        slot: 0,
         name: spec.name.clone(),
         index,
         kind: VirtioKind::Fs,

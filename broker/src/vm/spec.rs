@@ -10,6 +10,7 @@ use bulkhead_ipc::platform::{MEMORY_BYTES_MIN, VCPUS_MAX, VIRTIO_MMIO_SLOTS};
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -35,10 +36,6 @@ pub const NET_QUEUES_MAX: u8 = 8;
 pub const MTU_BYTES: (u16, u16) = (68, 65_521);
 /// Slots for disks, network devices and others: all but console's and rng's.
 pub const DEVICES_MAX: usize = VIRTIO_MMIO_SLOTS - 2;
-/// Most disks of one VM: every slot but console's and rng's.
-pub const DISKS_MAX: usize = VIRTIO_MMIO_SLOTS - DEVICES_MIN;
-/// Slots of console and rng.
-const DEVICES_MIN: usize = 2;
 /// Context ids that a guest may have: those below are the host's, the last means any (virtio 1.2, section
 /// 5.10.4).
 pub const CIDS: std::ops::RangeInclusive<u32> = 3..=u32::MAX - 1;
@@ -641,68 +638,24 @@ impl VmSpec {
             vsock.check()?;
         }
         expect(
-            self.disks.len() <= DISKS_MAX,
-            "disks",
-            self.disks.len(),
-            "at most 14 disks",
-        )?;
-        let devices = DEVICES_MIN + self.disks.len() + usize::from(self.vsock.is_some());
-        expect(
-            devices <= VIRTIO_MMIO_SLOTS,
+            self.devices() <= DEVICES_MAX,
             "devices",
-            devices,
-            "at most 16 virtio devices: console, rng, disks and vsock",
+            self.devices(),
+            "at most 14 disks, network devices, shared folders and socket devices together",
         )?;
         for (n, disk) in self.disks.iter().enumerate() {
             disk.check(n)?;
-            let twin = self.disks.iter().take(n).any(|d| d.name == disk.name);
-            expect(
-                !twin,
-                &format!("disk[{n}].name"),
-                &disk.name,
-                "a name that no other disk has",
-            )?;
         }
         if let KernelSource::Disk(boot) = &self.kernel {
             self.check_boot_disk(boot)?;
         }
         for (n, share) in self.shares.iter().enumerate() {
             share.check(n)?;
-            let mut others = self.shares.iter().take(n).map(|s| &s.name);
-            let disks = self.disks.iter().map(|d| &d.name);
-            let twin = others.any(|name| *name == share.name)
-                || disks.into_iter().any(|name| *name == share.name);
-            expect(
-                !twin,
-                &format!("share[{n}].name"),
-                &share.name,
-                "a name that no other device has",
-            )?;
         }
-        expect(
-            self.disks.len() + self.shares.len() <= DISKS_MAX,
-            "shares",
-            self.shares.len(),
-            "at most 14 disks and shared folders together",
-        )?;
-        expect(
-            self.disks.len() + self.nets.len() <= DEVICES_MAX,
-            "nets",
-            format!("{} beside {} disks", self.nets.len(), self.disks.len()),
-            "at most 14 disks and network devices together",
-        )?;
         for (n, net) in self.nets.iter().enumerate() {
             net.check(n)?;
-            let mut names = self.disks.iter().map(|d| &d.name);
-            let twin = names.any(|name| *name == net.name)
-                || self.nets.iter().take(n).any(|other| other.name == net.name);
-            expect(
-                !twin,
-                &format!("net[{n}].name"),
-                &net.name,
-                "a name that no other device has",
-            )?;
         }
+        self.check_names()?;
         let (least, most) = HISTORY_BYTES;
         expect(
             (least..=most).contains(&self.console.history_bytes),
@@ -716,6 +669,33 @@ impl VmSpec {
             "virtio",
             "a console that exists",
         )
+    }
+
+    /// Devices besides console and rng, with the disk that cloud-init reads, which is made at each start.
+    fn devices(&self) -> usize {
+        let has_seed = self.disks.iter().any(|disk| disk.name == SEED_DISK);
+        let seed = usize::from(self.cloud_init.is_some() && !has_seed);
+        let socket = usize::from(self.vsock.is_some());
+        self.disks.len() + seed + self.nets.len() + self.shares.len() + socket
+    }
+
+    fn check_names(&self) -> Result<(), SpecError> {
+        let disks = self.disks.iter().map(|disk| &disk.name).enumerate();
+        let shares = self.shares.iter().map(|share| &share.name).enumerate();
+        let nets = self.nets.iter().map(|net| &net.name).enumerate();
+        let all = disks.map(|named| ("disk", named));
+        let all = all.chain(shares.map(|named| ("share", named)));
+        let all = all.chain(nets.map(|named| ("net", named)));
+        let mut taken = HashSet::new();
+        for (key, (n, name)) in all {
+            expect(
+                taken.insert(name),
+                &format!("{key}[{n}].name"),
+                name,
+                "a name that no other device has",
+            )?;
+        }
+        Ok(())
     }
 
     fn check_boot_disk(&self, boot: &BootDisk) -> Result<(), SpecError> {
@@ -871,7 +851,7 @@ mod tests {
     #[test]
     fn each_wrong_field_is_named() {
         type Break = fn(&mut VmSpec);
-        let faults: [(&str, Break); 10] = [
+        let faults: [(&str, Break); 12] = [
             ("name", |s| s.name = "a b".into()),
             ("name", |s| s.name = "..".into()),
             ("vcpus", |s| s.vcpus = 33),
@@ -879,6 +859,16 @@ mod tests {
             ("memory", |s| s.memory_bytes = (64 << 20) + 1),
             ("cmdline", |s| s.cmdline = "x".repeat(4097)),
             ("disk[1].name", |s| s.disks = vec![disk("a"), disk("a")]),
+            ("share[0].name", |s| {
+                s.disks = vec![disk("a")];
+                s.shares = vec![ShareSpec::new("a".to_owned(), "/")];
+            }),
+            ("devices", |s| {
+                s.disks = (0..8).map(|n| disk(&format!("d{n}"))).collect();
+                let shares = (0..6).map(|n| ShareSpec::new(format!("s{n}"), "/"));
+                s.shares = shares.collect();
+                s.vsock = Some(VsockSpec::default());
+            }),
             ("disk[0].queues", |s| {
                 s.disks = vec![DiskSpec {
                     format: ImageFormat::Raw,

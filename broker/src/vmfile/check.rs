@@ -9,8 +9,8 @@ use super::problem::{Located, Place, Problem, Problems};
 use super::quantity::show_size;
 use crate::network::is_interface_name;
 use crate::vm::spec::{
-    BackingSpec, BootDisk, CMDLINE_BYTES_MAX, CloudInitSpec, ConsoleChoice, DEVICES_MAX, DISKS_MAX,
-    DiskSpec, FILES_MAX, FileSpec, GUEST_PATH_BYTES_MAX, HISTORY_BYTES, KernelSource, MTU_BYTES,
+    BackingSpec, BootDisk, CMDLINE_BYTES_MAX, CloudInitSpec, ConsoleChoice, DEVICES_MAX, DiskSpec,
+    FILES_MAX, FileSpec, GUEST_PATH_BYTES_MAX, HISTORY_BYTES, KernelSource, MTU_BYTES,
     NAME_BYTES_MAX, NetSource, NetSpec, SEED_DISK, SERIAL_BYTES_MAX, SOCKET_NAME_BYTES_MAX,
     ShareSpec, TAG_BYTES_MAX, VmSpec, VsockSpec, is_guest_path,
 };
@@ -116,6 +116,7 @@ impl Checker {
             );
             spec.cmdline.clone_from(&cmdline.value);
         }
+        self.room(&draft);
         self.disks(&draft.disks, &mut spec);
         spec.vsock = draft.vsock.as_ref().map(|vsock| self.vsock(vsock));
         spec.cloud_init = draft
@@ -312,14 +313,33 @@ impl Checker {
         }
     }
 
+    /// Every device but console and entropy source takes one of the slots that these leave.
+    fn room(&mut self, draft: &Draft) {
+        let disks = draft.disks.iter().map(|disk| &disk.place);
+        let nets = draft.nets.iter().map(|net| &net.place);
+        let shares = draft.shares.iter().map(|share| &share.place);
+        let seed = usize::from(draft.cloud_init.is_some());
+        let socket = usize::from(draft.vsock.is_some());
+        let room = DEVICES_MAX - seed - socket;
+        if let Some(place) = disks.chain(nets).chain(shares).nth(room) {
+            let mut beside = String::new();
+            if socket > 0 {
+                beside.push_str(", beside the socket device");
+            }
+            if seed > 0 {
+                beside.push_str(", beside the disk that cloud-init reads");
+            }
+            self.problems.push(Problem {
+                place: place.clone(),
+                expectation: format!(
+                    "expected at most {room} disks, network devices and shared folders together{beside}"
+                ),
+            });
+        }
+    }
+
     fn disks(&mut self, drafts: &[DraftDisk], spec: &mut VmSpec) {
         for (n, draft) in drafts.iter().enumerate() {
-            if n == DISKS_MAX {
-                self.problems.push(Problem {
-                    place: draft.place.clone(),
-                    expectation: format!("expected at most {DISKS_MAX} disks"),
-                });
-            }
             let Some(path) = &draft.path else {
                 self.problems.push(Problem {
                     place: draft.place.clone(),
@@ -365,15 +385,6 @@ impl Checker {
                 self.problems.push(name.problem(rule));
             }
         }
-        if let Some(last) = disks.get(DISKS_MAX - 1) {
-            self.problems.push(Problem {
-                place: last.place.clone(),
-                expectation: format!(
-                    "expected at most {} disks beside that which cloud-init reads",
-                    DISKS_MAX - 1
-                ),
-            });
-        }
         let path = |path: Option<Located<PathBuf>>| path.map(|path| path.value);
         CloudInitSpec {
             user_data: path(draft.user_data),
@@ -416,16 +427,6 @@ impl Checker {
                 share.cache_ms = ms.value;
             }
             spec.shares.push(share);
-        }
-        if spec.disks.len() + spec.shares.len() > DISKS_MAX
-            && let Some(last) = drafts.last()
-        {
-            self.problems.push(Problem {
-                place: last.place.clone(),
-                expectation: format!(
-                    "expected at most {DISKS_MAX} disks and shared folders together"
-                ),
-            });
         }
     }
 
@@ -506,14 +507,6 @@ impl Checker {
 
     fn nets(&mut self, drafts: &[DraftNet], spec: &mut VmSpec) {
         for (n, draft) in drafts.iter().enumerate() {
-            if n + spec.disks.len() == DEVICES_MAX {
-                self.problems.push(Problem {
-                    place: draft.place.clone(),
-                    expectation: format!(
-                        "expected at most {DEVICES_MAX} disks and network devices together"
-                    ),
-                });
-            }
             if let Some(net) = self.net(n, draft, spec, drafts) {
                 spec.nets.push(net);
             }
@@ -557,6 +550,7 @@ impl Checker {
             .disks
             .iter()
             .map(|d| &d.name)
+            .chain(spec.shares.iter().map(|s| &s.name))
             .chain(spec.nets.iter().map(|n| &n.name));
         let taken = others.any(|other| other == name);
         match &draft.name {

@@ -697,6 +697,40 @@ fn network_devices_have_names_addresses_and_queues_of_their_own() {
 }
 
 #[test]
+fn devices_of_all_kinds_share_the_slots() {
+    let home = tempfile::tempdir().unwrap();
+    fs::write(home.path().join("k"), [0; 512]).unwrap();
+    fs::write(home.path().join("d"), [0; 512]).unwrap();
+    let read = |disks: usize, nets: usize, more: &str| {
+        let begin = "name = \"web\"\n[boot]\nkernel = \"k\"\n".to_owned();
+        let disks = "[[disk]]\npath = \"d\"\nreadonly = true\n".repeat(disks);
+        let nets = "[[net]]\nbridge = \"br0\"\n".repeat(nets);
+        let text = begin + &disks + &nets + more;
+        parse("f", home.path(), &text).and_then(|draft| check(draft, &around()))
+    };
+    let share = "[[share]]\npath = \".\"\n";
+    let seed = "[vsock]\n[cloud_init]\n";
+    assert_eq!(read(14, 0, "").map(|spec| spec.disks.len()).unwrap(), 14);
+    read(7, 6, share).unwrap();
+    read(6, 6, seed).unwrap();
+    for (problems, wanted) in [
+        (read(15, 0, ""), "f:46:1: disk: expected at most 14 disks"),
+        (
+            read(7, 7, share),
+            "share: expected at most 14 disks, network devices and shared folders",
+        ),
+        (
+            read(6, 7, seed),
+            "expected at most 12 disks, network devices and shared folders together, beside the socket device, \
+             beside the disk that cloud-init reads",
+        ),
+    ] {
+        let problems = problems.unwrap_err().to_string();
+        assert!(problems.contains(wanted), "{wanted}: {problems}");
+    }
+}
+
+#[test]
 fn committed_schema_is_current() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/vm-file.schema.json");
     let current = serde_json::to_string_pretty(&json_schema()).unwrap() + "\n";
