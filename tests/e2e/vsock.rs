@@ -362,7 +362,7 @@ fn archive(name: &str, program: &[u8]) -> Vec<u8> {
 #[test]
 fn linux_talks_both_ways() {
     let dir = tempfile::tempdir().unwrap();
-    let probe = fs::read(bulkhead_tests::path("BULKHEAD_BIN_DIR").join("vsock-probe")).unwrap();
+    let probe = fs::read(env!("CARGO_BIN_EXE_vsock-probe")).unwrap();
     let mut ram_disk = fs::read(bulkhead_tests::path("BULKHEAD_TEST_LINUX_INITRD")).unwrap();
     ram_disk.resize(ram_disk.len().next_multiple_of(512), 0);
     ram_disk.extend(archive("vsock-probe", &probe));

@@ -207,6 +207,8 @@ pub(crate) fn release_binaries() -> Result<PathBuf> {
         "--bins",
         "--exclude",
         "xtask",
+        "--exclude",
+        END_TO_END,
     ]);
     // In their place comes the program that is all of them.
     for kind in DEVICE_KINDS {
