@@ -262,7 +262,7 @@ fn blocks_that_a_disk_only_said_to_have_flushed_are_missed() {
 
 #[test]
 fn synchronised_files_survive_a_power_cut() {
-    let mut host = Host::boot(Workload::Files, FILES_BYTES, 6);
+    let mut host = Host::boot(Workload::Files, FILES_BYTES, 20);
     host.until("bh.files current", 3);
     host.die(Cut::Everything);
     host.work_to_the_end();
