@@ -121,7 +121,8 @@ impl Host {
             |cause| HostError::Io { host, what, cause }
         };
         let programs = places.scratch.join("programs");
-        for directory in [&programs, &places.scratch.join("etc")] {
+        let folder = Self::folder_of(&places.scratch);
+        for directory in [&programs, &folder, &places.scratch.join("etc")] {
             fs::create_dir_all(directory).map_err(io("making its directories"))?;
         }
         for program in PROGRAMS {
@@ -157,6 +158,17 @@ impl Host {
     #[must_use]
     pub fn runtime(&self) -> PathBuf {
         Self::runtime_of(&self.scratch)
+    }
+
+    fn folder_of(scratch: &Path) -> PathBuf {
+        scratch.join("folder")
+    }
+
+    /// A folder that its machines share. It is not beside their disks, since those are on a file system of the
+    /// harness, which is not one whose folders can be shared.
+    #[must_use]
+    pub fn folder(&self) -> PathBuf {
+        Self::folder_of(&self.scratch)
     }
 
     /// Where its programs are.

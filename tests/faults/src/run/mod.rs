@@ -423,11 +423,8 @@ impl Run {
         );
         let cpus = machine.vm.cpus.unwrap_or(1).to_string();
         // Nobody uses it, and its process is there to be hit.
-        let folder = machine.image.parent().unwrap_or(&machine.image);
-        let folder = format!(
-            "{},readonly",
-            folder.display().to_string().replace(',', ",,")
-        );
+        let folder = host.folder().display().to_string().replace(',', ",,");
+        let folder = format!("{folder},readonly");
         let mut arguments = vec!["create", "--name", name, "--disk", &disk, "--cpus", &cpus];
         arguments.push("--vsock");
         arguments.extend(["--share", &folder]);
