@@ -32,8 +32,9 @@ use watch::Watched;
 
 /// How long a command may take that no fault holds up.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How long guests may take to begin, and to end after their time is over.
-const GUESTS: Duration = Duration::from_secs(40);
+/// How long guests may take to begin, and to end after their time is over. A Linux takes a minute to boot where ring 0
+/// is emulated on a busy host.
+const GUESTS: Duration = Duration::from_secs(120);
 /// Disk of a machine that names none.
 const DISK_BYTES: u64 = 16 << 20;
 /// Where disks in memory are.
