@@ -94,7 +94,7 @@ fn machines_lease_addresses_and_reach_each_other_by_name() {
     );
     daemon.until_output("web", "net-peer result=ok");
     assert_eq!(told(&daemon, "web", "net.name", "ip"), db);
-    assert_eq!(told(&daemon, "web", "net-peer result", "reached"), "3");
+    assert_eq!(told(&daemon, "web", "BH net-peer result", "reached"), "3");
     assert_eq!(
         told(&daemon, "web", "net.peer ", "bytes"),
         (3 << 20).to_string()
@@ -211,7 +211,7 @@ fn transfer_outlives_switch_and_card() {
     }
     println!("{deaths} deaths");
     assert!(deaths > 3, "{deaths}");
-    assert_eq!(told(&daemon, "web", "net-peer result", "reached"), "2");
+    assert_eq!(told(&daemon, "web", "BH net-peer result", "reached"), "2");
     assert_eq!(
         told(&daemon, "web", "net.peer ", "bytes"),
         (100 << 20).to_string()
@@ -363,7 +363,7 @@ fn garbage_in_the_ports_of_a_network_harms_no_other() {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
-    assert_eq!(told(&daemon, "peer", "net-peer result", "reached"), "2");
+    assert_eq!(told(&daemon, "peer", "BH net-peer result", "reached"), "2");
     assert_eq!(told(&daemon, "peer", "net.peer ", "wrong"), "0");
     assert_eq!(switch_of(&daemon, "blue"), blue);
     for machine in ["victim", "other"] {

@@ -464,7 +464,7 @@ mod tests {
             ("lab --vlan 7", "--no-subnet"),
             ("lab --uplink br0", "expected tap=NAME"),
             ("lab --range 10.0.0.1", "expected two addresses"),
-            ("lab --range 10.0.0.5-10.0.0.9", "pool"),
+            ("lab --range 10.87.0.1-10.87.0.9", "pool"),
             ("Lab", "name = Lab"),
             ("lab --packets-burst 3", "--packets-per-s"),
         ] {

@@ -333,6 +333,48 @@ pub(crate) mod small {
         let memory = SharedMemory::with_cells(fields.into_iter().chain(data));
         (PacketWriter::new(layout), PacketReader::new(layout), memory)
     }
+
+    /// A card that is in generation 1 of a port, of which a switch that is dead has read nothing, and the memory, in
+    /// which the broker has just written generation 2.
+    pub(crate) fn late_card() -> (Port, SharedMemory) {
+        let header = [OFFSET_GENERATION, OFFSET_DEVICE_IN, OFFSET_SWITCH_IN];
+        let fields = [
+            OFFSET_PRODUCED,
+            OFFSET_ROOM_EVENT,
+            OFFSET_CONSUMED,
+            OFFSET_DATA_EVENT,
+        ];
+        let rings = [RingLayout::TO_SWITCH, RingLayout::TO_DEVICE];
+        let positions = rings
+            .iter()
+            .flat_map(|ring| fields.map(|field| ring.positions + field));
+        // Three of the records of the models.
+        let data = (OFFSET_DATA..OFFSET_DATA + 72).step_by(8);
+        let cells = header.into_iter().chain(positions).chain(data);
+        let memory = SharedMemory::with_cells(cells.collect::<Vec<_>>());
+        for at in [OFFSET_GENERATION, OFFSET_SWITCH_IN] {
+            memory.store(at, 1u64, Ordering::Relaxed);
+        }
+        let mut card = over(memory.clone(), PortEnd::Device);
+        assert!(card.is_met());
+        memory.store(OFFSET_GENERATION, 2u64, Ordering::Release);
+        (card, memory)
+    }
+
+    /// An end of the port in this memory, in whichever generation it is now.
+    pub(crate) fn over(memory: SharedMemory, end: PortEnd) -> Port {
+        let (out, back) = end.rings();
+        let mut port = Port {
+            writer: PacketWriter::new(out),
+            reader: PacketReader::new(back),
+            end,
+            generation: memory.load(OFFSET_GENERATION, Ordering::Acquire),
+            met: false,
+            memory,
+        };
+        port.enter();
+        port
+    }
 }
 
 #[cfg(test)]

@@ -453,15 +453,26 @@ fn client(daemon: &Machine, words: &[&str]) -> bool {
     command.status().unwrap().success()
 }
 
+/// Waits until the guest answers, for as long as there is a daemon.
+fn is_reached(daemon: &Machine) {
+    for _ in 0..60 {
+        if network::echoed("10.0.0.2", 100, Duration::from_secs(1)) {
+            return;
+        }
+        assert!(client(daemon, &["list"]), "the daemon is gone");
+    }
+    panic!("the guest does not answer");
+}
+
 fn virtual_network(stage: &Stage) {
     let network = Network::enter().unwrap();
     network.bridge("br0", "10.0.0.1/24");
     let daemon = daemon_with_network(stage);
     assert!(client(&daemon, &["start", "web"]));
-    network::ping("10.0.0.2");
+    is_reached(&daemon);
     // Another process of the card has another port.
     assert!(client(&daemon, &["device", "restart", "web/net0"]));
-    network::ping("10.0.0.2");
+    is_reached(&daemon);
     // The switch ends with its last port.
     assert!(client(&daemon, &["kill", "web"]));
     network.until_gone("bh-net-lan-0");

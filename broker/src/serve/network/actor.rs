@@ -213,6 +213,10 @@ impl Actor {
                 },
                 ask = asked.recv() => match ask {
                     Some(Ask::Remove(reply)) => {
+                        // Who was plugged in before counts.
+                        while let Ok(patch) = patches.try_recv() {
+                            self.patch(patch).await;
+                        }
                         if self.remove(reply).await {
                             return;
                         }

@@ -11,6 +11,7 @@ use super::{Places, ServeError, Shared};
 use crate::api::time::now_ms;
 use crate::api::{ApiError, Code, NetworkDetails, NetworkState, NetworkSummary};
 use crate::network::Tap;
+use crate::network::board::Patch;
 use crate::network::spec::NetworkSpec;
 use crate::registry::NetworkRecord;
 use actor::{Actor, Ask, View};
@@ -41,6 +42,8 @@ fn state_of(places: &Places, name: &str) -> PathBuf {
 struct Network {
     record: NetworkRecord,
     asks: mpsc::Sender<Ask>,
+    /// By which machines plug their cards in.
+    patches: mpsc::Sender<Patch>,
     view: watch::Receiver<View>,
 }
 
@@ -94,10 +97,11 @@ impl Networks {
         let shared = Arc::clone(&self.shared);
         let (actor, heard) = Actor::new(shared, record.clone(), predecessor.generation, book, view);
         tokio::spawn(actor.run(patches, asked, heard));
-        self.shared.networks.add(&name, patch);
+        self.shared.networks.add(&name, patch.clone());
         let network = Arc::new(Network {
             record,
             asks,
+            patches: patch,
             view: seen,
         });
         self.all().insert(name, Arc::clone(&network));
@@ -186,16 +190,18 @@ impl Networks {
     pub(super) async fn remove(&self, name: &str) -> Result<(), ApiError> {
         let _one_at_a_time = self.changing.lock().await;
         let network = self.network(name)?;
-        let ports = network.view.borrow().ports;
-        if ports == 0 {
-            // From here on nothing is plugged in.
-            self.shared.networks.remove(name);
-        }
+        // From here on nothing is plugged in.
+        self.shared.networks.remove(name);
         let (reply, answer) = oneshot::channel();
         let sent = network.asks.send(Ask::Remove(reply)).await;
-        sent.map_err(|_| no_network(name))?;
-        answer.await.map_err(|_| no_network(name))??;
-        self.shared.networks.remove(name);
+        let removed = match sent {
+            Ok(()) => answer.await.unwrap_or_else(|_| Err(no_network(name))),
+            Err(_) => Err(no_network(name)),
+        };
+        if removed.is_err() {
+            self.shared.networks.add(name, network.patches.clone());
+        }
+        removed?;
         self.all().remove(name);
         let gone = name.to_owned();
         let removed = self

@@ -146,32 +146,36 @@ fn resolve<'a>(
     Ok(found)
 }
 
-/// Takes what `peer` sends. Returns whether it was reached.
+/// Takes what `peer` sends. Returns whether it was reached. One that is not listening again yet is asked again.
 fn take(
     stack: &mut Stack<'_>,
     handle: SocketHandle,
     peer: Ipv4Address,
-    port: u16,
+    port: &mut u16,
     patience_ms: u64,
 ) -> Result<bool, Failure> {
-    let context = stack.interface.context();
-    let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
-    socket.abort();
-    let connected = socket.connect(context, (IpAddress::Ipv4(peer), SOURCE), port);
-    connected.map_err(|_| Failure::Parameter("peer"))?;
-    let mut taken = Stream::default();
     let silent = Deadline::after_ms(patience_ms);
+    let mut taken = Stream::default();
     loop {
+        let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
+        match socket.state() {
+            tcp::State::Closed | tcp::State::SynSent if silent.passed() => {
+                socket.abort();
+                say!("net.peer ip={peer} reached=0");
+                return Ok(false);
+            }
+            tcp::State::Closed => {
+                *port = port.checked_add(1).unwrap_or(FIRST_PORT);
+                let context = stack.interface.context();
+                let connected = socket.connect(context, (IpAddress::Ipv4(peer), SOURCE), *port);
+                connected.map_err(|_| Failure::Parameter("peer"))?;
+            }
+            _ => {}
+        }
         stack.turn()?;
         let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
         if taken.take_connected(socket) {
             break;
-        }
-        let waits = socket.state() == tcp::State::SynSent;
-        if socket.state() == tcp::State::Closed || (waits && silent.passed()) {
-            socket.abort();
-            say!("net.peer ip={peer} reached=0");
-            return Ok(false);
         }
     }
     say!(
@@ -186,7 +190,18 @@ fn take(
             taken.last_wrong
         );
     }
-    Ok(true)
+    // The other side listens again when it knows that the connection is over.
+    let lingers = Deadline::after_ms(2000);
+    loop {
+        stack.turn()?;
+        let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
+        if socket.state() == tcp::State::Closed {
+            return Ok(true);
+        }
+        if lingers.passed() {
+            socket.abort();
+        }
+    }
 }
 
 /// Takes.
@@ -206,19 +221,16 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
         (Err(_), Some(server)) => resolve(&mut stack, &mut queries, server, peer)?,
         (Err(_), None) => None,
     };
+    // Without an address of its own nobody is reached.
+    let peer = peer.filter(|_| stack.interface.ipv4_addr().is_some());
     let patience = machine.number("patience", PATIENCE_MS)?;
     let rounds = machine.number("rounds", 1)? as u16;
     let handle = stack.sockets.add(tcp_socket());
     let mut reached = 0;
     if let Some(peer) = peer {
-        for round in 0..rounds {
-            reached += u16::from(take(
-                &mut stack,
-                handle,
-                peer,
-                FIRST_PORT + round,
-                patience,
-            )?);
+        let mut port = FIRST_PORT;
+        for _ in 0..rounds {
+            reached += u16::from(take(&mut stack, handle, peer, &mut port, patience)?);
         }
     }
     irq::disable(gsi);
