@@ -43,6 +43,7 @@ fn options(directory: &Path) -> RunOptions {
         reboot: true,
         id: None,
         users: UserRange::DEFAULT,
+        networks: bulkhead::network::board::Switchboard::default(),
     }
 }
 

@@ -26,11 +26,13 @@ pub enum ProcKind {
     Net,
     /// One piece of work on disk images. It belongs to no VM.
     Image,
+    /// The switch of one virtual network. It belongs to no VM.
+    Switch,
 }
 
 impl ProcKind {
     /// Every kind, in the order in which tables show them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Vcpu,
         Self::Legacy,
         Self::Console,
@@ -40,6 +42,7 @@ impl ProcKind {
         Self::Vsock,
         Self::Fs,
         Self::Image,
+        Self::Switch,
     ];
 
     /// The kinds that every virtual machine with a disk has a process of.
@@ -51,7 +54,7 @@ impl ProcKind {
         Self::Rng,
     ];
 
-    /// The kinds that a virtual machine may consist of: all but [`Self::Image`].
+    /// The kinds that a virtual machine may consist of: all but [`Self::Image`] and [`Self::Switch`].
     pub const OF_MACHINES: [Self; 8] = [
         Self::Vcpu,
         Self::Legacy,
@@ -76,6 +79,7 @@ impl ProcKind {
             Self::Fs => "fs",
             Self::Net => "net",
             Self::Image => "image",
+            Self::Switch => "switch",
         }
     }
 }

@@ -122,6 +122,7 @@ pub const FLAGS: &[(&str, u32)] = &[
     ("F_SETFL", 4),
     ("F_DUPFD_CLOEXEC", 1030),
     ("EPOLL_CTL_ADD", 1),
+    ("EPOLL_CTL_DEL", 2),
     ("F_GET_SEALS", 1034),
     ("FUTEX_WAIT_PRIVATE", 128),
     ("FUTEX_WAKE_PRIVATE", 129),

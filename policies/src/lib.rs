@@ -42,6 +42,7 @@ pub const fn built_in(kind: ProcKind) -> &'static str {
         ProcKind::Fs => include_str!("../fs.toml"),
         ProcKind::Net => include_str!("../net.toml"),
         ProcKind::Image => include_str!("../image.toml"),
+        ProcKind::Switch => include_str!("../switch.toml"),
     }
 }
 
@@ -96,7 +97,9 @@ mod tests {
             let listens = kind == ProcKind::Vsock;
             assert_eq!(policy.fd(FdRole::Listener).is_some(), listens);
             assert_eq!(policy.fd(FdRole::Folder).is_some(), kind == ProcKind::Fs);
-            assert_eq!(policy.fd(FdRole::Tap).is_some(), kind == ProcKind::Net);
+            for role in [FdRole::Tap, FdRole::Port] {
+                assert_eq!(policy.fd(role).is_some(), kind == ProcKind::Net);
+            }
         }
     }
 

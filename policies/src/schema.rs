@@ -124,6 +124,12 @@ pub enum MadeType {
     StreamSocket,
     /// A file or directory below the folder that it was born with.
     BelowFolder,
+    /// The memory of a port, which it is given while it serves.
+    Port,
+    /// A queue of a TAP interface, which it is given while it serves.
+    Tap,
+    /// One end of a pipe, which it is given while it serves.
+    Pipe,
 }
 
 /// What kind of file a descriptor refers to.

@@ -42,6 +42,62 @@ fn machine() -> (Machine, tempfile::TempDir) {
     (machine, disks)
 }
 
+#[test]
+fn switch_reaches_its_ports_and_nothing_else() {
+    let daemon = Daemon::start();
+    daemon.good(&["network", "create", "lab"]);
+    for name in ["web", "db"] {
+        daemon.create_and_start(name, "mode=idle", &["--net", "network=lab"]);
+        daemon.until_output(name, "BH idle");
+    }
+    let shown = loop {
+        let shown = daemon.json(&["network", "show", "lab"]);
+        if shown["cards"][1]["connected"] == true && shown["cards"][0]["connected"] == true {
+            break shown;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    };
+    let users = UserRange::DEFAULT.exists().then_some(UserRange::DEFAULT);
+    let subject = |kind, index, pid: u64| Subject {
+        id: Some(ProcId {
+            kind,
+            index,
+            generation: 1,
+        }),
+        pid: i32::try_from(pid).unwrap(),
+        users,
+    };
+    let subjects = [
+        subject(ProcKind::Switch, 0, shown["pid"].as_u64().unwrap()),
+        subject(ProcKind::Net, 0, daemon.process("web", "net").into()),
+        subject(ProcKind::Net, 1, daemon.process("db", "net").into()),
+    ];
+    let authority = measure(&subjects).unwrap();
+    let policies = Compiled::fresh(None, false).unwrap();
+    assert_eq!(differences(&authority, &policies), []);
+    let held = authority.processes[0].descriptors.as_ref().unwrap();
+    let ports = held
+        .iter()
+        .filter(|d| matches!(&d.of, Object::Memfd { name, .. } if name == "bulkhead-port"));
+    assert_eq!(ports.count(), 2);
+    let maps = &authority.processes[0].memory.as_ref().unwrap().mappings;
+    let windows = maps.iter().filter(|m| m.of.contains("bulkhead-window"));
+    assert_eq!(windows.count(), 0);
+    // A card's own window in the switch would be found.
+    let mut wrong = authority.clone();
+    let stolen = wrong.processes[1].descriptors.as_ref().unwrap();
+    let stolen = stolen
+        .iter()
+        .find(|d| matches!(&d.of, Object::Memfd { name, .. } if name == "bulkhead-window"));
+    let stolen = stolen.unwrap().clone();
+    wrong.processes[0]
+        .descriptors
+        .as_mut()
+        .unwrap()
+        .push(stolen);
+    assert!(!differences(&wrong, &policies).is_empty());
+}
+
 /// The machine's processes and its broker, as they are to be measured.
 fn subjects(machine: &Machine) -> Vec<Subject> {
     let pid = |pid: u32| i32::try_from(pid).unwrap();

@@ -170,6 +170,75 @@ fn is_stopped_and_told(machine: &Machine, forbidden: &Forbidden) {
 }
 
 #[test]
+fn switch_is_stopped_told_and_replaced() {
+    let daemon = Daemon::start();
+    daemon.good(&["network", "create", "lab"]);
+    daemon.create_and_start("web", "mode=idle", &["--net", "network=lab"]);
+    daemon.until_output("web", "BH idle");
+    let policy = load(ProcKind::Switch, None, false).unwrap();
+    let switch = |before: u64| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let shown = daemon.json(&["network", "show", "lab"]);
+            match (shown["state"].as_str(), shown["pid"].as_u64()) {
+                (Some("serving"), Some(pid)) if pid != before => return pid,
+                _ => assert!(Instant::now() < deadline, "{shown}: {}", daemon.log()),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let pid = i32::try_from(switch(0)).unwrap();
+    let measured = filters::measure(pid).unwrap();
+    let [startup, locked] = &measured[0].programs.as_ref().unwrap()[..] else {
+        panic!("it has {} filters", measured[0].filters);
+    };
+    for (phase, filter) in [(STARTUP, startup), ("main", locked)] {
+        for attempt in policy.attempts(phase) {
+            let permits = policy.permits(phase, attempt.number, &attempt.args);
+            let expected = if permits { RET_ALLOW } else { RET_TRAP };
+            assert_eq!(
+                action(filter, &attempt).unwrap(),
+                expected,
+                "{phase} {attempt:?}"
+            );
+        }
+    }
+    let mut before = 0;
+    for name in [
+        "socket",
+        "openat",
+        "execve",
+        "mprotect",
+        "ioctl",
+        "pidfd_getfd",
+    ] {
+        let stopped = policy.stopped("main");
+        let number = bulkhead_policies::syscalls::number(name).unwrap();
+        let attempt = stopped.iter().find(|attempt| attempt.number == number);
+        let attempt = attempt.unwrap_or_else(|| panic!("{name} is permitted"));
+        before = switch(before);
+        let mut intruder = Intruder::enter(u32::try_from(before).unwrap(), None);
+        let fate = intruder.call(attempt.number.into(), attempt.args);
+        assert_eq!(fate, Fate::Stopped { code: DENIED }, "{name}");
+        drop(intruder);
+        let denied = Denied {
+            thread: Some("main"),
+            number: attempt.number,
+            args: attempt.args,
+        };
+        let told = explain::denial(ProcKind::Switch, None, &denied, &|_| None);
+        let told = told.unwrap().to_string();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !daemon.log().contains(&told) {
+            assert!(Instant::now() < deadline, "{told}: {}", daemon.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    let _next = switch(before);
+    assert_eq!(daemon.state_of("web"), "running");
+}
+
+#[test]
 fn inspect_tells_a_denial_as_the_log_does() {
     let daemon = Daemon::start();
     daemon.create_and_start("web", "mode=idle", &[]);

@@ -410,6 +410,7 @@ impl Daemon {
         if self.child.is_some() {
             self.end(Signal::SIGKILL);
         }
+        bulkhead::serve::end_switches(&self.runtime());
         // Without a broker, by their records; newborns that have none end by themselves.
         for orphan in orphans(&self.runtime()).into_iter().flatten() {
             orphan.record.kill_all();

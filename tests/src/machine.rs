@@ -565,6 +565,7 @@ impl Drop for Machine {
             let _gone = kill(pid(left), Signal::SIGKILL);
         }
         // What a killed broker has left, by its record.
+        bulkhead::serve::end_switches(&self.runtime());
         for orphan in orphans(&self.runtime()).into_iter().flatten() {
             for left in orphan.alive() {
                 let _gone = kill(Pid::from_raw(left), Signal::SIGKILL);

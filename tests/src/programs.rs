@@ -22,7 +22,7 @@ impl Programs {
         let binaries = super::path("BULKHEAD_BIN_DIR");
         let folder = tempfile::tempdir().expect("a directory");
         for kind in [
-            "blk", "console", "fs", "legacy", "net", "rng", "vcpu", "vsock",
+            "blk", "console", "fs", "legacy", "net", "rng", "switch", "vcpu", "vsock",
         ] {
             let name = format!("bulkhead-{kind}");
             fs::copy(binaries.join(&name), folder.path().join(&name)).expect("room for programs");

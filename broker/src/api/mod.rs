@@ -8,6 +8,7 @@ pub mod client;
 mod device;
 mod error;
 pub mod frame;
+mod network;
 pub mod time;
 
 pub use device::{
@@ -15,6 +16,10 @@ pub use device::{
     LinkDevice, Linked, NetworkStats, ResizeDevice,
 };
 pub use error::{ApiError, Code};
+pub use network::{
+    NetworkCounters, NetworkDetails, NetworkLease, NetworkPort, NetworkState, NetworkSummary,
+    NetworkUplink,
+};
 
 use crate::launch::users::UserRange;
 use crate::registry::Desired;

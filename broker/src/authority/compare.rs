@@ -28,6 +28,8 @@ use std::fmt;
 const SEALS: [&str; 3] = ["seal", "shrink", "grow"];
 /// Name of the memory of control pages.
 const PAGE_NAME: &str = "bulkhead-page";
+/// Name of the memory of ports.
+const PORT_NAME: &str = "bulkhead-port";
 
 /// A difference between what a process has and what its policy grants.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -176,6 +178,7 @@ const fn memory_name(role: FdRole) -> &'static str {
     match role {
         FdRole::LegacyPage => "bulkhead-legacy-page",
         FdRole::Input => "bulkhead-input",
+        FdRole::Port => PORT_NAME,
         _ => "bulkhead-window",
     }
 }
@@ -258,6 +261,9 @@ fn made_class(made: &MadeGrant) -> String {
         MadeType::WindowCopy => "memory bulkhead-window",
         MadeType::StreamSocket => "unix stream socket",
         MadeType::BelowFolder => "file",
+        MadeType::Port => "memory bulkhead-port",
+        MadeType::Tap => "/dev/net/tun",
+        MadeType::Pipe => "pipe",
     }
     .to_owned()
 }
@@ -363,6 +369,7 @@ fn mappings(
         match made.is {
             MadeType::IoUring => drop(shared.insert("anon_inode:[io_uring]".to_owned())),
             MadeType::KvmVcpu => drop(shared.insert("anon_inode:kvm-vcpu".to_owned())),
+            MadeType::Port => drop(shared.insert(format!("/memfd:{PORT_NAME} (deleted)"))),
             _ => {}
         }
     }
@@ -608,8 +615,12 @@ fn sharing(authority: &Authority, found: &mut Vec<Difference>) {
         let [first, second, ..] = sandboxed[..] else {
             continue;
         };
-        // Shared by two: the gate's side and the device's.
-        let between_two = sandboxed.len() == 2 && with_vcpu && thing.is_channel();
+        // Shared by two: the gate's side and the device's, or a card's and the switch's.
+        let card_and_switch = [ProcKind::Net, ProcKind::Switch]
+            .iter()
+            .all(|end| sandboxed.iter().any(|n| kind(n) == Some(*end)));
+        let between_two =
+            sandboxed.len() == 2 && (with_vcpu || card_and_switch) && thing.is_channel();
         if !(between_two || thing.is_common || (only_read && thing.is_file())) {
             let others = sandboxed.get(1..).unwrap_or_default().join(", ");
             add(first, format!("shares {} with {others}", thing.label));

@@ -22,6 +22,7 @@ mod image_command;
 mod image_target;
 mod machine_commands;
 mod net_arg;
+mod network_command;
 mod paths;
 mod policy_command;
 mod policy_diff;
@@ -124,6 +125,9 @@ enum Command {
     /// List, restart and upgrade the devices of machines that run
     #[command(subcommand)]
     Device(device_commands::DeviceCommand),
+    /// Make, show and remove virtual networks, and capture what passes there
+    #[command(subcommand, visible_alias = "net")]
+    Network(network_command::NetworkCommand),
     ShutdownHost(serve_command::ShutdownHostArgs),
     Doctor(doctor_command::DoctorArgs),
     /// Check, show, learn and compare what processes are granted
@@ -211,6 +215,7 @@ pub fn main() -> ExitCode {
         Command::Rm(args) => machine_commands::remove(&args, &cli.paths),
         Command::Wait(names) => machine_commands::wait(&names, &cli.paths),
         Command::Device(command) => device_commands::run(&command, &cli.paths),
+        Command::Network(command) => network_command::run(&command, &cli.paths),
         Command::ShutdownHost(args) => serve_command::shutdown_host(&args, &cli.paths),
         Command::Doctor(args) => doctor_command::run(&args, &cli.paths),
         Command::Policy(command) => policy_command::run(&command, &cli.paths),

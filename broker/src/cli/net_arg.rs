@@ -1,11 +1,12 @@
-//! The value of `--net`: `tap=NAME|bridge=NAME[,mac=MAC][,mtu=N][,queues=N][,link=up|down][,name=N]
+//! The value of `--net`: `network=NAME|tap=NAME|bridge=NAME[,mac=MAC][,mtu=N][,queues=N][,link=up|down][,name=N]
 //! [,bytes_per_s=SIZE][,bytes_burst=SIZE][,packets_per_s=N][,packets_burst=N]`.
 
 use crate::escape::excerpt;
 use crate::vm::spec::{NET_QUEUES_MAX, parse_mac};
 use crate::vmfile::{DraftNet, Located, Place, Problem, nearest, parse_size};
 
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 12] = [
+    "network",
     "tap",
     "bridge",
     "mac",
@@ -60,6 +61,7 @@ fn set(net: &mut DraftNet, text: &str) -> Result<(), String> {
         Ok::<_, String>(Some(Located { value, place }))
     };
     match key {
+        "network" => net.network = words(),
         "tap" => net.tap = words(),
         "bridge" => net.bridge = words(),
         "name" => net.name = words(),
@@ -117,6 +119,8 @@ mod tests {
         assert_eq!(net.limits.bytes_per_s.unwrap().value, 1 << 20);
         assert_eq!(net.limits.requests_burst.unwrap().value, 7);
         assert_eq!(parse_net("tap=tap0").unwrap().tap.unwrap().value, "tap0");
+        let network = parse_net("network=lab").unwrap().network;
+        assert_eq!(network.unwrap().value, "lab");
     }
 
     #[test]

@@ -109,11 +109,12 @@ pub(super) struct MachineArgs {
     shares: Vec<OsString>,
     /// Network device; may be given several times
     ///
-    /// tap=NAME or bridge=NAME, and then [,mac=MAC][,mtu=N][,queues=N][,link=up|down][,name=NAME]. A TAP
-    /// interface that is not there is made, and one is made for a bridge; both are removed with the machine.
+    /// network=NAME, tap=NAME or bridge=NAME, and then [,mac=MAC][,mtu=N][,queues=N][,link=up|down][,name=NAME]. A TAP
+    /// interface that is not there is made, and one is made for a bridge; both are removed with the machine. Networks are
+    /// those of `bulkhead network create`; only the daemon's machines can be in one.
     #[arg(
         long = "net",
-        value_name = "tap=NAME|bridge=NAME[,OPTION]...",
+        value_name = "network=NAME|tap=NAME|bridge=NAME[,OPTION]...",
         help_heading = "Machine"
     )]
     nets: Vec<String>,

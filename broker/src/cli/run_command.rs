@@ -7,6 +7,7 @@ use super::run_session::Session;
 use crate::console::attach::notice;
 use crate::launch::cgroup::Reach;
 use crate::launch::users::UserRange;
+use crate::network::board::Switchboard;
 use crate::serve::config::Config;
 use crate::vm::session::RunOptions;
 use crate::vm::spec::VmSpec;
@@ -119,6 +120,8 @@ fn prepare(args: &RunArgs, paths: &Paths, spec: &VmSpec) -> Result<RunOptions, F
         reboot: !args.machine.no_reboot,
         id: None,
         users,
+        // Networks are the daemon's.
+        networks: Switchboard::default(),
     })
 }
 

@@ -324,6 +324,7 @@ mod tests {
             reboot: true,
             id: None,
             users: crate::launch::users::UserRange::DEFAULT,
+            networks: crate::network::board::Switchboard::default(),
         };
         let session = Session {
             json: false,

@@ -1,14 +1,19 @@
-//! The host's side of network devices: TAP interfaces, opened on behalf of the processes that serve them.
+//! The host's side of network devices: TAP interfaces, opened on behalf of the processes that serve them, and ports of
+//! virtual networks ([`board`]).
 //!
 //! An interface that the broker makes is not persistent: the kernel removes it with its last descriptor, so that
 //! none is left behind whatever dies. The broker keeps descriptors besides those of the process, so that the
 //! interface, and its place in a bridge, outlive one process and are there for the next.
 
+pub mod board;
+pub mod spec;
 mod sys;
 
 use crate::remains;
 use crate::vm::session::RunError;
 use crate::vm::spec::{NetSource, NetSpec};
+use board::{Plugged, Switchboard};
+use bulkhead_ipc::protocol::birth::DiskLimits;
 use nix::errno::Errno;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -30,6 +35,37 @@ pub fn is_interface_name(name: &str) -> bool {
     (1..=INTERFACE_BYTES_MAX).contains(&name.len())
         && name.bytes().all(plain)
         && !matches!(name, "." | "..")
+}
+
+/// What a network card is plugged into.
+#[derive(Debug)]
+pub enum Hold {
+    /// An interface of the host.
+    Tap(Tap),
+    /// A virtual network.
+    Port(Plugged),
+}
+
+impl Hold {
+    /// Has network device `n` of machine `vm` plugged in.
+    ///
+    /// # Errors
+    /// What is lacking, or wrong.
+    pub fn open(
+        vm: &str,
+        n: usize,
+        spec: &NetSpec,
+        networks: &Switchboard,
+    ) -> Result<Self, RunError> {
+        let NetSource::Network(network) = &spec.source else {
+            return Tap::open(vm, n, spec).map(Self::Tap);
+        };
+        let card = u16::try_from(n).unwrap_or(u16::MAX);
+        let plugged = networks.plug(network, vm, card, spec.mac);
+        plugged.map(Self::Port).map_err(|error| {
+            RunError::Configuration(format!("net[{n}].network = \"{network}\": {error}"))
+        })
+    }
 }
 
 /// The queues of a TAP interface.
@@ -60,6 +96,23 @@ impl Tap {
                 Ok(tap) => return Ok(tap),
             }
         }
+    }
+
+    /// Opens what uplink `n` of `name` is, or makes it, as for a network device.
+    ///
+    /// # Errors
+    /// What is lacking, or wrong.
+    pub fn uplink(name: &str, n: usize, source: NetSource, mtu: u16) -> Result<Self, RunError> {
+        let spec = NetSpec {
+            name: name.to_owned(),
+            source,
+            mac: [0; 6],
+            mtu: Some(mtu),
+            queues: 1,
+            link_up: true,
+            limits: DiskLimits::default(),
+        };
+        Self::open(name, n, &spec)
     }
 
     /// Over descriptors that a living process has.

@@ -1,4 +1,4 @@
-//! The registry: which machines there are and what they are wanted to do, in one file that survives
+//! The registry: which machines and networks there are and what they are wanted to do, in one file that survives
 //! crashes and full disks.
 //!
 //! Each change is one transaction that is on disk when the call returns; a change that fails has
@@ -8,10 +8,12 @@
 //! Calls block on the disk for milliseconds; the daemon makes them on a thread that may.
 
 mod migrate;
+mod networks;
 mod record;
 #[cfg(test)]
 mod tests;
 
+pub use networks::NetworkRecord;
 pub use record::{Desired, Ended, VmRecord};
 
 use redb::{
@@ -59,6 +61,9 @@ pub enum RegistryError {
     /// There is a machine of that name.
     #[error("there is a machine {0} already")]
     Exists(String),
+    /// There is a network of that name.
+    #[error("there is a network {0} already")]
+    NetworkExists(String),
     /// There is no machine of that name.
     #[error("there is no machine {0}")]
     Missing(String),
@@ -228,6 +233,7 @@ fn open(path: &Path, steps: &[migrate::Step]) -> Result<Database, RegistryError>
     let transaction = database.begin_write()?;
     migrate::migrate(&transaction, steps)?;
     transaction.open_table(VMS)?;
+    networks::make(&transaction)?;
     transaction.commit()?;
     Ok(database)
 }

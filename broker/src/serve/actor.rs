@@ -292,7 +292,8 @@ impl Actor {
         self.close();
         let places = &self.shared.places;
         let users = self.shared.config.host.users;
-        let options = places.run_options(&record.name, &record.id, users);
+        let networks = self.shared.networks.clone();
+        let options = places.run_options(&record.name, &record.id, users, networks);
         let machine = Machine::start(spec, options)
             .map_err(|error| ApiError::new(Code::Host, format!("no thread: {error}")))?;
         self.live = Some(Live {
@@ -502,7 +503,7 @@ impl Actor {
 /// As the API tells it.
 pub(super) fn registry_error(error: RegistryError) -> ApiError {
     let code = match error {
-        RegistryError::Exists(_) => Code::Conflict,
+        RegistryError::Exists(_) | RegistryError::NetworkExists(_) => Code::Conflict,
         RegistryError::Missing(_) => Code::NotFound,
         _ => Code::Registry,
     };

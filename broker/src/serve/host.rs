@@ -2,6 +2,7 @@
 
 use super::actor::{Vm, registry_error};
 use super::life::spec_of;
+use super::network::Networks;
 use super::orphans::{finish_removals, keep_looking};
 use super::{ServeError, Shared};
 use crate::api::time::now_ms;
@@ -22,6 +23,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 #[derive(Debug)]
 pub(super) struct Host {
     pub(super) shared: Arc<Shared>,
+    /// Its virtual networks.
+    pub(super) networks: Networks,
     vms: Mutex<BTreeMap<String, Arc<Vm>>>,
     /// Machines are made and removed one after the other.
     pub(super) changing: tokio::sync::Mutex<()>,
@@ -47,7 +50,9 @@ impl Host {
         let removals = tokio::task::spawn_blocking(move || finish_removals(&state, &kept));
         // A removal that stays half done is in the log, and nobody's obstacle.
         let _logged = removals.await;
+        let networks = Networks::load(Arc::clone(&shared)).await?;
         let host = Arc::new(Self {
+            networks,
             vms: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
             going_down: AtomicBool::new(false),

@@ -5,6 +5,7 @@
 //! end these threads in an orderly way, on purpose: the machines outlive it.
 
 use crate::launch::users::UserRange;
+use crate::network::board::Switchboard;
 use crate::vm::Over;
 use crate::vm::session::{Command, EVENTS_CAPACITY, Event, RunError, RunOptions};
 use crate::vm::spec::VmSpec;
@@ -38,7 +39,7 @@ impl Machine {
     }
 
     /// Takes the machine `name` over, which is called `id` in the registry. Processes that are started later
-    /// have users of the range `users`.
+    /// have users of the range `users`, and cards are plugged into `networks`.
     ///
     /// # Errors
     /// When there is no thread to be had.
@@ -47,11 +48,12 @@ impl Machine {
         name: String,
         id: String,
         users: UserRange,
+        networks: Switchboard,
     ) -> io::Result<Self> {
         Self::on_a_thread(move |commands, events| {
             let id = Some(id);
             in_a_loop(crate::vm::adopt_and_keep(
-                &runtime, &name, id, users, commands, events,
+                &runtime, &name, id, users, networks, commands, events,
             ))
         })
     }

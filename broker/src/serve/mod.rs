@@ -27,6 +27,8 @@ mod journal;
 mod life;
 mod lock;
 mod machine;
+mod network;
+mod networks;
 mod notify;
 mod orphans;
 mod routes;
@@ -40,6 +42,7 @@ mod vsock;
 use crate::api::{ApiError, Code};
 use crate::launch::cgroup::{Place, Reach};
 use crate::launch::users::UserRange;
+use crate::network::board::Switchboard;
 use crate::registry::{Registry, RegistryError};
 use crate::vm::session::RunOptions;
 use budget::Budget;
@@ -51,6 +54,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use lock::Lock;
+pub use network::end_switches;
 
 /// Threads for work that blocks: the registry, files that machines name, `/proc`.
 const BLOCKING_THREADS: usize = 8;
@@ -78,7 +82,13 @@ impl Places {
         self.state.join("vms").join(name)
     }
 
-    fn run_options(&self, name: &str, id: &str, users: UserRange) -> RunOptions {
+    fn run_options(
+        &self,
+        name: &str,
+        id: &str,
+        users: UserRange,
+        networks: Switchboard,
+    ) -> RunOptions {
         RunOptions {
             binaries: self.binaries.clone(),
             policies: self.policies.clone(),
@@ -91,6 +101,7 @@ impl Places {
             reboot: true,
             id: Some(id.to_owned()),
             users,
+            networks,
         }
     }
 }
@@ -133,6 +144,8 @@ struct Shared {
     config: Config,
     registry: Arc<Registry>,
     budget: Arc<Budget>,
+    /// Where machines' cards are plugged into networks.
+    networks: Switchboard,
 }
 
 impl Shared {
@@ -188,6 +201,7 @@ pub fn serve(places: Places, config: Config) -> Result<(), ServeError> {
     let shared = Arc::new(Shared {
         budget: Budget::new(config.budget_bytes(&meminfo)),
         registry: Arc::new(registry),
+        networks: Switchboard::of_daemon(),
         places,
         config,
     });

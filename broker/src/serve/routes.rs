@@ -1,7 +1,7 @@
 //! The requests of the API: each takes its parts from the request, asks, and answers with JSON.
 
 use super::host::Host;
-use super::{attach, devices, shutdown, stats, stream, vsock};
+use super::{attach, devices, networks, shutdown, stats, stream, vsock};
 use crate::api::{
     ApiError, Code, Create, HostShutdown, REQUEST_BYTES_MAX, SCHEMA_VERSION, Stop, Version,
 };
@@ -69,6 +69,12 @@ pub(super) fn router(host: Arc<Host>) -> Router {
             post(devices::medium),
         )
         .route("/v1/vms/{name}/devices/{device}/link", post(devices::link))
+        .route("/v1/networks", get(networks::list).post(networks::create))
+        .route(
+            "/v1/networks/{name}",
+            get(networks::show).delete(networks::remove),
+        )
+        .route("/v1/networks/{name}/capture", get(networks::capture))
         .route("/v1/host/shutdown", post(host_shutdown))
         .fallback(nothing_there)
         .method_not_allowed_fallback(wrong_method)

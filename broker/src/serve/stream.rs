@@ -48,6 +48,12 @@ impl hyper::body::Body for Pieces {
     }
 }
 
+/// An answer that is what comes through a channel.
+pub(super) fn pieces(kind: &'static str) -> (mpsc::Sender<Bytes>, Result<Response, ApiError>) {
+    let (send, pieces) = mpsc::channel(PIECES);
+    (send, streamed(kind, Body::new(Pieces(pieces))))
+}
+
 /// `GET /v1/vms/NAME/events?follow=`: JSON lines.
 pub(super) async fn events(
     State(host): State<Arc<Host>>,

@@ -13,6 +13,10 @@ const VCPU_BURST: u32 = 2048;
 /// Messages of a socket device at once: what one has asked while it had no broker, as much as its channel
 /// holds, is read by the next broker all at once.
 const VSOCK_BURST: u32 = 512;
+/// Messages of a switch at once: every port may be refused or broken, and every machine may take an address.
+const SWITCH_BURST: u32 = 1024;
+/// The same of a switch, whose machines can have it tell of a lease now and then.
+const SWITCH_REFILL: Duration = Duration::from_millis(10);
 /// Time after which one more message is allowed: the answers to what the owner does.
 const REFILL: Duration = Duration::from_millis(100);
 /// The same of a socket device, which asks for connections and answers besides.
@@ -33,6 +37,7 @@ impl Allowance {
         let (burst, refill) = match kind {
             ProcKind::Vcpu => (VCPU_BURST, REFILL),
             ProcKind::Vsock => (VSOCK_BURST, VSOCK_REFILL),
+            ProcKind::Switch => (SWITCH_BURST, SWITCH_REFILL),
             _ => (DEVICE_BURST, REFILL),
         };
         Self {

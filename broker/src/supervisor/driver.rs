@@ -13,6 +13,7 @@ use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
 use bulkhead_ipc::protocol::birth::Born;
 use bulkhead_ipc::protocol::device::FromDevice;
+use bulkhead_ipc::protocol::switch::FromSwitch;
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -41,6 +42,8 @@ pub enum Notice {
     Locked(u8, String),
     /// A device process said something.
     Device(FromDevice),
+    /// The switch of a network said something.
+    Switch(FromSwitch),
     /// The vCPU process said something, and attached descriptors.
     Vcpu(FromVcpu, Vec<OwnedFd>),
     /// It cannot start, or broke its protocol. It is still there.
@@ -201,6 +204,7 @@ impl Watcher {
             let heard = match (said.born, launched.id.kind) {
                 (false, _) => hear(launched, |message, _| first(message, &mut said.born)),
                 (true, ProcKind::Vcpu) => hear(launched, Notice::Vcpu),
+                (true, ProcKind::Switch) => hear(launched, |message, _| Notice::Switch(message)),
                 (true, _) => hear(launched, |message, _| Notice::Device(message)),
             };
             let notice = match heard {

@@ -156,14 +156,14 @@ pub enum MeetError {
 
 /// A process that was met.
 #[derive(Debug)]
-pub(super) struct Met {
-    pub(super) launched: Launched,
+pub(crate) struct Met {
+    pub(crate) launched: Launched,
     /// What it keeps besides.
-    pub(super) kept: Vec<OwnedFd>,
+    pub(crate) kept: Vec<OwnedFd>,
 }
 
 /// Meets the process on record whose adoption socket is in `directory`. Waits at most [`PATIENCE`].
-pub(super) fn meet(directory: BorrowedFd<'_>, process: &ProcessRecord) -> Result<Met, MeetError> {
+pub(crate) fn meet(directory: BorrowedFd<'_>, process: &ProcessRecord) -> Result<Met, MeetError> {
     let pidfd = match open_process(process.pid) {
         Err(Errno::ESRCH) => return Err(MeetError::Dead),
         opened => opened?,

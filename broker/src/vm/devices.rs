@@ -4,7 +4,9 @@
 use super::household::Positions;
 use super::record::Record;
 use super::session::default_name;
-use super::spec::{ConsoleSpec, DiskSpec, NetSpec, OnDiskFull, ShareSpec, VmSpec, VsockSpec};
+use super::spec::{
+    ConsoleSpec, DiskSpec, NetSource, NetSpec, OnDiskFull, ShareSpec, VmSpec, VsockSpec,
+};
 use crate::image::chain::name_of;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{DeviceConfig, DeviceOwn, ImageFormat, ImageLayer, VirtioSlot};
@@ -119,9 +121,12 @@ fn net(index: u16, spec: &NetSpec) -> DevicePlan {
         | feature::NET_MAC
         | feature::NET_GUEST_TSO
         | feature::NET_HOST_TSO
-        | feature::NET_HOST_USO
         | feature::NET_MRG_RXBUF
         | feature::NET_STATUS;
+    // A switch cuts no datagrams.
+    if !matches!(spec.source, NetSource::Network(_)) {
+        features |= feature::NET_HOST_USO;
+    }
     let mut config = Image::new(VirtioKind::Net);
     config.put(0, &spec.mac);
     config.put(6, &u16::from(spec.link_up).to_le_bytes());

@@ -605,6 +605,8 @@ impl Machine<'_> {
             Notice::Device(FromDevice::NoRoom) => self.lacks_room(id),
             Notice::Device(FromDevice::HasRoom) => self.has_room(&self.name(id)),
             Notice::Vcpu(message, descriptors) => self.hear_vcpu(message, descriptors),
+            // No machine has one.
+            Notice::Switch(_) => {}
         }
     }
 

@@ -13,12 +13,13 @@ use super::keeper::Keeper;
 use super::record::{ProcessRecord, start_time};
 use super::resources::{DiskFiles, Hold, Resources, SharedFolder};
 use super::session::{Restart, RunError, RunOptions};
-use super::spec::{DiskSpec, HostShare, ShareSpec, VmSpec};
+use super::spec::{DiskSpec, HostShare, NetSource, ShareSpec, VmSpec};
 use super::vsock::{self, MachineSocket};
 use crate::launch::cgroup::{Device, Group, GroupLimits, Place, Reach, device_of};
 use crate::launch::cores;
 use crate::launch::{FolderTerms, Gift, LaunchError, Launched, Launcher};
-use crate::network::Tap;
+use crate::network::board::{PortFds, Switchboard};
+use crate::network::{Hold as NetHold, Tap};
 use crate::supervisor::state::Rule;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
@@ -104,7 +105,7 @@ struct Standing {
     /// `None` for one that cannot be had again.
     folders: Vec<Option<SharedFolder>>,
     /// `None` for one that has to be opened again.
-    nets: Vec<Option<Tap>>,
+    nets: Vec<Option<NetHold>>,
     entropy: File,
     vsock: Option<MachineSocket>,
     /// Size of all disks together.
@@ -302,10 +303,14 @@ impl Household {
         let disks: Vec<_> = nursery.spec.disks.iter().map(found_again).collect();
         let ends = disks.iter().flatten().flat_map(bytes_in_memory);
         let disk_bytes = ends.fold(0, u64::saturating_add);
-        let nets = (0..).zip(&nursery.spec.nets).map(|(index, _)| {
+        let nets = (0..).zip(&nursery.spec.nets).map(|(index, net)| {
             let mut serving = found.iter();
             let serving = serving.find(|p| (p.id.kind, p.id.index) == (ProcKind::Net, index))?;
-            taps_of(serving)
+            match net.source {
+                // Its next process has another port, and the network knows of this one no more.
+                NetSource::Network(_) => None,
+                NetSource::Tap(_) | NetSource::Bridge(_) => taps_of(serving).map(NetHold::Tap),
+            }
         });
         let nets = nets.collect();
         let mut members = Vec::new();
@@ -653,9 +658,11 @@ impl Midwife<'_, '_> {
     ) -> Result<(), RunError> {
         let rings = self.nursery.rings;
         if device.kind == VirtioKind::Net {
+            let networks = &self.nursery.keeper.record().options.networks;
+            let again = matches!(occasion, Occasion::Again(..));
             self.household
                 .standing
-                .plug_in(self.nursery.spec, device.index)?;
+                .plug_in(self.nursery.spec, device.index, networks, again)?;
         }
         let standing = &mut self.household.standing;
         let entropy = standing
@@ -682,6 +689,7 @@ impl Midwife<'_, '_> {
             lacks: format!("a descriptor: {cause}"),
         })?;
         let (taps, cuts_udp) = standing.tap(device)?;
+        let port = standing.port(device)?;
         let mut gifts = Vec::from(wiring.gifts(0));
         gifts.extend(
             listener
@@ -696,6 +704,13 @@ impl Midwife<'_, '_> {
                 gifts.extend(
                     queues.map(|(queue, index)| Gift::numbered(FdRole::Tap, index, queue.as_fd())),
                 );
+                gifts.extend(port.iter().flat_map(|port| {
+                    [
+                        Gift::new(FdRole::Port, port.memory.as_fd()),
+                        Gift::new(FdRole::PortKick, port.kick.as_fd()),
+                        Gift::new(FdRole::PortCall, port.call.as_fd()),
+                    ]
+                }));
             }
             (VirtioKind::Console, Some(ring)) => gifts.extend(ring.gifts()),
             (VirtioKind::Console, None) | (VirtioKind::Vsock, _) => {}
@@ -854,20 +869,46 @@ fn listener(standing: &mut Standing) -> Result<OwnedFd, RunError> {
 }
 
 impl Standing {
-    /// Sees to it that the interface of network device `index` is there.
-    fn plug_in(&mut self, spec: &VmSpec, index: u16) -> Result<(), RunError> {
+    /// Sees to it that the interface of network device `index` is there, or that a process which follows
+    /// another has a port of its own.
+    fn plug_in(
+        &mut self,
+        spec: &VmSpec,
+        index: u16,
+        networks: &Switchboard,
+        again: bool,
+    ) -> Result<(), RunError> {
         let n = usize::from(index);
-        if let (Some(place @ None), Some(net)) = (self.nets.get_mut(n), spec.nets.get(n)) {
-            *place = Some(Tap::open(&spec.name, n, net)?);
+        let (Some(place), Some(net)) = (self.nets.get_mut(n), spec.nets.get(n)) else {
+            return Ok(());
+        };
+        match place {
+            Some(NetHold::Tap(_)) => return Ok(()),
+            Some(NetHold::Port(_)) if !again => return Ok(()),
+            Some(NetHold::Port(_)) | None => {}
         }
+        *place = Some(NetHold::open(&spec.name, n, net, networks)?);
         Ok(())
+    }
+
+    /// Second descriptors of a network device's port, if it has one.
+    fn port(&self, device: &DevicePlan) -> Result<Option<PortFds>, RunError> {
+        let hold = self.nets.get(usize::from(device.index));
+        let is_net = device.kind == VirtioKind::Net;
+        let Some(NetHold::Port(plugged)) = hold.and_then(Option::as_ref).filter(|_| is_net) else {
+            return Ok(None);
+        };
+        let port = plugged.port.try_clone();
+        port.map(Some).map_err(|cause| RunError::Host {
+            lacks: format!("a descriptor: {cause}"),
+        })
     }
 
     /// Second descriptors of it, and whether the host cuts UDP datagrams. None for what is no network device.
     fn tap(&self, device: &DevicePlan) -> Result<(Vec<OwnedFd>, bool), RunError> {
         let tap = self.nets.get(usize::from(device.index));
         let is_net = device.kind == VirtioKind::Net;
-        let Some(tap) = tap.and_then(Option::as_ref).filter(|_| is_net) else {
+        let Some(NetHold::Tap(tap)) = tap.and_then(Option::as_ref).filter(|_| is_net) else {
             return Ok((Vec::new(), false));
         };
         let queues = tap.queues.iter().map(OwnedFd::try_clone);

@@ -12,7 +12,7 @@ use super::vsock::{self, MachineSocket, SocketError};
 use crate::escape::escaped;
 use crate::image::ephemeral;
 use crate::launch::{FolderTerms, Gift, Launcher};
-use crate::network::Tap;
+use crate::network::Hold as NetHold;
 use crate::remains;
 use bulkhead_ipc::protocol::birth::{FdRole, ImageFormat};
 use bulkhead_policies::cache::Compiled;
@@ -41,8 +41,8 @@ pub struct Resources {
     pub disks: Vec<DiskFiles>,
     /// The shared folders, in order.
     pub folders: Vec<SharedFolder>,
-    /// The TAP interfaces of the network devices, in order.
-    pub nets: Vec<Tap>,
+    /// What the network devices are plugged into, in order.
+    pub nets: Vec<NetHold>,
     /// The host's random numbers.
     pub entropy: File,
     /// The machine's Unix socket.
@@ -186,7 +186,7 @@ impl Resources {
                 .nets
                 .iter()
                 .enumerate()
-                .map(|(n, net)| Tap::open(&spec.name, n, net))
+                .map(|(n, net)| NetHold::open(&spec.name, n, net, &options.networks))
                 .collect::<Result<_, _>>()?,
             core: options.core.as_deref().map(core_file).transpose()?,
             kvm: device("/dev/kvm", true)?,

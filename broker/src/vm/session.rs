@@ -5,6 +5,7 @@ use super::any_path;
 use super::spec::{BackingSpec, DiskSpec, FileSpec};
 use crate::launch::cgroup::Reach;
 use crate::launch::users::UserRange;
+use crate::network::board::Switchboard;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::ProcId;
 use bulkhead_ipc::input_ring::InputWriter;
@@ -59,6 +60,9 @@ pub struct RunOptions {
     /// Users of its processes: those of the broker that starts them.
     #[serde(default)]
     pub users: UserRange,
+    /// The networks that its cards can be plugged into: those of the broker that starts them.
+    #[serde(skip)]
+    pub networks: Switchboard,
 }
 
 #[cfg(test)]
@@ -77,6 +81,7 @@ impl RunOptions {
             reboot: true,
             id: None,
             users: UserRange::DEFAULT,
+            networks: Switchboard::default(),
         }
     }
 }

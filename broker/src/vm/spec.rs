@@ -250,6 +250,19 @@ impl ShareSpec {
     }
 }
 
+/// What the name of a virtual network is.
+pub const NETWORK_NAME_RULE: &str = "the name of a network: 1 to 32 lower-case letters, digits or '-', of which '-' is neither first nor last";
+
+/// Whether a virtual network can have this name.
+#[must_use]
+pub fn is_network_name(name: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    (1..=32).contains(&name.len())
+        && name.bytes().all(plain)
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+}
+
 /// A network device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetSpec {
@@ -276,12 +289,16 @@ pub enum NetSource {
     Tap(String),
     /// A TAP interface that is made and put into this bridge of the host.
     Bridge(String),
+    /// A virtual network of the daemon.
+    Network(String),
 }
 
 impl NetSource {
-    const fn interface(&self) -> &String {
+    /// The network interface of the host that it names.
+    const fn interface(&self) -> Option<&String> {
         match self {
-            Self::Tap(name) | Self::Bridge(name) => name,
+            Self::Tap(name) | Self::Bridge(name) => Some(name),
+            Self::Network(_) => None,
         }
     }
 }
@@ -308,7 +325,7 @@ impl NetSpec {
     pub fn interface(&self, vm: &str, n: usize) -> String {
         match &self.source {
             NetSource::Tap(name) => name.clone(),
-            NetSource::Bridge(_) => {
+            NetSource::Bridge(_) | NetSource::Network(_) => {
                 let plain = format!("bh-{vm}-{n}");
                 if is_interface_name(&plain) {
                     plain
@@ -321,13 +338,28 @@ impl NetSpec {
 
     fn check(&self, n: usize) -> Result<(), SpecError> {
         check_name(&format!("net[{n}].name"), &self.name)?;
-        let interface = self.source.interface();
-        expect(
-            is_interface_name(interface),
-            &format!("net[{n}]"),
-            interface,
-            "the name of a network interface: at most 15 letters, digits, '-', '_' or '.'",
-        )?;
+        if let Some(interface) = self.source.interface() {
+            expect(
+                is_interface_name(interface),
+                &format!("net[{n}]"),
+                interface,
+                "the name of a network interface: at most 15 letters, digits, '-', '_' or '.'",
+            )?;
+        }
+        if let NetSource::Network(network) = &self.source {
+            expect(
+                is_network_name(network),
+                &format!("net[{n}].network"),
+                network,
+                NETWORK_NAME_RULE,
+            )?;
+            expect(
+                self.queues == 1,
+                &format!("net[{n}].queues"),
+                self.queues,
+                "1 in a network",
+            )?;
+        }
         expect(
             is_unicast(self.mac),
             &format!("net[{n}].mac"),

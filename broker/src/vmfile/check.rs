@@ -11,8 +11,9 @@ use crate::network::is_interface_name;
 use crate::vm::spec::{
     BackingSpec, BootDisk, CMDLINE_BYTES_MAX, CloudInitSpec, ConsoleChoice, DEVICES_MAX, DiskSpec,
     FILES_MAX, FileSpec, GUEST_PATH_BYTES_MAX, HISTORY_BYTES, KernelSource, MTU_BYTES,
-    NAME_BYTES_MAX, NetSource, NetSpec, SEED_DISK, SERIAL_BYTES_MAX, SOCKET_NAME_BYTES_MAX,
-    ShareSpec, TAG_BYTES_MAX, VmSpec, VsockSpec, is_guest_path,
+    NAME_BYTES_MAX, NETWORK_NAME_RULE, NetSource, NetSpec, SEED_DISK, SERIAL_BYTES_MAX,
+    SOCKET_NAME_BYTES_MAX, ShareSpec, TAG_BYTES_MAX, VmSpec, VsockSpec, is_guest_path,
+    is_network_name,
 };
 use bulkhead_ipc::platform::MEMORY_BYTES_MIN;
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
@@ -520,20 +521,36 @@ impl Checker {
         spec: &VmSpec,
         all: &[DraftNet],
     ) -> Option<NetSpec> {
-        let source = match (&draft.tap, &draft.bridge) {
-            (Some(tap), None) => (tap, NetSource::Tap(tap.value.clone())),
-            (None, Some(bridge)) => (bridge, NetSource::Bridge(bridge.value.clone())),
-            (None, None) | (Some(_), Some(_)) => {
-                self.problems.push(Problem {
-                    place: draft.place.clone(),
-                    expectation: "expected either `tap` or `bridge`".to_owned(),
-                });
-                return None;
-            }
+        let tap = draft
+            .tap
+            .iter()
+            .map(|t| (t, NetSource::Tap(t.value.clone())));
+        let bridge = draft.bridge.iter();
+        let bridge = bridge.map(|b| (b, NetSource::Bridge(b.value.clone())));
+        let network = draft.network.iter();
+        let network = network.map(|n| (n, NetSource::Network(n.value.clone())));
+        let mut sources = tap.chain(bridge).chain(network);
+        let (Some(source), None) = (sources.next(), sources.next()) else {
+            self.problems.push(Problem {
+                place: draft.place.clone(),
+                expectation: "expected one of `network`, `tap` and `bridge`".to_owned(),
+            });
+            return None;
         };
         let rule =
             "expected the name of a network interface: at most 15 letters, digits, '-', '_' or '.'";
-        self.expect(is_interface_name(&source.0.value), source.0, rule);
+        match &source.1 {
+            NetSource::Network(name) => {
+                let rule = format!("expected {NETWORK_NAME_RULE}");
+                self.expect(is_network_name(name), source.0, rule);
+                if let Some(queues) = &draft.queues {
+                    self.expect(queues.value == 1, queues, "expected 1 in a network");
+                }
+            }
+            NetSource::Tap(name) | NetSource::Bridge(name) => {
+                self.expect(is_interface_name(name), source.0, rule);
+            }
+        }
         let tap = |net: &DraftNet| net.tap.as_ref().map(|tap| tap.value.clone());
         let twin = tap(draft).is_some() && all.iter().take(n).any(|other| tap(other) == tap(draft));
         self.expect(

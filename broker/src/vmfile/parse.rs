@@ -85,6 +85,7 @@ pub(super) const SHARE_KEYS: &[Key] = &[
 ];
 pub(super) const NET_KEYS: &[Key] = &[
     key("name"),
+    key("network"),
     key("tap"),
     key("bridge"),
     key("mac"),
@@ -388,6 +389,7 @@ fn read_net(net: &Section<'_>, problems: &mut Vec<Problem>) -> DraftNet {
         name: net.string("name", problems),
         tap: net.string("tap", problems),
         bridge: net.string("bridge", problems),
+        network: net.string("network", problems),
         mac: net.get("mac", problems, |value| {
             parse_mac(value.as_str().unwrap_or_default())
         }),

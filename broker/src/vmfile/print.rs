@@ -206,8 +206,15 @@ struct Net {
         regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$")
     )]
     name: Option<String>,
+    /// Virtual network of the daemon (`bulkhead network create`) that it is plugged into. One of this, `tap` and
+    /// `bridge`.
+    #[schemars(
+        length(min = 1, max = 32),
+        regex(pattern = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
+    )]
+    network: Option<String>,
     /// TAP interface of the host that it is plugged into; one that is not there is made, and removed with the
-    /// machine. Either this or `bridge`.
+    /// machine.
     #[schemars(length(min = 1, max = 15), regex(pattern = "^[A-Za-z0-9._-]+$"))]
     tap: Option<String>,
     /// Bridge of the host: a TAP interface is made, put into it, and removed with the machine.
@@ -219,7 +226,7 @@ struct Net {
     /// Largest packet in bytes, for host and guest. Default: what it is.
     #[schemars(range(min = 68, max = 65521))]
     mtu: Option<u16>,
-    /// Pairs of queues. Default: 1.
+    /// Pairs of queues, 1 in a network. Default: 1.
     #[schemars(range(min = 1, max = 8))]
     queues: Option<u8>,
     /// Whether the cable is plugged in at the start. Default: "up".
@@ -248,13 +255,16 @@ struct NetLimit {
 }
 
 fn net(net: &NetSpec) -> Net {
-    let (tap, bridge) = match &net.source {
-        NetSource::Tap(name) => (Some(name.clone()), None),
-        NetSource::Bridge(name) => (None, Some(name.clone())),
-    };
+    let (mut network, mut tap, mut bridge) = (None, None, None);
+    match &net.source {
+        NetSource::Network(name) => network = Some(name.clone()),
+        NetSource::Tap(name) => tap = Some(name.clone()),
+        NetSource::Bridge(name) => bridge = Some(name.clone()),
+    }
     let limits = &net.limits;
     Net {
         name: Some(net.name.clone()),
+        network,
         tap,
         bridge,
         mac: Some(show_mac(net.mac)),

@@ -663,13 +663,28 @@ fn network_devices_have_names_addresses_and_queues_of_their_own() {
     assert_eq!(second.mac, [0x52, 0x54, 0, 0, 0, 1]);
     assert_eq!(first.interface("web", 0), "tap0");
     assert_eq!(second.interface("web", 1), "bh-web-1");
+    // Two cards may be in one network.
+    let both = read("[[net]]\nnetwork = \"lab\"\n[[net]]\nnetwork = \"lab\"\n").unwrap();
+    assert_eq!(both.nets[1].source, NetSource::Network("lab".into()));
     let long = second.interface("a-machine-with-a-long-name", 1);
     assert!(crate::network::is_interface_name(&long), "{long}");
     for (nets, wanted) in [
-        ("[[net]]\n", "expected either `tap` or `bridge`"),
+        ("[[net]]\n", "expected one of `network`, `tap` and `bridge`"),
         (
             "[[net]]\ntap = \"a\"\nbridge = \"b\"\n",
-            "expected either `tap` or `bridge`",
+            "expected one of `network`, `tap` and `bridge`",
+        ),
+        (
+            "[[net]]\nnetwork = \"a\"\ntap = \"b\"\n",
+            "expected one of `network`, `tap` and `bridge`",
+        ),
+        (
+            "[[net]]\nnetwork = \"Lab\"\n",
+            "expected the name of a network: 1 to 32",
+        ),
+        (
+            "[[net]]\nnetwork = \"lab\"\nqueues = 2\n",
+            "expected 1 in a network",
         ),
         (
             "[[net]]\ntap = \"a/b\"\n",
@@ -790,16 +805,20 @@ prop_compose! {
     fn any_net()(
         name in "[a-zA-Z0-9._-]{0,20}",
         interface in "[a-zA-Z0-9_-]{1,12}",
-        bridged: bool, link_up: bool, limits in any_limits(),
+        kind in 0u8..3, link_up: bool, limits in any_limits(),
         first in 0u8..=127, rest in prop::array::uniform5(any::<u8>()),
         mtu in prop::option::of(68u16..=65_521), queues in 1u8..=8,
     ) -> NetSpec {
         NetSpec {
             name,
-            source: if bridged { NetSource::Bridge(interface) } else { NetSource::Tap(interface) },
+            source: match kind {
+                0 => NetSource::Bridge(interface),
+                1 => NetSource::Tap(interface),
+                _ => NetSource::Network("lab".into()),
+            },
             mac: [first << 1 | 2, rest[0], rest[1], rest[2], rest[3], rest[4]],
             mtu,
-            queues,
+            queues: if kind == 2 { 1 } else { queues },
             link_up,
             limits,
         }
@@ -905,8 +924,9 @@ proptest! {
         }
         for (n, net) in spec.nets.iter_mut().enumerate() {
             net.name = format!("n{n}{}", net.name);
-            let (NetSource::Tap(interface) | NetSource::Bridge(interface)) = &mut net.source;
-            *interface = format!("{n}{interface}");
+            if let NetSource::Tap(interface) | NetSource::Bridge(interface) = &mut net.source {
+                *interface = format!("{n}{interface}");
+            }
         }
         let text = print(&spec).unwrap();
         // Another directory: printed paths must not depend on where the file lies.

@@ -22,13 +22,14 @@ fn main() -> ExitCode {
         Some("bulkhead-legacy") => bulkhead_legacy::run(),
         Some("bulkhead-net") => bulkhead_net::run(),
         Some("bulkhead-rng") => bulkhead_rng::run(),
+        Some("bulkhead-switch") => bulkhead_switch::run(),
         Some("bulkhead-vsock") => bulkhead_vsock::run(),
         Some("bulkhead-fs") => bulkhead_fs::run(),
         _ => {
             bulkhead_runtime::log::line(
                 "this program serves devices under the names bulkhead-blk, bulkhead-console, \
-                 bulkhead-fs, bulkhead-image, bulkhead-legacy, bulkhead-net, bulkhead-rng and \
-                 bulkhead-vsock, and is started by `bulkhead`, not by hand",
+                 bulkhead-fs, bulkhead-image, bulkhead-legacy, bulkhead-net, bulkhead-rng, \
+                 bulkhead-switch and bulkhead-vsock, and is started by `bulkhead`, not by hand",
             );
             bulkhead_runtime::leave(EXIT_STILLBORN)
         }

@@ -54,6 +54,18 @@ pub(crate) trait Backend: Debug {
         frame: &[Span],
         window: &Queues,
     ) -> bool;
+
+    /// Whether the next frame to send has room. When it has none, whoever waits is woken by [`Backend::watched`] when
+    /// there is.
+    fn has_room(&mut self) -> bool {
+        true
+    }
+
+    /// What was sent and received in this turn is over.
+    fn settle(&mut self) {}
+
+    /// [`Backend::watched`] has woken the process.
+    fn woken(&mut self) {}
 }
 
 /// A TAP interface of the host, set up by the broker: with headers (IFF_VNET_HDR) of

@@ -4,10 +4,13 @@
 use crate::backend::{Backend, Offloads, Received, Tap};
 use crate::control::{self, Command};
 use crate::inbox::{Fit, Inbox};
+use crate::port::Switched;
 use crate::request::{BUFFERS_AT, FRAME_BYTES_MAX, HEADER_BYTES, Header, Unsound, feature};
 use bulkhead_ipc::device_kind::VirtioKind;
+use bulkhead_ipc::port::{Port, PortEnd};
 use bulkhead_ipc::protocol::birth::{DeviceOwn, DiskLimits, FdRole};
 use bulkhead_ipc::protocol::device::{Direction, Traffic};
+use bulkhead_ipc::shared::Doorbell;
 use bulkhead_runtime::device::FIRST_TOKEN;
 use bulkhead_runtime::limits::Limiter;
 use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Setup, Span, Stillbirth};
@@ -56,8 +59,10 @@ pub(crate) struct Net {
     /// Receive buffers of each pair that nothing has come for, oldest first. The gate has no more
     /// slots than the queues were laid out for, which bounds them.
     buffers: Vec<VecDeque<Chain>>,
-    /// Frames that the limit does not let through yet, with their queues; bounded alike.
+    /// Frames that the limit does not let through yet, or the wire has no room for, with their queues; bounded alike.
     unsent: VecDeque<(usize, Chain)>,
+    /// They wait for room, of which the wire tells.
+    is_full: bool,
     /// Heads and lengths of the buffers of one frame, on their way to be completed.
     filled: Vec<(u16, u32)>,
     features: u64,
@@ -93,11 +98,7 @@ impl Device for Net {
                 expected: "1 to 8 pairs of queues",
             });
         }
-        let mut taps = Vec::with_capacity(pairs);
-        for index in (0..).take(pairs) {
-            taps.push(setup.grants.take(FdRole::Tap, index)?);
-        }
-        let wire = Box::new(Tap::new(taps, cuts_udp));
+        let wire = wire(setup, pairs, cuts_udp)?;
         for (queue, token) in (0..wire.queues()).zip(FIRST_TOKEN..) {
             if let Some(fd) = wire.watched(queue) {
                 setup.watch(fd, token)?;
@@ -111,6 +112,7 @@ impl Device for Net {
             inboxes: (0..wire.queues()).map(|_| Inbox::new()).collect(),
             buffers: (0..pairs).map(with_room).collect(),
             unsent: VecDeque::with_capacity(slots * pairs),
+            is_full: false,
             filled: Vec::with_capacity(slots),
             wire,
             features: 0,
@@ -175,7 +177,10 @@ impl Device for Net {
                 if let Some(inbox) = self.inboxes.get_mut(pair) {
                     inbox.readable = true;
                 }
-                if !self.unsent.is_empty() || self.sending_waits().is_some() {
+                if !self.unsent.is_empty()
+                    || self.sending_waits().is_some()
+                    || !self.wire.has_room()
+                {
                     self.unsent.push_back((queue, chain));
                     return Ok(());
                 }
@@ -188,7 +193,12 @@ impl Device for Net {
 
     fn settle(&mut self, queues: &mut Queues) -> Result<bool, DeviceFault> {
         let mut busy = false;
+        self.is_full = false;
         while !self.unsent.is_empty() && (!self.link_up || self.sending_waits().is_none()) {
+            if self.link_up && !self.wire.has_room() {
+                self.is_full = true;
+                break;
+            }
             if let Some((queue, chain)) = self.unsent.pop_front() {
                 self.send(queue, &chain, queues)?;
                 busy = true;
@@ -202,6 +212,7 @@ impl Device for Net {
                 }
             }
         }
+        self.wire.settle();
         Ok(busy)
     }
 
@@ -209,6 +220,7 @@ impl Device for Net {
         let tap = usize::from(token.wrapping_sub(FIRST_TOKEN));
         if let Some(inbox) = self.inboxes.get_mut(tap) {
             inbox.readable = true;
+            self.wire.woken();
         }
         Ok(())
     }
@@ -255,13 +267,42 @@ impl Device for Net {
         let receive = limited
             .then(|| self.receiving.wait(Instant::now()))
             .flatten();
-        let send = (!self.unsent.is_empty()).then(|| self.sending_waits().unwrap_or_default());
+        let sends = !self.unsent.is_empty() && !self.is_full;
+        let send = sends.then(|| self.sending_waits().unwrap_or_default());
         receive.into_iter().chain(send).min()
     }
 
     fn is_at_once(&self) -> bool {
         true
     }
+}
+
+/// What the card is plugged into: a port of a network, or the queues of an interface.
+fn wire(
+    setup: &mut Setup<'_>,
+    pairs: usize,
+    cuts_udp: bool,
+) -> Result<Box<dyn Backend>, Stillbirth> {
+    let grants = &mut *setup.grants;
+    if grants.has(FdRole::Port, 0) {
+        if pairs != 1 {
+            return Err(Stillbirth::Field {
+                field: "queue_sizes",
+                got: format!("{pairs} pairs"),
+                expected: "one pair of queues at a port",
+            });
+        }
+        let port = Port::find(grants.take(FdRole::Port, 0)?, PortEnd::Device);
+        let port = port.map_err(Stillbirth::setup)?;
+        let switch = Doorbell::from(grants.take(FdRole::PortKick, 0)?);
+        let own = Doorbell::from(grants.take(FdRole::PortCall, 0)?);
+        return Ok(Box::new(Switched::new(port, switch, own)));
+    }
+    let mut taps = Vec::with_capacity(pairs);
+    for index in (0..).take(pairs) {
+        taps.push(grants.take(FdRole::Tap, index)?);
+    }
+    Ok(Box::new(Tap::new(taps, cuts_udp)))
 }
 
 /// Features that mean something without the others that they need are taken for not negotiated.

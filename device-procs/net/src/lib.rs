@@ -12,6 +12,9 @@ mod device;
 mod device_tests;
 mod inbox;
 pub mod offload;
+mod port;
+#[cfg(test)]
+mod port_tests;
 pub mod request;
 
 /// Runs the process from its birth to its end.

@@ -142,6 +142,7 @@ impl Newborn {
             sys::settle_heap(match kind {
                 ProcKind::Vsock => CONNECTIONS_HEAP_BYTES,
                 ProcKind::Fs => FOLDER_HEAP_BYTES,
+                ProcKind::Switch => NETWORK_HEAP_BYTES,
                 _ => HEAP_BYTES,
             });
         }
@@ -282,6 +283,8 @@ const HEAP_BYTES: i32 = 1 << 20;
 const CONNECTIONS_HEAP_BYTES: i32 = 160 << 20;
 /// The same of a folder's process, which may ask for more: what it keeps of names is up to its guest.
 const FOLDER_HEAP_BYTES: i32 = 256 << 10;
+/// The same of a switch: what it keeps for each of its ports has a limit, all together a few MiB.
+const NETWORK_HEAP_BYTES: i32 = 32 << 20;
 
 /// Version of this program.
 fn program_version() -> &'static str {
@@ -339,6 +342,7 @@ fn check(birth: &Birth, kind: ProcKind) -> Result<(), Stillbirth> {
         KindConfig::Vcpu(_) => ProcKind::Vcpu,
         KindConfig::Legacy(_) => ProcKind::Legacy,
         KindConfig::Image(_) => ProcKind::Image,
+        KindConfig::Switch(_) => ProcKind::Switch,
         KindConfig::Device(device) => device.kind.proc_kind(),
     };
     if birth.id.kind != kind || config_kind != kind {

@@ -195,11 +195,14 @@ fn check_kind(role: FdRole, index: u16, fd: &OwnedFd) -> Result<(), GrantError> 
         | FdRole::Core
         | FdRole::Output
         | FdRole::Window
+        | FdRole::Port
         | FdRole::LegacyPage
         | FdRole::Input => (&[SFlag::S_IFREG], "a regular file"),
         FdRole::Listener => (&[SFlag::S_IFSOCK], "a socket"),
         FdRole::Kick
         | FdRole::Call
+        | FdRole::PortKick
+        | FdRole::PortCall
         | FdRole::LegacyKick
         | FdRole::LegacyInterrupt
         | FdRole::LegacyReply

@@ -37,6 +37,8 @@ pub struct SocketNews {
     pub number: u64,
     /// Whether both of its directions have ended.
     pub hung_up: bool,
+    /// Whether it has an error; a pipe that nobody reads has one.
+    pub failed: bool,
 }
 
 /// What woke the process: one bit for each token, and the sockets.
@@ -107,6 +109,7 @@ impl Waiter {
                 woken.sockets.push(SocketNews {
                     number: event.data() & !SOCKET,
                     hung_up: event.events().contains(EpollFlags::EPOLLHUP),
+                    failed: event.events().contains(EpollFlags::EPOLLERR),
                 });
             }
         }
@@ -127,6 +130,23 @@ impl Watcher {
             | EpollFlags::EPOLLET;
         let event = EpollEvent::new(flags, SOCKET | number);
         self.epoll.add(socket, event)
+    }
+
+    /// As [`Watcher::watch`], for what can be read only: a doorbell, an interface.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn watch_input(&self, fd: impl AsFd, number: u64) -> Result<(), Errno> {
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        self.epoll.add(fd, EpollEvent::new(flags, SOCKET | number))
+    }
+
+    /// Takes a descriptor away that others have as well, so that it would stay in the set when it is closed.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn forget(&self, fd: impl AsFd) -> Result<(), Errno> {
+        self.epoll.delete(fd)
     }
 }
 

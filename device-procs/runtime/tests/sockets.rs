@@ -6,8 +6,9 @@
     reason = "an integration test is a test module"
 )]
 
+use bulkhead_ipc::shared::Doorbell;
 use bulkhead_runtime::socket::accept;
-use bulkhead_runtime::wait::{SocketNews, Waiter};
+use bulkhead_runtime::wait::{SocketNews, Waiter, Woken};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
@@ -24,6 +25,7 @@ fn socket_has_news_until_it_is_closed() {
         vec![SocketNews {
             number: 77,
             hung_up,
+            failed: false,
         }]
     };
     let look = || waiter.sleep(Some(Duration::ZERO)).unwrap().sockets;
@@ -67,4 +69,23 @@ fn connections_are_taken_one_by_one_and_do_not_block() {
         assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
     }
     assert!(accept(&listener).unwrap().is_none());
+}
+
+#[test]
+fn what_is_forgotten_wakes_nobody_though_others_have_it() {
+    let bell = Doorbell::new().unwrap();
+    let (own, waiter) = (bell.try_clone().unwrap(), Waiter::new().unwrap());
+    let (watcher, now) = (waiter.watcher(), Some(Duration::ZERO));
+    watcher.watch_input(&own, 77).unwrap();
+    bell.ring();
+    let news = SocketNews {
+        number: 77,
+        hung_up: false,
+        failed: false,
+    };
+    assert_eq!(waiter.sleep(now).unwrap().sockets, [news]);
+    watcher.forget(&own).unwrap();
+    drop(own);
+    bell.ring();
+    assert_eq!(waiter.sleep(now).unwrap(), Woken::default());
 }

@@ -5,7 +5,7 @@
 use crate::PortId;
 use crate::settings::Subnet;
 use crate::wire::Mac;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,8 @@ struct Held {
     address: Ipv4Addr,
     port: Option<PortId>,
     expires: Instant,
+    /// Until when it holds as far as others were told.
+    told: Option<Instant>,
 }
 
 /// All of them.
@@ -35,6 +37,8 @@ struct Held {
 pub(crate) struct Leases {
     held: BTreeMap<Mac, Held>,
     owners: BTreeMap<Ipv4Addr, Mac>,
+    /// What was confirmed and not told yet.
+    news: BTreeSet<Mac>,
 }
 
 impl Leases {
@@ -81,7 +85,29 @@ impl Leases {
     pub(crate) fn confirm(&mut self, mac: Mac, until: Instant) {
         if let Some(held) = self.held.get_mut(&mac) {
             held.expires = until;
+            self.news.insert(mac);
         }
+    }
+
+    /// Leases that others have to be told of: new ones, and those that hold for much longer than was told. A machine
+    /// cannot make many of them by asking again and again.
+    pub(crate) fn take_news(&mut self, now: Instant) -> Vec<Lease> {
+        let mut news = Vec::new();
+        for mac in std::mem::take(&mut self.news) {
+            let Some(held) = self.held.get_mut(&mac) else {
+                continue;
+            };
+            let left = held.expires.saturating_duration_since(now);
+            if held.told.is_none_or(|told| told < now + left / 2) {
+                held.told = Some(held.expires);
+                news.push(Lease {
+                    mac,
+                    address: held.address,
+                    left,
+                });
+            }
+        }
+        news
     }
 
     /// The address that `mac` has, while its lease holds.
@@ -113,6 +139,7 @@ impl Leases {
             address,
             port,
             expires,
+            told: None,
         };
         if let Some(before) = self.held.insert(mac, held)
             && before.address != address
@@ -233,6 +260,29 @@ mod tests {
         assert_eq!(got, PER_PORT_MAX);
         let other = leases.address(&subnet(200), mac(101), 2, None, now, |_| true);
         assert!(other.is_some());
+    }
+
+    #[test]
+    fn each_lease_is_told_once_and_again_when_half_of_it_is_over() {
+        let (mut leases, start) = (Leases::default(), Instant::now());
+        let hour = Duration::from_secs(3600);
+        let address = leases.address(&subnet(200), mac(1), 1, None, start, |_| true);
+        assert_eq!(leases.take_news(start), [], "an offer is no lease");
+        leases.confirm(mac(1), start + hour);
+        let told = leases.take_news(start);
+        assert_eq!((told.len(), told[0].left), (1, hour));
+        assert_eq!(Some(told[0].address), address);
+        for s in 0..100 {
+            let now = start + Duration::from_secs(s);
+            // Given back, and taken again.
+            leases.confirm(mac(1), now);
+            assert_eq!(leases.take_news(now), []);
+            leases.confirm(mac(1), now + hour);
+            assert_eq!(leases.take_news(now), []);
+        }
+        let later = start + hour / 2 + Duration::from_secs(60);
+        leases.confirm(mac(1), later + hour);
+        assert_eq!(leases.take_news(later).len(), 1);
     }
 
     proptest! {

@@ -7,7 +7,7 @@
 //!                                                  └── gateway: ARP, echo, DHCP, DNS ── back to its port
 //! ```
 //!
-//! Nothing here waits, opens anything or reads a clock: packets and the time are given by the caller
+//! Nothing here but [`process`] waits, opens anything or reads a clock: packets and the time are given by the caller
 //! ([`Ports`]). Every byte of a frame is hostile, also those that come by an uplink: it is copied once, read
 //! with checked accesses, and what it can make the switch keep is bounded by port. It must never let a
 //! frame of one machine reach a port that the machine may not talk to, nor send what a machine says in
@@ -29,15 +29,18 @@ mod gateway;
 mod guard;
 mod leases;
 pub mod offload;
+mod process;
 pub mod settings;
 mod switch;
 mod table;
+pub mod terms;
 pub mod wire;
 pub mod wires;
 
 pub use bulkhead_ipc::protocol::birth::Rate;
 pub use counters::{Cause, Counters};
 pub use leases::Lease;
+pub use process::run;
 pub use settings::{
     Guard, Isolation, Limits, NetworkSettings, PortSettings, Role, SettingsError, Subnet, Vlan,
 };

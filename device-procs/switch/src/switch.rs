@@ -213,6 +213,11 @@ impl Switch {
         self.leases.list(now)
     }
 
+    /// Leases that a successor has to know of and nobody was told of yet.
+    pub fn take_lease_news(&mut self, now: Instant) -> Vec<Lease> {
+        self.leases.take_news(now)
+    }
+
     /// The ports with their counters.
     pub fn counters(&self) -> impl Iterator<Item = (PortId, &Counters)> {
         self.states.iter().map(|(id, state)| (*id, &state.counters))

@@ -1,5 +1,5 @@
-//! Machines' ports as rings in shared memory ([`bulkhead_ipc::port`]): how packets of the switch come and go there, and who
-//! is to be woken.
+//! Where packets of the switch come and go: machines' ports as rings in shared memory ([`bulkhead_ipc::port`]), uplinks as
+//! queues of TAP interfaces; and who is to be woken.
 //!
 //! ```text
 //!   loop: pass over the awake ports ── settle (publish, give back, ring) ── idle ports asked for records
@@ -12,22 +12,38 @@
 use crate::switch::{Passed, PortId, Ports, Sent, Switch};
 use bulkhead_ipc::port::{PACKET_HEADER_BYTES, Port, PortFault};
 use bulkhead_ipc::shared::Doorbell;
+use nix::errno::Errno;
+use nix::sys::uio::writev;
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::IoSlice;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Most parts of a frame that are written at once: a header in front of the frame's own.
+const PARTS_MAX: usize = 8;
 
 /// One port.
 #[derive(Debug)]
-struct Wire {
+enum Wire {
+    /// A machine's.
+    Ring(Box<Ring>),
+    /// A queue of a TAP interface: with headers (IFF_VNET_HDR) of [`PACKET_HEADER_BYTES`], non-blocking.
+    Tap(Arc<OwnedFd>),
+}
+
+#[derive(Debug)]
+struct Ring {
     port: Port,
     /// The other end's.
     bell: Doorbell,
     fault: Option<PortFault>,
 }
 
-impl Wire {
-    /// Does something with the rings of a port that is not broken.
+impl Ring {
+    /// Does something with the rings of a port whose other end is there and that is not broken.
     fn attempt<T>(&mut self, work: impl FnOnce(&mut Port) -> Result<T, PortFault>) -> Option<T> {
-        if self.fault.is_some() {
+        if self.fault.is_some() || !self.port.is_met() {
             return None;
         }
         match work(&mut self.port) {
@@ -38,9 +54,76 @@ impl Wire {
             }
         }
     }
+
+    fn receive(&mut self, to: &mut [u8]) -> Option<usize> {
+        self.attempt(|port| {
+            let there = port.reader.peek(&port.memory)?;
+            Ok(there.map(|_| {
+                let len = port.reader.copy_out(&port.memory, 0, to);
+                port.reader.take();
+                len
+            }))
+        })?
+    }
+
+    fn send(&mut self, header: [u8; PACKET_HEADER_BYTES], frame: &[&[u8]]) -> bool {
+        let len = PACKET_HEADER_BYTES + frame.iter().map(|part| part.len()).sum::<usize>();
+        let sent = self.attempt(|port| {
+            let Some(mut record) = port.writer.reserve(&port.memory, len)? else {
+                return Ok(false);
+            };
+            record.write(&header);
+            for part in frame {
+                record.write(part);
+            }
+            record.commit();
+            Ok(true)
+        });
+        sent == Some(true)
+    }
+
+    /// Makes visible what was sent and gives back the places of what was taken; rings whoever waits for either.
+    fn settle(&mut self) {
+        let Port {
+            memory,
+            writer,
+            reader,
+            ..
+        } = &mut self.port;
+        let records = writer.publish(memory);
+        let room = reader.release(memory);
+        if records || room {
+            self.bell.ring();
+        }
+    }
 }
 
-/// The ports of a network that are rings.
+/// An interface that is down (EIO), or gone (EBADFD), is one that nothing comes from.
+fn read_tap(tap: &OwnedFd, to: &mut [u8]) -> Option<usize> {
+    loop {
+        match nix::unistd::read(tap, to) {
+            Ok(len) if len > PACKET_HEADER_BYTES => return Some(len),
+            Err(Errno::EINTR) => {}
+            Ok(_) | Err(_) => return None,
+        }
+    }
+}
+
+fn write_tap(tap: &OwnedFd, header: &[u8], frame: &[&[u8]]) -> bool {
+    let mut parts = [IoSlice::new(&[]); PARTS_MAX];
+    let all = [header].into_iter().chain(frame.iter().copied());
+    let mut used = 0;
+    for part in all {
+        let Some(place) = parts.get_mut(used) else {
+            return false;
+        };
+        *place = IoSlice::new(part);
+        used += 1;
+    }
+    writev(tap, parts.get(..used).unwrap_or_default()).is_ok()
+}
+
+/// The ports of a network.
 #[derive(Debug, Default)]
 pub struct Wires {
     wires: BTreeMap<PortId, Wire>,
@@ -55,10 +138,34 @@ pub struct Wires {
 impl Wires {
     /// Has `port` carried by these rings from now on; `bell` wakes the other end.
     pub fn attach(&mut self, id: PortId, port: Port, bell: Doorbell) {
-        let fault = None;
-        self.wires.insert(id, Wire { port, bell, fault });
+        // Whoever waits at the other end may do so in an earlier generation.
+        bell.ring();
+        let ring = Ring {
+            port,
+            bell,
+            fault: None,
+        };
+        self.add(id, Wire::Ring(Box::new(ring)));
+    }
+
+    /// Has `port` carried by this queue of a TAP interface from now on.
+    pub fn attach_tap(&mut self, id: PortId, tap: Arc<OwnedFd>) {
+        self.add(id, Wire::Tap(tap));
+    }
+
+    fn add(&mut self, id: PortId, wire: Wire) {
+        self.detach(id);
+        self.wires.insert(id, wire);
         self.awake.insert(id);
-        self.resting.remove(&id);
+    }
+
+    /// Whether somebody is at the other end.
+    pub fn is_met(&mut self, id: PortId) -> bool {
+        match self.wires.get_mut(&id) {
+            Some(Wire::Ring(ring)) => ring.fault.is_none() && ring.port.is_met(),
+            Some(Wire::Tap(_)) => true,
+            None => false,
+        }
     }
 
     /// Lets go of a port's rings.
@@ -78,6 +185,16 @@ impl Wires {
 
     /// Makes one pass over the ports that may have something. Returns how many frames were taken.
     pub fn pass(&mut self, switch: &mut Switch, now: Instant) -> usize {
+        self.pass_and(switch, now, |_| {})
+    }
+
+    /// As [`Wires::pass`]; `before` is called when everything is done and nobody has seen anything of it yet.
+    pub fn pass_and(
+        &mut self,
+        switch: &mut Switch,
+        now: Instant,
+        before: impl FnOnce(&mut Switch),
+    ) -> usize {
         let over: Vec<PortId> = self.rested(now).collect();
         for id in over {
             self.resting.remove(&id);
@@ -89,16 +206,20 @@ impl Wires {
             idle,
             resting,
         } = switch.pass(&active, self, now);
+        before(switch);
         self.settle();
         for (id, rest) in resting {
             self.awake.remove(&id);
             self.resting.insert(id, now + rest);
         }
         for id in idle {
-            let has_more = self
-                .wires
-                .get_mut(&id)
-                .and_then(|wire| wire.attempt(|port| port.reader.ask_for_records(&port.memory)));
+            let has_more = match self.wires.get_mut(&id) {
+                Some(Wire::Ring(ring)) => {
+                    ring.attempt(|port| port.reader.ask_for_records(&port.memory))
+                }
+                // It is watched edge-triggered, and was read to its end.
+                Some(Wire::Tap(_)) | None => None,
+            };
             if has_more != Some(true) {
                 self.awake.remove(&id);
             }
@@ -119,7 +240,10 @@ impl Wires {
     /// Ports that broke the ring protocol, and how.
     pub fn faults(&self) -> impl Iterator<Item = (PortId, PortFault)> {
         let broken = self.wires.iter();
-        broken.filter_map(|(id, wire)| Some((*id, wire.fault?)))
+        broken.filter_map(|(id, wire)| match wire {
+            Wire::Ring(ring) => Some((*id, ring.fault?)),
+            Wire::Tap(_) => None,
+        })
     }
 
     fn rested(&self, now: Instant) -> impl Iterator<Item = PortId> {
@@ -133,18 +257,9 @@ impl Wires {
     /// either, each port once.
     fn settle(&mut self) {
         for id in std::mem::take(&mut self.used) {
-            let Some(wire) = self.wires.get_mut(&id).filter(|wire| wire.fault.is_none()) else {
-                continue;
-            };
-            let Port {
-                memory,
-                writer,
-                reader,
-            } = &mut wire.port;
-            let records = writer.publish(memory);
-            let room = reader.release(memory);
-            if records || room {
-                wire.bell.ring();
+            match self.wires.get_mut(&id) {
+                Some(Wire::Ring(ring)) if ring.fault.is_none() => ring.settle(),
+                _ => {}
             }
         }
     }
@@ -152,36 +267,23 @@ impl Wires {
 
 impl Ports for Wires {
     fn receive(&mut self, id: PortId, to: &mut [u8]) -> Option<usize> {
-        let wire = self.wires.get_mut(&id)?;
-        let len = wire.attempt(|port| {
-            let there = port.reader.peek(&port.memory)?;
-            Ok(there.map(|_| {
-                let len = port.reader.copy_out(&port.memory, 0, to);
-                port.reader.take();
-                len
-            }))
-        })??;
-        self.used.insert(id);
-        Some(len)
+        match self.wires.get_mut(&id)? {
+            Wire::Tap(tap) => read_tap(tap, to),
+            Wire::Ring(ring) => {
+                let len = ring.receive(to)?;
+                self.used.insert(id);
+                Some(len)
+            }
+        }
     }
 
     fn send(&mut self, id: PortId, header: [u8; PACKET_HEADER_BYTES], frame: &[&[u8]]) -> Sent {
-        let Some(wire) = self.wires.get_mut(&id) else {
-            return Sent::NoRoom;
+        let sent = match self.wires.get_mut(&id) {
+            Some(Wire::Tap(tap)) => write_tap(tap, &header, frame),
+            Some(Wire::Ring(ring)) => ring.send(header, frame),
+            None => false,
         };
-        let len = PACKET_HEADER_BYTES + frame.iter().map(|part| part.len()).sum::<usize>();
-        let sent = wire.attempt(|port| {
-            let Some(mut record) = port.writer.reserve(&port.memory, len)? else {
-                return Ok(false);
-            };
-            record.write(&header);
-            for part in frame {
-                record.write(part);
-            }
-            record.commit();
-            Ok(true)
-        });
-        if sent != Some(true) {
+        if !sent {
             return Sent::NoRoom;
         }
         self.used.insert(id);
@@ -474,5 +576,53 @@ mod tests {
         assert_eq!(lab.settle(), 2);
         assert_eq!(cards[0].receive(), Some(frame(1, 0, b"again")));
         assert_eq!(cards[2].receive(), Some(frame(0, 2, b"back")));
+    }
+
+    #[test]
+    fn uplink_is_a_queue_that_keeps_frames_apart() {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+        let (mut lab, mut cards) = lab(1, Limits::default());
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        // It keeps packets apart as an interface does.
+        let (near, far) = socketpair(AddressFamily::Unix, SockType::Datagram, None, flags).unwrap();
+        let settings = PortSettings {
+            name: "outside".to_owned(),
+            role: Role::Uplink,
+            mac: mac(0),
+            addresses: Vec::new(),
+            vlan: Vlan::Access(0),
+            isolation: Isolation::Open,
+            guard: Guard::FULL,
+            offload: Offload::ALL,
+            limits: Limits::default(),
+        };
+        lab.switch.set_port(7, settings, Instant::now()).unwrap();
+        lab.wires.attach_tap(7, Arc::new(near));
+        assert!(lab.wires.is_met(7) && lab.wires.is_met(0));
+        assert_eq!(lab.settle(), 0);
+        let packet = |frame: &[u8]| [&[0; PACKET_HEADER_BYTES], frame].concat();
+        for n in 0..3u8 {
+            let bytes = packet(&frame(9, 0, &[n]));
+            assert_eq!(nix::unistd::write(&far, &bytes), Ok(bytes.len()));
+        }
+        // Too short for a frame: nobody's.
+        assert_eq!(nix::unistd::write(&far, &[0; 5]), Ok(5));
+        lab.wires.wake(7);
+        assert_eq!(lab.settle(), 3);
+        for n in 0..3u8 {
+            assert_eq!(cards[0].receive(), Some(frame(9, 0, &[n])));
+        }
+        assert_eq!(lab.wires.sleep(Instant::now()), None);
+        assert!(cards[0].send(&frame(0, 9, b"out")));
+        assert_eq!(lab.settle(), 1);
+        let mut got = [0; 2048];
+        let n = nix::unistd::read(&far, &mut got).unwrap();
+        assert_eq!(got[PACKET_HEADER_BYTES..n], frame(0, 9, b"out"));
+        assert_eq!(got[..10], [0; 10], "nothing is left to do");
+        drop(far);
+        assert!(cards[0].send(&frame(0, 9, b"lost")));
+        assert_eq!(lab.settle(), 1);
+        lab.wires.detach(7);
+        assert!(!lab.wires.is_met(7));
     }
 }

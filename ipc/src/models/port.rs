@@ -2,8 +2,8 @@
 
 use super::bell::Bell;
 use super::check;
-use crate::port::small::{CONTENT, ring};
-use crate::port::{PacketReader, PacketWriter};
+use crate::port::small::{CONTENT, late_card, over, ring};
+use crate::port::{PacketReader, PacketWriter, PortEnd};
 use crate::shared::SharedMemory;
 use loom::thread;
 
@@ -88,5 +88,33 @@ fn writer_without_room_is_woken_and_overwrites_nothing() {
             }
         }
         reading.join().unwrap();
+    });
+}
+
+#[test]
+fn late_card_and_next_switch_meet_and_neither_sees_what_was_before() {
+    check(|| {
+        let (mut card, memory) = late_card();
+        let sending = thread::spawn(move || {
+            // It has not noticed that its switch is another one.
+            assert!(put(&mut card.writer, &card.memory, 7));
+            let _rung = card.writer.publish(&card.memory);
+            assert!(card.renew());
+            while !card.is_met() {
+                thread::yield_now();
+            }
+            assert!(put(&mut card.writer, &card.memory, 1));
+            let _rung = card.writer.publish(&card.memory);
+        });
+        let mut switch = over(memory, PortEnd::Switch);
+        while !switch.is_met() {
+            thread::yield_now();
+        }
+        let mut last = 0;
+        while last < 1 {
+            last = drain(&mut switch.reader, &switch.memory, last);
+            thread::yield_now();
+        }
+        sending.join().unwrap();
     });
 }

@@ -2,7 +2,7 @@
 //! memfd that both map.
 //!
 //! ```text
-//! 0x0000  header: magic, generation
+//! 0x0000  header: magic, generation, and for each end the generation that it is in
 //! 0x0100  ring device to switch: positions     0x0200  ring switch to device: positions
 //! 0x1000  data of the first ring, then of the second, PORT_RING_BYTES each
 //!
@@ -19,8 +19,13 @@
 //!
 //! Both ends are hostile to each other: every position and length is read once and checked, a lie is a
 //! [`PortFault`], and a port with a fault is not used again. A reader copies a record before it looks at
-//! it. When either process dies its port dies with it: the successor is given a fresh one, whose
-//! generation is another.
+//! it.
+//!
+//! When a card's process dies its port dies with it: the successor is given a fresh one. When a switch dies the cards'
+//! processes live on and can map nothing any more, so the ports stay and begin anew: the broker gives each another
+//! generation ([`stamp`]), the new switch maps it, and the card is woken. Each end makes the words that it writes as
+//! new before it says that it is in the generation, and touches the rings only when the other end says so as well
+//! ([`Port::is_met`]); an end that is late writes nothing that the other looks at. What was in the rings is lost like on a wire.
 
 mod reader;
 mod writer;
@@ -31,7 +36,7 @@ pub use writer::{PacketWriter, Record};
 use crate::shared::{SharedError, SharedMemory};
 use crate::sync::Ordering;
 use nix::errno::Errno;
-use nix::sys::uio::pwrite;
+use nix::sys::uio::{pread, pwrite};
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 /// Bytes of the `virtio_net_hdr` (virtio 1.2, section 5.1.6, with `num_buffers`) before each frame.
@@ -48,6 +53,8 @@ pub const PORT_BYTES: u64 = (OFFSET_DATA + 2 * PORT_RING_BYTES) as u64;
 const MAGIC: u32 = 0x3150_4842; // "BHP1"
 const OFFSET_MAGIC: usize = 0x00;
 const OFFSET_GENERATION: usize = 0x08;
+const OFFSET_DEVICE_IN: usize = 0x10;
+const OFFSET_SWITCH_IN: usize = 0x18;
 const OFFSET_TO_SWITCH: usize = 0x100;
 const OFFSET_TO_DEVICE: usize = 0x200;
 const OFFSET_DATA: usize = 0x1000;
@@ -105,6 +112,9 @@ pub enum PortError {
     /// Its memory is not usable.
     #[error(transparent)]
     Memory(#[from] SharedError),
+    /// It was never stamped.
+    #[error("the memory is no port's")]
+    Blank,
     /// It is another one's.
     #[error("the port is not of generation {expected}")]
     Generation {
@@ -174,42 +184,126 @@ pub struct Port {
     pub writer: PacketWriter,
     /// What this end receives.
     pub reader: PacketReader,
+    end: PortEnd,
+    generation: u64,
+    met: bool,
 }
 
 impl Port {
-    /// Maps a fresh port.
+    /// Maps a port of this generation.
     ///
     /// # Errors
     /// [`PortError`] when the memory is not sealed or of another generation.
     pub fn map(fd: OwnedFd, end: PortEnd, generation: u32) -> Result<Self, PortError> {
-        let memory = SharedMemory::map(fd, PORT_BYTES)?;
-        let is_own = memory.load::<u32>(OFFSET_MAGIC, Ordering::Acquire) == MAGIC
-            && memory.read::<u64>(OFFSET_GENERATION) == u64::from(generation);
-        if !is_own {
-            return Err(PortError::Generation {
-                expected: generation,
-            });
+        let port = Self::find(fd, end)?;
+        if port.generation == u64::from(generation) {
+            return Ok(port);
         }
-        let (out, back) = match end {
-            PortEnd::Device => (RingLayout::TO_SWITCH, RingLayout::TO_DEVICE),
-            PortEnd::Switch => (RingLayout::TO_DEVICE, RingLayout::TO_SWITCH),
-        };
-        Ok(Self {
-            memory,
+        Err(PortError::Generation {
+            expected: generation,
+        })
+    }
+
+    /// Maps a port of whichever generation it is now.
+    ///
+    /// # Errors
+    /// [`PortError`] when the memory is not sealed, or no port's.
+    pub fn find(fd: OwnedFd, end: PortEnd) -> Result<Self, PortError> {
+        let memory = SharedMemory::map(fd, PORT_BYTES)?;
+        if memory.load::<u32>(OFFSET_MAGIC, Ordering::Acquire) != MAGIC {
+            return Err(PortError::Blank);
+        }
+        let (out, back) = end.rings();
+        let mut port = Self {
             writer: PacketWriter::new(out),
             reader: PacketReader::new(back),
-        })
+            end,
+            generation: memory.load(OFFSET_GENERATION, Ordering::Acquire),
+            met: false,
+            memory,
+        };
+        port.enter();
+        Ok(port)
+    }
+
+    /// Whether the other end is there. Until then the rings are not used. Only as true as the other end is honest: what it
+    /// writes is checked all the same.
+    pub fn is_met(&mut self) -> bool {
+        if !self.met {
+            let other = match self.end {
+                PortEnd::Device => OFFSET_SWITCH_IN,
+                PortEnd::Switch => OFFSET_DEVICE_IN,
+            };
+            self.met = self.memory.load::<u64>(other, Ordering::Acquire) == self.generation;
+        }
+        self.met
+    }
+
+    /// Begins anew when the broker has given the port another generation, which it does when the other end has
+    /// died. Returns whether it has, so that the other end has to be rung.
+    pub fn renew(&mut self) -> bool {
+        let generation = self.memory.load(OFFSET_GENERATION, Ordering::Acquire);
+        if generation == self.generation {
+            return false;
+        }
+        let (out, back) = self.end.rings();
+        self.writer = PacketWriter::new(out);
+        self.reader = PacketReader::new(back);
+        self.generation = generation;
+        self.met = false;
+        self.enter();
+        true
+    }
+
+    /// Makes the words that this end writes as new, and then says that it is in the generation.
+    fn enter(&mut self) {
+        let (out, back) = self.end.rings();
+        let zero = |at: usize| self.memory.store(at, 0u64, Ordering::Relaxed);
+        zero(out.positions + OFFSET_PRODUCED);
+        zero(out.positions + OFFSET_ROOM_EVENT);
+        zero(back.positions + OFFSET_CONSUMED);
+        zero(back.positions + OFFSET_DATA_EVENT);
+        let own = match self.end {
+            PortEnd::Device => OFFSET_DEVICE_IN,
+            PortEnd::Switch => OFFSET_SWITCH_IN,
+        };
+        self.memory.store(own, self.generation, Ordering::Release);
     }
 }
 
-/// Broker: writes the identity into the memory of a new port without mapping it, so that both ends
-/// may start in either order.
+impl PortEnd {
+    /// The ring that this end writes, and the one that it reads.
+    const fn rings(self) -> (RingLayout, RingLayout) {
+        match self {
+            Self::Device => (RingLayout::TO_SWITCH, RingLayout::TO_DEVICE),
+            Self::Switch => (RingLayout::TO_DEVICE, RingLayout::TO_SWITCH),
+        }
+    }
+}
+
+/// Broker: writes the identity into the memory of a port without mapping it, so that both ends
+/// may start in either order. Of a port that has had one, when one end is dead: no generation is ever used again.
 ///
 /// # Errors
 /// The kernel's error.
 pub fn stamp(port: BorrowedFd<'_>, generation: u32) -> Result<(), Errno> {
     pwrite(port, &u64::from(generation).to_le_bytes(), 8)?;
     pwrite(port, &MAGIC.to_le_bytes(), 0).map(drop)
+}
+
+/// Broker: the generation of a port that another broker has made.
+///
+/// # Errors
+/// The kernel's error; EINVAL for what is no port.
+pub fn generation_of(port: BorrowedFd<'_>) -> Result<u32, Errno> {
+    let mut header = [0; 16];
+    if pread(port, &mut header, 0)? != header.len() {
+        return Err(Errno::EINVAL);
+    }
+    let [m0, m1, m2, m3, _, _, _, _, generation @ ..] = header;
+    let is_port = u32::from_le_bytes([m0, m1, m2, m3]) == MAGIC;
+    let generation = u32::try_from(u64::from_le_bytes(generation)).ok();
+    generation.filter(|_| is_port).ok_or(Errno::EINVAL)
 }
 
 #[cfg(test)]
@@ -238,6 +332,48 @@ pub(crate) mod small {
         let data = (0x1000..0x1000 + capacity).step_by(8);
         let memory = SharedMemory::with_cells(fields.into_iter().chain(data));
         (PacketWriter::new(layout), PacketReader::new(layout), memory)
+    }
+
+    /// A card that is in generation 1 of a port, of which a switch that is dead has read nothing, and the memory, in
+    /// which the broker has just written generation 2.
+    pub(crate) fn late_card() -> (Port, SharedMemory) {
+        let header = [OFFSET_GENERATION, OFFSET_DEVICE_IN, OFFSET_SWITCH_IN];
+        let fields = [
+            OFFSET_PRODUCED,
+            OFFSET_ROOM_EVENT,
+            OFFSET_CONSUMED,
+            OFFSET_DATA_EVENT,
+        ];
+        let rings = [RingLayout::TO_SWITCH, RingLayout::TO_DEVICE];
+        let positions = rings
+            .iter()
+            .flat_map(|ring| fields.map(|field| ring.positions + field));
+        // Three of the records of the models.
+        let data = (OFFSET_DATA..OFFSET_DATA + 72).step_by(8);
+        let cells = header.into_iter().chain(positions).chain(data);
+        let memory = SharedMemory::with_cells(cells.collect::<Vec<_>>());
+        for at in [OFFSET_GENERATION, OFFSET_SWITCH_IN] {
+            memory.store(at, 1u64, Ordering::Relaxed);
+        }
+        let mut card = over(memory.clone(), PortEnd::Device);
+        assert!(card.is_met());
+        memory.store(OFFSET_GENERATION, 2u64, Ordering::Release);
+        (card, memory)
+    }
+
+    /// An end of the port in this memory, in whichever generation it is now.
+    pub(crate) fn over(memory: SharedMemory, end: PortEnd) -> Port {
+        let (out, back) = end.rings();
+        let mut port = Port {
+            writer: PacketWriter::new(out),
+            reader: PacketReader::new(back),
+            end,
+            generation: memory.load(OFFSET_GENERATION, Ordering::Acquire),
+            met: false,
+            memory,
+        };
+        port.enter();
+        port
     }
 }
 

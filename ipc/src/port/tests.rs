@@ -162,6 +162,58 @@ fn port_of_another_generation_or_of_none_is_refused() {
 }
 
 #[test]
+fn port_begins_anew_in_another_generation_and_a_late_end_does_no_harm() {
+    let (mut device, mut switch) = pair();
+    assert!(device.is_met() && switch.is_met());
+    for number in 0..3 {
+        assert!(
+            send(&mut device, &content(number, 900)) && send(&mut switch, &content(number, 50))
+        );
+    }
+    let _rung = (
+        device.writer.publish(&device.memory),
+        switch.writer.publish(&switch.memory),
+    );
+    assert_eq!(receive(&mut switch), Ok(Some(content(0, 900))));
+    let fd = device.memory.descriptor().unwrap().try_clone_to_owned();
+    let fd = fd.unwrap();
+    assert_eq!(generation_of(fd.as_fd()), Ok(3));
+    drop(switch);
+    stamp(fd.as_fd(), 4).unwrap();
+    assert_eq!(generation_of(fd.as_fd()), Ok(4));
+    let mut switch = Port::map(fd, PortEnd::Switch, 4).unwrap();
+    // The card has not noticed yet.
+    assert!(send(&mut device, &content(9, 70)));
+    let _rung = device.writer.publish(&device.memory);
+    assert!(!switch.is_met());
+    assert!(device.renew() && !device.renew());
+    assert!(device.is_met() && switch.is_met());
+    assert_eq!(
+        (receive(&mut switch), receive(&mut device)),
+        (Ok(None), Ok(None))
+    );
+    assert!(send(&mut device, &content(1, 60)) && send(&mut switch, &content(2, 70)));
+    assert!(device.writer.publish(&device.memory) && switch.writer.publish(&switch.memory));
+    assert_eq!(receive(&mut switch), Ok(Some(content(1, 60))));
+    assert_eq!(receive(&mut device), Ok(Some(content(2, 70))));
+}
+
+#[test]
+fn end_that_is_alone_knows_it() {
+    let fd = memory();
+    let mut device = Port::find(fd.try_clone().unwrap(), PortEnd::Device).unwrap();
+    assert!(!device.is_met() && !device.renew());
+    let mut switch = Port::map(fd, PortEnd::Switch, 3).unwrap();
+    assert!(device.is_met() && switch.is_met());
+    let blank = sealed_memfd("p", PORT_BYTES).unwrap();
+    assert_eq!(generation_of(blank.as_fd()), Err(Errno::EINVAL));
+    assert!(matches!(
+        Port::find(blank, PortEnd::Device),
+        Err(PortError::Blank)
+    ));
+}
+
+#[test]
 fn lying_writer_is_caught() {
     let claims = [
         1u64,

@@ -14,6 +14,7 @@
 use crate::device_kind::VirtioKind;
 use crate::ident::ProcId;
 use crate::protocol::image::ImageConfig;
+use crate::protocol::switch::SwitchConfig;
 use serde::{Deserialize, Serialize};
 
 /// Descriptor of the control socket at exec.
@@ -81,6 +82,12 @@ pub enum FdRole {
     Folder,
     /// A queue of a TAP interface (`/dev/net/tun`). One for each pair of virtqueues.
     Tap,
+    /// The memory between a network card and the switch of its network (sealed memfd).
+    Port,
+    /// Doorbell card to switch.
+    PortKick,
+    /// Doorbell switch to card.
+    PortCall,
 }
 
 /// One granted descriptor.
@@ -151,6 +158,8 @@ pub enum KindConfig {
     Device(DeviceConfig),
     /// Work on disk images.
     Image(ImageConfig),
+    /// The switch of a network.
+    Switch(SwitchConfig),
 }
 
 /// Size of the pages that back guest memory.

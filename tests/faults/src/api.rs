@@ -1,7 +1,7 @@
 //! The operations of the daemon's HTTP API, as points know them.
 
 /// Method, path behind `/v1`, name of the point.
-const OPERATIONS: [(&str, &str, &str); 26] = [
+const OPERATIONS: [(&str, &str, &str); 31] = [
     ("GET", "/version", "api.version"),
     ("GET", "/vms", "api.list"),
     ("POST", "/vms", "api.create"),
@@ -51,6 +51,11 @@ const OPERATIONS: [(&str, &str, &str); 26] = [
         "api.change-medium",
     ),
     ("GET", "/vms/{name}/vsock", "api.vsock"),
+    ("GET", "/networks", "api.networks"),
+    ("POST", "/networks", "api.create-network"),
+    ("GET", "/networks/{name}", "api.show-network"),
+    ("DELETE", "/networks/{name}", "api.remove-network"),
+    ("GET", "/networks/{name}/capture", "api.capture-network"),
     ("POST", "/host/shutdown", "api.shutdown-host"),
 ];
 
@@ -68,6 +73,8 @@ pub fn operation(request: &[u8]) -> Option<(&'static str, Option<String>)> {
     let path = target.split('?').next()?.strip_prefix("/v1")?;
     let of = |(wanted, template, name): &(&str, &str, &'static str)| {
         let vm = (*wanted == method).then(|| matches(template, path))??;
+        // What is named there is no machine.
+        let vm = vm.filter(|_| !template.starts_with("/networks"));
         Some((*name, vm))
     };
     OPERATIONS.iter().find_map(of)

@@ -217,7 +217,8 @@ mod tests {
         let points: BTreeSet<String> = points.map(|&name| name.to_owned()).collect();
         assert_eq!(points, expected);
         // A file that is added is a boundary that nobody here knows. Work on images has nothing to do with
-        // machines: whoever asked for it sees it fail. An agent is inside a guest, and its messages
+        // machines: whoever asked for it sees it fail. A switch belongs to no machine, and hosts of faults have
+        // networks of their own. An agent is inside a guest, and its messages
         // cross no boundary of a host's processes.
         let mut files: Vec<_> = std::fs::read_dir(protocol)
             .unwrap()
@@ -233,6 +234,7 @@ mod tests {
                 "device.rs",
                 "image.rs",
                 "mod.rs",
+                "switch.rs",
                 "vcpu.rs"
             ]
         );

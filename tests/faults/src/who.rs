@@ -83,7 +83,10 @@ impl Directory {
             id: birth.id,
             queue_sizes: match &birth.config {
                 KindConfig::Device(device) => device.queue_sizes.clone(),
-                KindConfig::Vcpu(_) | KindConfig::Legacy(_) | KindConfig::Image(_) => Vec::new(),
+                KindConfig::Vcpu(_)
+                | KindConfig::Legacy(_)
+                | KindConfig::Image(_)
+                | KindConfig::Switch(_) => Vec::new(),
             },
             record,
             control: None,

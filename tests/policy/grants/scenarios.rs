@@ -13,6 +13,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tempfile::{NamedTempFile, TempDir};
 use tokio::sync::mpsc;
@@ -43,6 +44,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     plain("sockets of both sides", sockets),
     plain("a shared folder", shared_folder),
     plain("a network device", network_device),
+    plain("a virtual network", virtual_network),
     plain("a console that is typed at", typed_at),
     plain("a guest that resets", resets),
     plain("a guest that crashes, with a core", crashes),
@@ -62,6 +64,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     starved("vsock cannot start", ProcKind::Vsock, 14),
     starved("fs cannot start", ProcKind::Fs, 14),
     starved("net cannot start", ProcKind::Net, 14),
+    Scenario {
+        denies: Some((ProcKind::Switch, "main", "epoll_wait")),
+        ..plain("switch reports a denial", switch_is_denied)
+    },
+    without_vdso(
+        "a virtual network where clocks take a system call",
+        virtual_network,
+    ),
     denied("blk reports a denial", ProcKind::Blk, "main", "epoll_wait"),
     Scenario {
         denies: Some((ProcKind::Image, "main", "fdatasync")),
@@ -399,6 +409,91 @@ fn every_device(stage: &Stage) {
     // So many names that what the folder's process knows of them does not fit what its heap begins with.
     let modes = "mode=blk,rng,share,legacy,console,smp names=4000 timeout=100";
     good(stage.guest(modes, &devices));
+}
+
+/// A daemon with a network that leads to a bridge, and a machine to be started in it.
+fn daemon_with_network(stage: &Stage) -> Machine {
+    let daemon = stage.verb(&["serve"]);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !client(&daemon, &["list"]) {
+        assert!(Instant::now() < deadline, "no daemon: {}", stage.said());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let create = [
+        "network",
+        "create",
+        "lan",
+        "--no-subnet",
+        "--uplink",
+        "bridge=br0",
+    ];
+    assert!(client(&daemon, &create));
+    let guest = bulkhead_tests::path("BULKHEAD_TEST_GUEST");
+    let begin = [
+        "create",
+        "--name=web",
+        "-m",
+        "64MiB",
+        "--kernel",
+        guest.to_str().unwrap(),
+    ];
+    let cmdline = ["--cmdline", "mode=net seconds=1000 ip=10.0.0.2"];
+    let net = ["--net", "network=lan"];
+    assert!(client(&daemon, &[&begin[..], &cmdline, &net].concat()));
+    daemon
+}
+
+/// Has a command done by the daemon. Returns whether it was.
+fn client(daemon: &Machine, words: &[&str]) -> bool {
+    let mut command = bulkhead_tests::bulkhead(daemon.scratch());
+    command
+        .args(words)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command.status().unwrap().success()
+}
+
+/// Waits until the guest answers, for as long as there is a daemon.
+fn is_reached(daemon: &Machine) {
+    for _ in 0..60 {
+        if network::echoed("10.0.0.2", 100, Duration::from_secs(1)) {
+            return;
+        }
+        assert!(client(daemon, &["list"]), "the daemon is gone");
+    }
+    panic!("the guest does not answer");
+}
+
+fn virtual_network(stage: &Stage) {
+    let network = Network::enter().unwrap();
+    network.bridge("br0", "10.0.0.1/24");
+    let daemon = daemon_with_network(stage);
+    assert!(client(&daemon, &["start", "web"]));
+    is_reached(&daemon);
+    // Another process of the card has another port.
+    assert!(client(&daemon, &["device", "restart", "web/net0"]));
+    is_reached(&daemon);
+    // The switch ends with its last port.
+    assert!(client(&daemon, &["kill", "web"]));
+    network.until_gone("bh-net-lan-0");
+    daemon.signal(Signal::SIGTERM);
+    let _ended = daemon.wait();
+}
+
+fn switch_is_denied(stage: &Stage) {
+    let network = Network::enter().unwrap();
+    network.bridge("br0", "10.0.0.1/24");
+    let daemon = daemon_with_network(stage);
+    // The machine itself does not care.
+    assert!(client(&daemon, &["start", "web"]));
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !stage.said().contains("takes it away") {
+        assert!(Instant::now() < deadline, "no denial: {}", stage.said());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(client(&daemon, &["kill", "web"]));
+    daemon.signal(Signal::SIGTERM);
+    let _ended = daemon.wait();
 }
 
 fn longest_chains(stage: &Stage) {

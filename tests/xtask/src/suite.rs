@@ -31,7 +31,9 @@ const BUILT_IN_GUEST: &str = "bulkhead-guest.elf";
 
 /// The program of all device processes, and the kinds under whose names it is installed.
 const DEVICE_PROGRAM: &str = "bulkhead-devices";
-const DEVICE_KINDS: [&str; 7] = ["blk", "console", "fs", "legacy", "net", "rng", "vsock"];
+const DEVICE_KINDS: [&str; 8] = [
+    "blk", "console", "fs", "legacy", "net", "rng", "switch", "vsock",
+];
 
 /// `cargo xtask test …`
 #[derive(clap::Args)]

@@ -80,7 +80,8 @@ impl Actor {
         let runtime = self.shared.places.runtime.clone();
         let id = self.view.borrow().record.id.clone();
         let users = self.shared.config.host.users;
-        let machine = match Machine::take_over(runtime, name.clone(), id, users) {
+        let networks = self.shared.networks.clone();
+        let machine = match Machine::take_over(runtime, name.clone(), id, users, networks) {
             Ok(machine) => machine,
             Err(error) => return self.strand(format!("no thread: {error}")),
         };

@@ -9,12 +9,14 @@
 use super::{Begin, Found, Machine, Over, find_programs, free_disks, policies, run_at};
 use crate::launch::users::UserRange;
 use crate::launch::{Launched, Launcher};
+use crate::network::board::Switchboard;
 use crate::supervisor::state as supervision;
 use crate::vm::adopt::{self, MeetError};
 use crate::vm::keeper::{BeginError, Keeper};
 use crate::vm::record::{Phase, ProcessRecord, Record};
 use crate::vm::resources::Fence;
 use crate::vm::session::{Command, Event, Finished, RunError};
+use crate::vm::spec::NetSource;
 use crate::vm::state::Verdict;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::vcpu::ToVcpu;
@@ -40,16 +42,18 @@ pub async fn adopt(
     commands: mpsc::Receiver<Command>,
     events: mpsc::Sender<Event>,
 ) -> Result<Finished, RunError> {
-    let over = adopt_and_keep(runtime, name, id, users, commands, events).await;
+    let networks = Switchboard::default();
+    let over = adopt_and_keep(runtime, name, id, users, networks, commands, events).await;
     over.close()
 }
 
-/// As [`adopt`]; what is on record stays until the caller has noted how it ended.
+/// As [`adopt`]; what is on record stays until the caller has noted how it ended. Cards are plugged into `networks`.
 pub async fn adopt_and_keep(
     runtime: &Path,
     name: &str,
     id: Option<String>,
     users: UserRange,
+    networks: Switchboard,
     commands: mpsc::Receiver<Command>,
     events: mpsc::Sender<Event>,
 ) -> Over {
@@ -68,6 +72,7 @@ pub async fn adopt_and_keep(
     if keeper.record().options.users != users {
         keeper.note(|record| record.options.users = users);
     }
+    keeper.note(|record| record.options.networks = networks);
     let result = go_on_with(&mut keeper, commands, events).await;
     // One that could not be taken over stays on record, so that the next broker finds it.
     let left = keeper.record().processes.iter().any(|p| p.is_alive());
@@ -251,6 +256,27 @@ impl Machine<'_> {
             let (id, reason) = (*id, reason.clone());
             let killed = true;
             self.supervise(supervision::Event::Died { id, reason, killed });
+        }
+        self.plug_in_again();
+    }
+
+    /// Cards in networks get other processes: the networks' switches are others, and know of no port that was made before.
+    fn plug_in_again(&mut self) {
+        let nets = (0..).zip(&self.nursery.spec.nets);
+        let ports = nets.filter(|(_, net)| matches!(net.source, NetSource::Network(_)));
+        let indexes: Vec<u16> = ports.map(|(index, _)| index).collect();
+        for index in indexes {
+            let id = ProcId {
+                kind: ProcKind::Net,
+                index,
+                generation: 0,
+            };
+            // One that is dead is being replaced anyway.
+            if let Some(current) = self.supervisor.current(id)
+                && self.supervisor.can_replace(current)
+            {
+                self.supervise(supervision::Event::Replace(current));
+            }
         }
     }
 

@@ -20,6 +20,7 @@ mod idle;
 mod legacy;
 mod memory;
 mod net;
+mod net_peer;
 mod nonce;
 mod pace;
 mod rng;
@@ -58,6 +59,7 @@ const MODES: &[(&str, Mode)] = &[
     ("legacy", legacy::run),
     ("memory", memory::run),
     ("net", net::run),
+    ("net-peer", net_peer::run),
     ("nonce", nonce::run),
     ("pace", pace::run),
     ("rng", rng::run),

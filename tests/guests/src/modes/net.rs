@@ -1,12 +1,13 @@
-//! `net`: for `seconds=`, answers pings and UDP to port 7 at address `ip=`, and serves verified data by TCP: what
+//! `net`: for `seconds=`, answers pings and UDP to port 7 at address `ip=` (`dhcp` for a leased one), and serves verified data by TCP: what
 //! comes to port 9 must be the pattern, and whoever connects to port 19 is sent `size=` bytes of it.
 //! `pairs=` pairs of queues; `offload=1` for offloads and frames that are spread over buffers.
 
-use smoltcp::iface::{Config, Interface, SocketSet, SocketStorage};
+use smoltcp::iface::SocketStorage;
 use smoltcp::socket::{tcp, udp};
 use smoltcp::time::Instant;
-use smoltcp::wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr, Ipv4Address};
+use smoltcp::wire::Ipv4Address;
 
+use super::net_peer::Stack;
 use crate::machine::Machine;
 use crate::report::{Failure, fail, say};
 use crate::sys::time::{self, Deadline};
@@ -15,7 +16,7 @@ use crate::virtio::net::Net;
 
 const ECHO: u16 = 7;
 const SINK: u16 = 9;
-const SOURCE: u16 = 19;
+pub(super) const SOURCE: u16 = 19;
 const TCP_BUFFER: usize = 256 << 10;
 const UDP_BUFFER: usize = 64 << 10;
 const UDP_PACKETS: usize = 32;
@@ -25,7 +26,7 @@ fn pattern(at: u64) -> u8 {
     (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
 }
 
-fn now() -> Instant {
+pub(super) fn now() -> Instant {
     let micros = time::cycles() as u128 * 1000 / u128::from(time::khz());
     Instant::from_micros(micros as i64)
 }
@@ -37,12 +38,12 @@ fn memory(len: usize) -> &'static mut [u8] {
     unsafe { core::slice::from_raw_parts_mut(memory.address as *mut u8, len) }
 }
 
-fn address(machine: &Machine) -> Result<Ipv4Address, Failure> {
+pub(super) fn address(machine: &Machine) -> Result<Ipv4Address, Failure> {
     let text = machine.args().text("ip").unwrap_or("10.0.0.2");
     text.parse().map_err(|_| Failure::Parameter("ip"))
 }
 
-fn tcp_socket() -> tcp::Socket<'static> {
+pub(super) fn tcp_socket() -> tcp::Socket<'static> {
     let buffer = || tcp::SocketBuffer::new(memory(TCP_BUFFER));
     let mut socket = tcp::Socket::new(buffer(), buffer());
     socket.set_nagle_enabled(false);
@@ -51,20 +52,23 @@ fn tcp_socket() -> tcp::Socket<'static> {
 
 /// Serves.
 pub fn run(machine: &Machine) -> Result<(), Failure> {
-    let ip = address(machine)?;
     let size = machine.number("size", 1 << 20)?;
     let pairs = machine.number("pairs", 1)? as usize;
     let offload = machine.number("offload", 0)? != 0;
-    let mut net = Net::open(machine, machine.number("disk", 0)?, pairs, offload)?;
-    let mac = HardwareAddress::Ethernet(EthernetAddress(net.mac));
-    let mut config = Config::new(mac);
-    config.random_seed = time::cycles();
-    let mut interface = Interface::new(config, &mut net, now());
-    interface.update_ip_addrs(|all| {
-        let _ = all.push(IpCidr::new(IpAddress::Ipv4(ip), 24));
-    });
-    let mut storage = [SocketStorage::EMPTY; 3];
-    let mut sockets = SocketSet::new(&mut storage[..]);
+    let net = Net::open(machine, machine.number("disk", 0)?, pairs, offload)?;
+    let mut storage = [const { SocketStorage::EMPTY }; 4];
+    let mac = net.mac;
+    let mut stack = Stack::new(net, mac, &mut storage);
+    stack.settle(machine)?;
+    let ip = stack
+        .interface
+        .ipv4_addr()
+        .unwrap_or(Ipv4Address::UNSPECIFIED);
+    let Stack {
+        mut net,
+        mut interface,
+        mut sockets,
+    } = stack;
     let mut metadata = [[udp::PacketMetadata::EMPTY; UDP_PACKETS]; 2];
     let [receive, send] = &mut metadata;
     let echo = sockets.add(udp::Socket::new(
@@ -75,7 +79,6 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
     let source = sockets.add(tcp_socket());
     let bound = sockets.get_mut::<udp::Socket>(echo).bind(ECHO);
     bound.map_err(|_| Failure::Parameter("port"))?;
-    irq::enable(net.device.gsi);
     let mut link = net.link_is_up();
     say!(
         "net.ready ip={ip} features={:#x} link={}",
@@ -148,13 +151,13 @@ fn answer(socket: &mut udp::Socket<'_>) {
 
 /// One direction of verified data, connection after connection.
 #[derive(Default)]
-struct Stream {
+pub(super) struct Stream {
     at: u64,
     wrong: u64,
     /// Bytes of the last connection that has ended.
-    last: u64,
+    pub(super) last: u64,
     /// Of them, those that were not the pattern.
-    last_wrong: u64,
+    pub(super) last_wrong: u64,
     open: bool,
 }
 
@@ -171,6 +174,11 @@ impl Stream {
             // One that listens already is as good.
             let _ = socket.listen(SINK);
         }
+        self.take_connected(socket)
+    }
+
+    /// The same of a connection that this side has made.
+    pub(super) fn take_connected(&mut self, socket: &mut tcp::Socket<'_>) -> bool {
         self.open |= socket.may_recv();
         while socket.can_recv() {
             let (at, wrong) = (&mut self.at, &mut self.wrong);
