@@ -51,6 +51,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     plain("another broker pauses, resumes and stops", next_broker),
     plain("the longest chains on many disks", longest_chains),
     without_vdso("every device where clocks take a system call", every_device),
+    without_vdso("sockets where clocks take a system call", sockets),
     without_vdso(
         "another broker where clocks take a system call",
         next_broker,
@@ -396,9 +397,8 @@ fn every_device(stage: &Stage) {
     let _network = Network::enter().unwrap();
     let devices = [&disks, &NET[..]].concat();
     // So many names that what the folder's process knows of them does not fit what its heap begins with.
-    let modes = "mode=blk,rng,share,legacy,console,smp names=8000 timeout=100";
+    let modes = "mode=blk,rng,share,legacy,console,smp names=4000 timeout=100";
     good(stage.guest(modes, &devices));
-    sockets(stage);
 }
 
 fn longest_chains(stage: &Stage) {

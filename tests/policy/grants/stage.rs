@@ -88,6 +88,9 @@ impl Stage {
             Clock::AsItIs => "as-it-is",
             Clock::WithoutVdso => "without-vdso",
         };
+        let mut seen = self.seen.lock().unwrap();
+        // What a second one uses would be taken for all that was used.
+        assert!(seen.machine.is_none(), "a scenario starts one machine");
         let learnt = self.learnt();
         let before = [learnt.to_str().unwrap(), clock];
         let follower = Path::new(env!("CARGO_BIN_EXE_policy-follow"));
@@ -96,7 +99,7 @@ impl Stage {
             false => Machine::verb_in(scratch, arguments),
         };
         let errors = File::open(errors).unwrap();
-        self.seen.lock().unwrap().machine = Some((machine.outermost(), errors));
+        seen.machine = Some((machine.outermost(), errors));
         machine
     }
 
