@@ -195,7 +195,7 @@ fn company(machine: &Machine, disk: u64, lines: &mut [Option<Line>]) -> Result<u
     let verified = mmio::find(machine, id::BLK, disk)?.slot;
     mmio::each(machine, |device| {
         let wanted = match device.id {
-            id::RNG | id::CONSOLE | id::VSOCK => true,
+            id::RNG | id::CONSOLE | id::VSOCK | id::NET => true,
             id::BLK => device.slot != verified,
             _ => false,
         };
@@ -219,9 +219,10 @@ fn company(machine: &Machine, disk: u64, lines: &mut [Option<Line>]) -> Result<u
 /// Starts a device and puts requests in flight on its queues. Returns how many lines that took.
 fn join(device: Device, lines: &mut [Option<Line>]) -> Result<usize, Failure> {
     let features = device.negotiate(feature::EVENT_IDX)?;
-    // Of consoles and sockets the receive queue and the transmit queue, of everything else the first one.
+    // Of whatever receives and sends the queues for either, of everything else the first one. What is sent is
+    // no packet or frame that anybody takes.
     let queues = match device.id {
-        id::CONSOLE | id::VSOCK => 2,
+        id::CONSOLE | id::VSOCK | id::NET => 2,
         _ => 1,
     };
     let lines = lines
