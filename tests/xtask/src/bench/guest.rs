@@ -7,6 +7,7 @@ use crate::{command, suite};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -74,10 +75,10 @@ impl Bench {
     }
 
     /// Measures `runs` times with each VMM in turns: first ours, then the peer's values.
-    pub(super) fn alternate(
+    pub(super) fn alternate<T>(
         &self,
-        mut measure: impl FnMut(Vmm) -> Result<f64>,
-    ) -> Result<(Vec<f64>, Vec<f64>)> {
+        mut measure: impl FnMut(Vmm) -> Result<T>,
+    ) -> Result<(Vec<T>, Vec<T>)> {
         let (mut ours, mut peers) = (Vec::new(), Vec::new());
         for run in 0..=self.runs {
             for &vmm in self.vmms() {
@@ -107,14 +108,25 @@ impl Bench {
 
     /// Bulkhead alone, with a guest that runs for as long as it wants.
     pub(super) fn bulkhead(&self, arguments: &str, disk: Option<&Path>, timeout_s: u64) -> Command {
-        let mut run = self.place().bulkhead();
-        run.arg("run").arg("--kernel").arg(&self.guest);
-        run.args(["--cmdline", arguments, "-c", "1", "-m"])
-            .arg(format!("{MEMORY_MIB}MiB"));
-        run.arg(format!("--timeout={timeout_s}s"));
+        let mut run = self.bulkhead_with(1, arguments, timeout_s);
         if let Some(disk) = disk {
             run.arg("--disk").arg(disk);
         }
+        run
+    }
+
+    /// Another machine, for the time of a measurement, with as many vCPUs as there are CPUs.
+    pub(super) fn neighbour(&self, arguments: &str, timeout_s: u64) -> Command {
+        let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+        self.bulkhead_with(cpus, arguments, timeout_s)
+    }
+
+    fn bulkhead_with(&self, cpus: usize, arguments: &str, timeout_s: u64) -> Command {
+        let mut run = self.place().bulkhead();
+        run.arg("run").arg("--kernel").arg(&self.guest);
+        run.args(["--cmdline", arguments, "-c", &cpus.to_string()]);
+        run.arg("-m").arg(format!("{MEMORY_MIB}MiB"));
+        run.arg(format!("--timeout={timeout_s}s"));
         run
     }
 
@@ -150,7 +162,10 @@ impl Bench {
             "-accel",
             "kvm",
         ]);
-        run.args(["-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()]);
+        // With a register that lists what the CPU is not vulnerable to, which `kvm_pvm` of some hosts does not
+        // let it write, QEMU would not start. No guest of ours reads it.
+        run.args(["-cpu", "host,arch-capabilities=off", "-smp", "1"]);
+        run.args(["-m", &MEMORY_MIB.to_string()]);
         run.args(["-nodefaults", "-no-user-config", "-no-reboot", "-nographic"]);
         run.args([
             "-serial",
@@ -224,6 +239,11 @@ impl Running {
     /// The pid of the VMM (the broker's, for Bulkhead).
     pub(super) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Whether the VMM still runs.
+    pub(super) fn is_alive(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
     }
 
     /// Time from just before exec to the first byte of the guest, in milliseconds.

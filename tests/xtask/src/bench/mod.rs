@@ -9,8 +9,10 @@
 mod blk;
 mod boot;
 mod broker;
+mod cpu;
 mod faults;
 mod figure;
+mod fs;
 mod gate;
 mod guest;
 mod kernel_memory;
@@ -24,6 +26,7 @@ mod mmio;
 )]
 #[path = "../../../guests/src/prng.rs"]
 pub(crate) mod prng;
+mod virtiofsd;
 
 use crate::{packages, suite};
 use anyhow::Result;
@@ -56,8 +59,10 @@ enum Suite {
     Memory,
     /// Device registers, read by the guest's kernel.
     Mmio,
-    /// Block device throughput and latency.
+    /// Block device throughput, latency and CPU time, also while another VM keeps all CPUs busy.
     Blk,
+    /// A shared folder's operations and throughput.
+    Fs,
     /// Block device throughput through the gates, and without them.
     Gate,
     /// Device processes killed at random under load: time to service, and what the guest saw.
@@ -95,6 +100,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             Suite::Memory => memory::run(&bench, &mut print)?,
             Suite::Mmio => mmio::run(&bench, &mut print)?,
             Suite::Blk => blk::run(&bench, &mut print)?,
+            Suite::Fs => fs::run(&bench, &mut print)?,
             Suite::Gate => gate::run(&bench, &mut print)?,
             Suite::Faults => faults::run(&bench, &mut print)?,
             Suite::Broker => broker::run(&bench, &mut print)?,
