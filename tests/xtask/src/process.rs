@@ -103,21 +103,33 @@ pub(crate) fn cpu_time(pid: u32) -> Duration {
         .sum()
 }
 
-/// CPU time that vCPU threads of `pid` have spent in their guest, which is part of [`cpu_time`]. The kernel
-/// counts it in ticks.
+/// CPU time that vCPU threads of `pid` have spent in their guest, which is part of [`cpu_time`].
+///
+/// The kernel counts it in ticks. Those find a thread that seldom sleeps too often, and the kernel corrects a
+/// thread's user time for that, but not the part of it that is the guest's: at most all of it is taken.
 pub(crate) fn guest_time(pid: u32) -> Duration {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    Duration::from_secs(guest_ticks(&stat).unwrap_or(0)) / TICKS_PER_SECOND
+    let threads = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let ticks: u64 = threads
+        .filter_map(|thread| fs::read_to_string(thread.path().join("stat")).ok())
+        .filter_map(|stat| guest_ticks(&stat))
+        .sum();
+    Duration::from_secs(ticks) / TICKS_PER_SECOND
 }
 
 /// What /proc counts in on every architecture that KVM runs x86 guests on.
 const TICKS_PER_SECOND: u32 = 100;
 
-/// Field 43 of a process's stat.
+/// The least of fields 14 (user time) and 43 (guest time) of a thread's stat.
 fn guest_ticks(stat: &str) -> Option<u64> {
     // The name in parentheses is field 2.
     let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_whitespace().nth(40)?.parse().ok()
+    let mut fields = rest.split_whitespace().skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let guest: u64 = fields.nth(28)?.parse().ok()?;
+    Some(guest.min(user))
 }
 
 /// MemAvailable in KiB, with the free pages that each CPU keeps for itself: the kernel counts those as used,
@@ -174,10 +186,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn guest_time_is_field_43_whatever_the_name_is() {
-        let fields = (3..=52).map(|n| n.to_string()).collect::<Vec<_>>();
-        let stat = format!("1 (a ) b) {}\n", fields.join(" "));
-        assert_eq!(guest_ticks(&stat), Some(43));
+    fn guest_time_is_at_most_the_user_time_whatever_the_name_is() {
+        let stat = |user: u64, guest: u64| {
+            let mut fields: Vec<u64> = (3..=52).collect();
+            (fields[14 - 3], fields[43 - 3]) = (user, guest);
+            let fields = fields.iter().map(u64::to_string).collect::<Vec<_>>();
+            format!("1 (a ) b) {}\n", fields.join(" "))
+        };
+        assert_eq!(guest_ticks(&stat(700, 600)), Some(600));
+        assert_eq!(guest_ticks(&stat(700, 900)), Some(700));
         assert_eq!(guest_ticks(""), None);
     }
 

@@ -4,7 +4,8 @@
 //! the broker, the vCPU process and every device process, for QEMU its one process with all its threads, which
 //! are those of vCPU, iothread and io_uring's workers. Spinning counts, the guest's own included. Nothing is
 //! subtracted in [`Cores::all`]. From [`Cores::host`] the time is left out, on both sides, in which a vCPU was
-//! in the guest; the kernel counts that in ticks, so it needs intervals of many.
+//! in the guest, as well as the kernel knows that (see [`process::guest_time`]). Kernel threads that belong to no
+//! process are counted on neither side.
 
 use crate::process;
 use std::thread::sleep;
