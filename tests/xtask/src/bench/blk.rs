@@ -10,7 +10,7 @@
 use super::Print;
 use super::cpu;
 use super::figure::Figure;
-use super::guest::{Bench, Running, Vmm, value};
+use super::guest::{Bench, Cpus, Running, Vmm, value};
 use anyhow::{Result, ensure};
 use std::fs::File;
 use std::io::Write;
@@ -74,18 +74,22 @@ const LOADS: [Load; 5] = [
 pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
     let disk = bench.directory().join("disk.img");
     fill(&disk)?;
-    all(bench, &disk, "", print)?;
+    all(bench, Cpus::Free, &disk, print)?;
     let mut neighbour = bench.spawn(bench.neighbour("mode=busy", BUSY_TIMEOUT_S))?;
     neighbour.record("busy")?;
-    all(bench, &disk, "_busy", print)?;
+    all(bench, Cpus::Busy, &disk, print)?;
     ensure!(neighbour.is_alive()?, "the second VM has ended");
     Ok(())
 }
 
-/// Measures all loads; names of figures end with `suffix`.
-fn all(bench: &Bench, disk: &Path, suffix: &str, print: &mut Print<'_>) -> Result<()> {
+/// Measures all loads.
+fn all(bench: &Bench, cpus: Cpus, disk: &Path, print: &mut Print<'_>) -> Result<()> {
+    let suffix = match cpus {
+        Cpus::Free => "",
+        Cpus::Busy => "_busy",
+    };
     for load in &LOADS {
-        let (ours, peer) = bench.alternate(|vmm| measure(bench, vmm, load, disk))?;
+        let (ours, peer) = bench.alternate_on(cpus, |vmm| measure(bench, vmm, load, disk))?;
         let name = format!("{}{suffix}", load.name);
         print(Figure::new(name, load.unit, ours, peer))?;
     }
@@ -93,7 +97,8 @@ fn all(bench: &Bench, disk: &Path, suffix: &str, print: &mut Print<'_>) -> Resul
         let Some(depth) = load.cpu else {
             continue;
         };
-        let (ours, peer) = bench.alternate(|vmm| cpu_per_request_us(bench, vmm, load, disk))?;
+        let (ours, peer) =
+            bench.alternate_on(cpus, |vmm| cpu_per_request_us(bench, vmm, load, disk))?;
         let (ours, ours_host): (Vec<_>, Vec<_>) = ours.into_iter().unzip();
         let (peer, peer_host): (Vec<_>, Vec<_>) = peer.into_iter().unzip();
         let name = |what| format!("blk.{what}_per_request_{depth}{suffix}");

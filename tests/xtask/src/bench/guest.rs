@@ -1,5 +1,6 @@
 //! Running the test guest under Bulkhead and under QEMU, the same way.
 
+use super::calm;
 use crate::daemon::Place;
 use crate::guest::Image;
 use crate::process;
@@ -28,11 +29,21 @@ pub(super) enum Vmm {
     Direct,
 }
 
+/// What the CPUs do besides what is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cpus {
+    /// Nothing that the benchmark knows of.
+    Free,
+    /// Another machine of the benchmark's keeps all of them busy.
+    Busy,
+}
+
 /// What all benchmarks share.
 pub(super) struct Bench {
     /// Runs of each measurement.
     pub(super) runs: u32,
     peer: bool,
+    calm: bool,
     binaries: PathBuf,
     guest: PathBuf,
     directory: tempfile::TempDir,
@@ -40,7 +51,7 @@ pub(super) struct Bench {
 
 impl Bench {
     /// Builds what is measured.
-    pub(super) fn prepare(runs: u32, peer: bool) -> Result<Self> {
+    pub(super) fn prepare(runs: u32, peer: bool, calm: bool) -> Result<Self> {
         let binaries = suite::release_binaries()?;
         let guest = Image::TestGuest.path()?;
         let directory = tempfile::Builder::new()
@@ -49,6 +60,7 @@ impl Bench {
         Ok(Self {
             runs,
             peer,
+            calm,
             binaries,
             guest,
             directory,
@@ -77,24 +89,42 @@ impl Bench {
     /// Measures `runs` times with each VMM in turns: first ours, then the peer's values.
     pub(super) fn alternate<T>(
         &self,
+        measure: impl FnMut(Vmm) -> Result<T>,
+    ) -> Result<(Vec<T>, Vec<T>)> {
+        self.alternate_on(Cpus::Free, measure)
+    }
+
+    /// The same on CPUs that the benchmark itself may keep busy.
+    pub(super) fn alternate_on<T>(
+        &self,
+        cpus: Cpus,
         mut measure: impl FnMut(Vmm) -> Result<T>,
     ) -> Result<(Vec<T>, Vec<T>)> {
         let (mut ours, mut peers) = (Vec::new(), Vec::new());
         for run in 0..=self.runs {
-            for &vmm in self.vmms() {
-                let value = measure(vmm)?;
-                // The first round warms caches, on disk too, and is not counted.
-                if run > 0 {
-                    let values = if vmm == Vmm::Bulkhead {
-                        &mut ours
-                    } else {
-                        &mut peers
-                    };
-                    values.push(value);
-                }
+            let mut round = self.round(cpus, &mut measure)?.into_iter();
+            // The first round warms caches, on disk too, and is not counted.
+            if run > 0 {
+                ours.extend(round.next());
+                peers.extend(round);
             }
         }
         Ok((ours, peers))
+    }
+
+    /// Measures once with each, again if others used the CPUs and that matters.
+    fn round<T>(&self, cpus: Cpus, measure: &mut impl FnMut(Vmm) -> Result<T>) -> Result<Vec<T>> {
+        let matters = self.calm && cpus == Cpus::Free;
+        loop {
+            if matters {
+                calm::wait()?;
+            }
+            let values = self.vmms().iter().map(|vmm| measure(*vmm));
+            let values = values.collect::<Result<_>>()?;
+            if !matters || calm::is_calm()? {
+                return Ok(values);
+            }
+        }
     }
 
     /// The command that boots the guest with `arguments` on its command line.

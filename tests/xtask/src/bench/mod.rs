@@ -9,6 +9,7 @@
 mod blk;
 mod boot;
 mod broker;
+mod calm;
 mod cpu;
 mod faults;
 mod figure;
@@ -48,6 +49,9 @@ pub(crate) struct Options {
     /// Do not run QEMU beside it (figures then have no ratio).
     #[arg(long)]
     no_peer: bool,
+    /// Measure Bulkhead and QEMU again where others used the CPUs before or after, and wait until they do not.
+    #[arg(long)]
+    calm: bool,
 }
 
 /// A group of figures.
@@ -78,7 +82,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if !options.no_peer {
         packages::ensure(&["qemu-system-x86"])?;
     }
-    let bench = Bench::prepare(options.runs, !options.no_peer)?;
+    let bench = Bench::prepare(options.runs, !options.no_peer, options.calm)?;
     let suites = match options.suites.as_slice() {
         [] => Suite::value_variants(),
         some => some,
