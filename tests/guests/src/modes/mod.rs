@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_blk;
+mod bench_fs;
 mod beside;
 mod blk;
 mod blk_held;
@@ -40,6 +41,7 @@ type Mode = fn(&Machine) -> Result<(), Failure>;
 
 const MODES: &[(&str, Mode)] = &[
     ("bench-blk", bench_blk::run),
+    ("bench-fs", bench_fs::run),
     ("bench-legacy", bench::legacy),
     ("bench-mmio", bench::mmio),
     ("beside", beside::run),
@@ -48,6 +50,7 @@ const MODES: &[(&str, Mode)] = &[
     ("blk-load", blk_load::run),
     ("blk-poison", blk_poison::run),
     ("blocks", blocks::run),
+    ("busy", smp::busy),
     ("button", button::run),
     ("clock", clock::run),
     ("console", console::run),

@@ -24,7 +24,7 @@ fn open(machine: &Machine) -> Result<Folder, Failure> {
 }
 
 /// A file's name: the seed of its pattern in hexadecimal.
-fn name_of(seed: u64) -> [u8; 16] {
+pub(super) fn name_of(seed: u64) -> [u8; 16] {
     let mut name = [b'0'; 16];
     for (place, nibble) in name.iter_mut().rev().zip(0..) {
         let digit = (seed >> (4 * nibble) & 15) as usize;

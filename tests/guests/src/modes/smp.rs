@@ -1,12 +1,12 @@
 //! `smp`: starts every other CPU that the MADT lists (INIT, start-up IPI, a real-mode trampoline).
-//! Each gets to ring 3, checks in, and adds to a counter that all share.
+//! Each gets to ring 3, checks in, and adds to a counter that all share. `busy` then keeps them all running.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::machine::Machine;
 use crate::report::{Failure, expect, fail, say};
 use crate::sys::irq::{self, LAPIC};
-use crate::sys::time::Deadline;
+use crate::sys::time::{self, Deadline};
 use crate::sys::{phys, ring0};
 
 /// Where the real-mode code is copied to.
@@ -33,6 +33,8 @@ unsafe extern "C" {
 
 static CHECKED_IN: AtomicU32 = AtomicU32::new(0);
 static TOTAL: AtomicU64 = AtomicU64::new(0);
+/// Whether CPUs that have checked in go on.
+static BUSY: AtomicBool = AtomicBool::new(false);
 static APIC_IDS: [AtomicU32; APS_MAX] = [const { AtomicU32::new(u32::MAX) }; APS_MAX];
 
 /// Ring 3 of the other CPUs, each on its own stack.
@@ -45,6 +47,9 @@ extern "sysv64" fn guest_ap_main(index: u64) -> ! {
         TOTAL.fetch_add(1, Ordering::Relaxed);
     }
     CHECKED_IN.fetch_add(1, Ordering::AcqRel);
+    while BUSY.load(Ordering::Relaxed) {
+        work();
+    }
     ring0::park()
 }
 
@@ -96,6 +101,31 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
     }
     expect("total", total, u64::from(started + 1) * ADDITIONS)?;
     expect("started", u64::from(started) + 1, ids.len().max(1) as u64)
+}
+
+/// Starts them all, and keeps each running in ring 3 for `seconds=`, or for ever.
+pub fn busy(machine: &Machine) -> Result<(), Failure> {
+    let seconds = machine.number("seconds", 0)?;
+    let khz = time::khz();
+    BUSY.store(true, Ordering::Relaxed);
+    let started = run(machine);
+    if started.is_ok() {
+        say!("busy seconds={seconds}");
+        let start = time::cycles();
+        let cycles = seconds.saturating_mul(1000 * khz);
+        while seconds == 0 || time::cycles() - start < cycles {
+            work();
+        }
+    }
+    BUSY.store(false, Ordering::Relaxed);
+    started
+}
+
+/// Something to do: a hint that this is a waiting loop would have a hypervisor take the CPU away.
+fn work() {
+    for n in 0..1000 {
+        core::hint::black_box(n);
+    }
 }
 
 /// Copies the trampoline, and gives every CPU a task state and two stacks.

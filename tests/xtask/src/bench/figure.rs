@@ -5,7 +5,7 @@ use serde::Serialize;
 /// A figure. The keys are those of the README and never change their meaning.
 #[derive(Debug, Serialize)]
 pub(super) struct Figure {
-    name: &'static str,
+    name: String,
     unit: &'static str,
     n: usize,
     min: f64,
@@ -29,7 +29,7 @@ struct Peer {
 impl Figure {
     /// Sums measurements up. `peer` holds the peer's, when it ran.
     pub(super) fn new(
-        name: &'static str,
+        name: impl Into<String>,
         unit: &'static str,
         mut ours: Vec<f64>,
         mut peer: Vec<f64>,
@@ -39,7 +39,7 @@ impl Figure {
         let median = quantile(&ours, 50);
         let peer_median = quantile(&peer, 50);
         Self {
-            name,
+            name: name.into(),
             unit,
             n: ours.len(),
             min: round(quantile(&ours, 0)),
@@ -55,10 +55,18 @@ impl Figure {
         }
     }
 
+    /// The same figure, whose peer is not QEMU alone.
+    pub(super) fn beside(mut self, name: &'static str) -> Self {
+        if let Some(peer) = &mut self.peer {
+            peer.peer = name;
+        }
+        self
+    }
+
     /// The table's heading.
     pub(super) fn heading() -> String {
         format!(
-            "{:<28} {:>6} {:>4} {:>10} {:>10} {:>10} {:>10} {:>10} {:>12} {:>7}",
+            "{:<34} {:>6} {:>4} {:>10} {:>10} {:>10} {:>10} {:>10} {:>12} {:>7}",
             "figure", "unit", "n", "min", "median", "p90", "p99", "max", "qemu median", "ratio"
         )
     }
@@ -70,7 +78,7 @@ impl Figure {
             None => ("-".to_owned(), "-".to_owned()),
         };
         format!(
-            "{:<28} {:>6} {:>4} {:>10} {:>10} {:>10} {:>10} {:>10} {:>12} {:>7}",
+            "{:<34} {:>6} {:>4} {:>10} {:>10} {:>10} {:>10} {:>10} {:>12} {:>7}",
             self.name,
             self.unit,
             self.n,

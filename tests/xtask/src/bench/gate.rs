@@ -50,8 +50,8 @@ pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
                 peers.extend(peer);
             }
         }
-        print(Figure::new(ratio, "", ratios, Vec::new()))?;
-        print(Figure::new(direct, load.unit, directs, peers))?;
+        print(Figure::new(*ratio, "", ratios, Vec::new()))?;
+        print(Figure::new(*direct, load.unit, directs, peers))?;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Running the test guest under Bulkhead and under QEMU, the same way.
 
+use super::calm;
 use crate::daemon::Place;
 use crate::guest::Image;
 use crate::process;
@@ -7,6 +8,7 @@ use crate::{command, suite};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -27,11 +29,21 @@ pub(super) enum Vmm {
     Direct,
 }
 
+/// What the CPUs do besides what is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cpus {
+    /// Nothing that the benchmark knows of.
+    Free,
+    /// Another machine of the benchmark's keeps all of them busy.
+    Busy,
+}
+
 /// What all benchmarks share.
 pub(super) struct Bench {
     /// Runs of each measurement.
     pub(super) runs: u32,
     peer: bool,
+    calm: bool,
     binaries: PathBuf,
     guest: PathBuf,
     directory: tempfile::TempDir,
@@ -39,7 +51,7 @@ pub(super) struct Bench {
 
 impl Bench {
     /// Builds what is measured.
-    pub(super) fn prepare(runs: u32, peer: bool) -> Result<Self> {
+    pub(super) fn prepare(runs: u32, peer: bool, calm: bool) -> Result<Self> {
         let binaries = suite::release_binaries()?;
         let guest = Image::TestGuest.path()?;
         let directory = tempfile::Builder::new()
@@ -48,6 +60,7 @@ impl Bench {
         Ok(Self {
             runs,
             peer,
+            calm,
             binaries,
             guest,
             directory,
@@ -74,26 +87,44 @@ impl Bench {
     }
 
     /// Measures `runs` times with each VMM in turns: first ours, then the peer's values.
-    pub(super) fn alternate(
+    pub(super) fn alternate<T>(
         &self,
-        mut measure: impl FnMut(Vmm) -> Result<f64>,
-    ) -> Result<(Vec<f64>, Vec<f64>)> {
+        measure: impl FnMut(Vmm) -> Result<T>,
+    ) -> Result<(Vec<T>, Vec<T>)> {
+        self.alternate_on(Cpus::Free, measure)
+    }
+
+    /// The same on CPUs that the benchmark itself may keep busy.
+    pub(super) fn alternate_on<T>(
+        &self,
+        cpus: Cpus,
+        mut measure: impl FnMut(Vmm) -> Result<T>,
+    ) -> Result<(Vec<T>, Vec<T>)> {
         let (mut ours, mut peers) = (Vec::new(), Vec::new());
         for run in 0..=self.runs {
-            for &vmm in self.vmms() {
-                let value = measure(vmm)?;
-                // The first round warms caches, on disk too, and is not counted.
-                if run > 0 {
-                    let values = if vmm == Vmm::Bulkhead {
-                        &mut ours
-                    } else {
-                        &mut peers
-                    };
-                    values.push(value);
-                }
+            let mut round = self.round(cpus, &mut measure)?.into_iter();
+            // The first round warms caches, on disk too, and is not counted.
+            if run > 0 {
+                ours.extend(round.next());
+                peers.extend(round);
             }
         }
         Ok((ours, peers))
+    }
+
+    /// Measures once with each, again if others used the CPUs and that matters.
+    fn round<T>(&self, cpus: Cpus, measure: &mut impl FnMut(Vmm) -> Result<T>) -> Result<Vec<T>> {
+        let matters = self.calm && cpus == Cpus::Free;
+        loop {
+            if matters {
+                calm::wait()?;
+            }
+            let values = self.vmms().iter().map(|vmm| measure(*vmm));
+            let values = values.collect::<Result<_>>()?;
+            if !matters || calm::is_calm()? {
+                return Ok(values);
+            }
+        }
     }
 
     /// The command that boots the guest with `arguments` on its command line.
@@ -107,14 +138,25 @@ impl Bench {
 
     /// Bulkhead alone, with a guest that runs for as long as it wants.
     pub(super) fn bulkhead(&self, arguments: &str, disk: Option<&Path>, timeout_s: u64) -> Command {
-        let mut run = self.place().bulkhead();
-        run.arg("run").arg("--kernel").arg(&self.guest);
-        run.args(["--cmdline", arguments, "-c", "1", "-m"])
-            .arg(format!("{MEMORY_MIB}MiB"));
-        run.arg(format!("--timeout={timeout_s}s"));
+        let mut run = self.bulkhead_with(1, arguments, timeout_s);
         if let Some(disk) = disk {
             run.arg("--disk").arg(disk);
         }
+        run
+    }
+
+    /// Another machine, for the time of a measurement, with as many vCPUs as there are CPUs.
+    pub(super) fn neighbour(&self, arguments: &str, timeout_s: u64) -> Command {
+        let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+        self.bulkhead_with(cpus, arguments, timeout_s)
+    }
+
+    fn bulkhead_with(&self, cpus: usize, arguments: &str, timeout_s: u64) -> Command {
+        let mut run = self.place().bulkhead();
+        run.arg("run").arg("--kernel").arg(&self.guest);
+        run.args(["--cmdline", arguments, "-c", &cpus.to_string()]);
+        run.arg("-m").arg(format!("{MEMORY_MIB}MiB"));
+        run.arg(format!("--timeout={timeout_s}s"));
         run
     }
 
@@ -150,7 +192,10 @@ impl Bench {
             "-accel",
             "kvm",
         ]);
-        run.args(["-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()]);
+        // With a register that lists what the CPU is not vulnerable to, which `kvm_pvm` of some hosts does not
+        // let it write, QEMU would not start. No guest of ours reads it.
+        run.args(["-cpu", "host,arch-capabilities=off", "-smp", "1"]);
+        run.args(["-m", &MEMORY_MIB.to_string()]);
         run.args(["-nodefaults", "-no-user-config", "-no-reboot", "-nographic"]);
         run.args([
             "-serial",
@@ -224,6 +269,11 @@ impl Running {
     /// The pid of the VMM (the broker's, for Bulkhead).
     pub(super) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Whether the VMM still runs.
+    pub(super) fn is_alive(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
     }
 
     /// Time from just before exec to the first byte of the guest, in milliseconds.

@@ -9,8 +9,11 @@
 mod blk;
 mod boot;
 mod broker;
+mod calm;
+mod cpu;
 mod faults;
 mod figure;
+mod fs;
 mod gate;
 mod guest;
 mod kernel_memory;
@@ -24,6 +27,7 @@ mod mmio;
 )]
 #[path = "../../../guests/src/prng.rs"]
 pub(crate) mod prng;
+mod virtiofsd;
 
 use crate::{packages, suite};
 use anyhow::Result;
@@ -45,6 +49,9 @@ pub(crate) struct Options {
     /// Do not run QEMU beside it (figures then have no ratio).
     #[arg(long)]
     no_peer: bool,
+    /// Measure Bulkhead and QEMU again where others used the CPUs before or after, and wait until they do not.
+    #[arg(long)]
+    calm: bool,
 }
 
 /// A group of figures.
@@ -56,8 +63,10 @@ enum Suite {
     Memory,
     /// Device registers, read by the guest's kernel.
     Mmio,
-    /// Block device throughput and latency.
+    /// Block device throughput, latency and CPU time, also while another VM keeps all CPUs busy.
     Blk,
+    /// A shared folder's operations and throughput.
+    Fs,
     /// Block device throughput through the gates, and without them.
     Gate,
     /// Device processes killed at random under load: time to service, and what the guest saw.
@@ -73,7 +82,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if !options.no_peer {
         packages::ensure(&["qemu-system-x86"])?;
     }
-    let bench = Bench::prepare(options.runs, !options.no_peer)?;
+    let bench = Bench::prepare(options.runs, !options.no_peer, options.calm)?;
     let suites = match options.suites.as_slice() {
         [] => Suite::value_variants(),
         some => some,
@@ -95,6 +104,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             Suite::Memory => memory::run(&bench, &mut print)?,
             Suite::Mmio => mmio::run(&bench, &mut print)?,
             Suite::Blk => blk::run(&bench, &mut print)?,
+            Suite::Fs => fs::run(&bench, &mut print)?,
             Suite::Gate => gate::run(&bench, &mut print)?,
             Suite::Faults => faults::run(&bench, &mut print)?,
             Suite::Broker => broker::run(&bench, &mut print)?,
