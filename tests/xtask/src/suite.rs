@@ -137,7 +137,7 @@ fn unit_tests() -> Result<()> {
         command::run(&mut tests)
     };
     if packages::which("cargo-nextest") {
-        cargo_test(&["nextest", "run"])?;
+        cargo_test(&["nextest", "run", "--no-fail-fast"])?;
         // nextest leaves the examples in documentation out.
         cargo_test(&["test", "--doc"])?;
     } else {
