@@ -73,9 +73,9 @@ pub(super) enum DeviceCommand {
 
 const RESIZE_EXAMPLES: &str = "\
 Exit codes:
-  0  the disk has at least that size
+  0  the disk has that size, or a qcow2 image a larger one
   2  there is no such machine or disk
-  6  a machine does not run, or the disk cannot be grown
+  6  a machine does not run, or the disk cannot be grown, or a raw one is larger
 
 Examples:
   bulkhead device resize web/disk0 20GiB
@@ -226,7 +226,7 @@ pub(super) struct ResizeArgs {
     /// Disk
     #[arg(value_name = "VM/DEVICE", value_parser = one_device)]
     target: Target,
-    /// What it is to have at least, such as 20GiB
+    /// What it is to grow to, such as 20GiB
     #[arg(value_name = "SIZE", value_parser = parse_size)]
     bytes: u64,
     #[command(flatten)]

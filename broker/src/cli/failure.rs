@@ -30,6 +30,12 @@ impl Failure {
         }
     }
 
+    /// With what else has failed; its exit code stays.
+    pub(super) fn and(mut self, other: Self) -> Self {
+        self.lines.extend(other.lines);
+        self
+    }
+
     /// A failure with several lines.
     pub(super) fn lines<'a>(code: u8, lines: impl Iterator<Item = &'a str>) -> Self {
         Self {
@@ -105,9 +111,30 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
 
 /// Writes one JSON object to standard output.
 pub(super) fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|error| Failure::because(START, "writing JSON", &error))?;
-    print(&(text + "\n"))
+    print_text(serde_json::to_string_pretty(value))
+}
+
+/// Writes one JSON object of several to standard output, on a line of its own.
+pub(super) fn print_json_line(value: &impl serde::Serialize) -> Result<(), Failure> {
+    print_text(serde_json::to_string(value))
+}
+
+fn print_text(text: serde_json::Result<String>) -> Result<(), Failure> {
+    let text = text.map_err(|error| Failure::because(START, "writing JSON", &error))?;
+    print(&(harmless(&text) + "\n"))
+}
+
+/// JSON whose strings, some of which are a guest's, control no terminal. JSON itself asks that of the first 32
+/// characters only.
+fn harmless(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        match c {
+            '\u{7f}'..='\u{9f}' => text.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => text.push(c),
+        }
+    }
+    text
 }
 
 #[cfg(test)]
@@ -123,6 +150,14 @@ mod tests {
         let error = Outer(io::Error::other("inner"));
         let failure = Failure::because(START, "doing it", &error);
         assert_eq!(failure.lines, ["doing it: outer: inner"]);
+    }
+
+    #[test]
+    fn json_controls_no_terminal_and_says_the_same() {
+        let said = "caf\u{e9}\u{1b}[2J\u{9b}31m\u{7f}\n";
+        let text = harmless(&serde_json::to_string(said).unwrap());
+        assert!(!text.chars().any(char::is_control), "{text:?}");
+        assert_eq!(serde_json::from_str::<String>(&text).unwrap(), said);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `image info|create|convert|resize|check|rebase|commit`.
 
 use super::SCHEMA_VERSION;
-use super::failure::{Failure, START, USAGE, print, print_json};
+use super::failure::{Failure, START, USAGE, print, print_json_line};
 use super::image_args::{
     ChainArgs, CheckArgs, CommitArgs, ConvertArgs, CreateArgs, From, ImageCommand, InfoArgs,
     RebaseArgs, ResizeArgs, SeedArgs,
@@ -63,6 +63,7 @@ const fn is_zero(n: &u32) -> bool {
 
 #[derive(Serialize)]
 struct Progress {
+    schema_version: u32,
     done: u64,
     total: u64,
 }
@@ -119,7 +120,12 @@ impl Workshop {
             }
             None if self.json => {
                 // Who does not read them does without.
-                let _shown = print_json(&Progress { done, total });
+                let schema_version = SCHEMA_VERSION;
+                let _shown = print_json_line(&Progress {
+                    schema_version,
+                    done,
+                    total,
+                });
             }
             None => {}
         });
@@ -159,7 +165,7 @@ impl Workshop {
         })?;
         let format = format.to_string();
         if self.json {
-            return print_json(&Shown {
+            return print_json_line(&Shown {
                 schema_version: SCHEMA_VERSION,
                 path,
                 format,

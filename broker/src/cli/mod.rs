@@ -62,7 +62,8 @@ Exit codes:
   2  wrong usage or configuration
   4  the host lacks something; see bulkhead doctor
   6  the work could not be started or finished
-  bulkhead run has more of them; see bulkhead run --help. The code is never 1.
+  bulkhead run has more of them; see bulkhead run --help. The code is never 1, but for bulkhead exec, whose
+  code is that of the command in the guest.
 
 Environment:
   BULKHEAD_CONFIG_DIR, BULKHEAD_STATE_DIR, BULKHEAD_RUNTIME_DIR, BULKHEAD_LIBEXEC_DIR
@@ -122,7 +123,7 @@ enum Command {
     Rm(machine_commands::RemoveArgs),
     /// Wait until machines have ended, and exit with the code that run would have
     Wait(machine_commands::Names),
-    /// List, restart and upgrade the devices of machines that run
+    /// List, restart, upgrade, limit and change the devices of machines that run
     #[command(subcommand)]
     Device(device_commands::DeviceCommand),
     /// Make, show and remove virtual networks, and capture what passes there

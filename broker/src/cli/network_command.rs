@@ -4,8 +4,8 @@ use super::client_args::{ClientArgs, HostArgs};
 use super::failure::{Failure, START, USAGE, print, print_json, printable};
 use super::paths::PathOptions;
 use super::show_commands::{row, table};
-use crate::api::client::Client;
-use crate::api::{Changed, NetworkCounters, NetworkDetails, NetworkSummary};
+use crate::api::client::{Client, ClientError};
+use crate::api::{Changed, Code, NetworkCounters, NetworkDetails, NetworkSummary};
 use crate::network::spec::{
     LEASE_S_DEFAULT, MTU_DEFAULT, NetworkSpec, PortLimits, SUBNET_DEFAULT, SubnetSpec, UplinkSpec,
 };
@@ -14,7 +14,7 @@ use crate::vmfile::{parse_duration, parse_size, show_size};
 use bulkhead_ipc::protocol::birth::Rate;
 use clap::{Args, Subcommand};
 use std::fs::File;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -52,12 +52,12 @@ pub(super) struct CreateArgs {
     #[arg(long, value_name = "CIDR", default_value = SUBNET_DEFAULT, value_parser = SubnetSpec::parse)]
     subnet: SubnetSpec,
     /// Neither DHCP nor DNS: the switch only switches
-    #[arg(long, conflicts_with_all = ["subnet", "gateway", "range", "router", "lease"])]
+    #[arg(long, conflicts_with_all = ["subnet", "gateway", "range", "router", "lease", "dns", "domain"])]
     no_subnet: bool,
     /// The switch's own address [default: the first of the subnet]
     #[arg(long, value_name = "IP")]
     gateway: Option<Ipv4Addr>,
-    /// Addresses that are leased [default: all others]
+    /// Addresses that are leased [default: all on one side of the switch's own, the one with more]
     #[arg(long, value_name = "FIRST-LAST", value_parser = parse_range)]
     range: Option<(Ipv4Addr, Ipv4Addr)>,
     /// Router that machines are told of: an address behind an uplink
@@ -74,6 +74,7 @@ pub(super) struct CreateArgs {
     domain: Option<String>,
     /// Largest packet in bytes
     #[arg(long, value_name = "BYTES", default_value_t = MTU_DEFAULT)]
+    #[arg(value_parser = clap::value_parser!(u16).range(576..=9216))]
     mtu: u16,
     /// Machines may talk to uplinks and the switch alone, not to each other
     #[arg(long)]
@@ -181,10 +182,12 @@ pub(super) fn run(command: &NetworkCommand, options: &PathOptions) -> Result<u8,
 impl CreateArgs {
     fn spec(&self) -> NetworkSpec {
         let mut subnet = self.subnet;
+        if let Some(gateway) = self.gateway {
+            subnet = subnet.with_gateway(gateway);
+        }
         if let Some((first, last)) = self.range {
             (subnet.first, subnet.last) = (first, last);
         }
-        subnet.gateway = self.gateway.unwrap_or(subnet.gateway);
         subnet.router = self.router;
         let lease = self.lease.map(|lease| lease.as_secs());
         subnet.lease_s = lease.map_or(LEASE_S_DEFAULT, |s| u32::try_from(s).unwrap_or(u32::MAX));
@@ -364,27 +367,60 @@ fn carried(counters: Option<&NetworkCounters>) -> [String; 3] {
 }
 
 fn remove(args: &RemoveArgs, options: &PathOptions) -> Result<u8, Failure> {
-    let mut removed = Vec::new();
-    for name in &args.names {
-        let path = format!("/v1/networks/{}", checked(name)?);
-        let changed: Changed = args
-            .client
-            .talk(options, async |client| Ok(client.delete(&path).await?))?;
-        if !args.client.json {
-            print(&format!("{}: removed\n", printable(&changed.name)))?;
+    let names = args.names.iter().map(|name| checked(name));
+    let names = names.collect::<Result<Vec<_>, _>>()?;
+    let answers = args.client.talk(options, async |client| {
+        let mut answers = Vec::new();
+        for name in names {
+            let path = format!("/v1/networks/{name}");
+            answers.push(match client.delete::<Changed>(&path).await {
+                Err(ClientError::Api(error)) if error.code == Code::NotFound => Ok(Changed {
+                    schema_version: crate::api::SCHEMA_VERSION,
+                    name: name.to_owned(),
+                    changed: false,
+                    state: None,
+                }),
+                other => other,
+            });
         }
-        removed.push(changed);
+        Ok(answers)
+    })?;
+    // One that cannot be removed keeps none of the others.
+    let (mut removed, mut failure) = (Vec::new(), None::<Failure>);
+    for answer in answers {
+        match answer {
+            Ok(changed) => removed.push(changed),
+            Err(error) => {
+                failure = Some(match failure.take() {
+                    Some(first) => first.and(error.into()),
+                    None => error.into(),
+                });
+            }
+        }
     }
-    match (args.client.json, removed.as_slice()) {
-        (true, [one]) => print_json(one)?,
-        (true, all) => print_json(&all)?,
-        (false, _) => {}
+    if !args.client.json {
+        for changed in &removed {
+            let what = match changed.changed {
+                true => "removed",
+                false => "is not there",
+            };
+            print(&format!("{}: {what}\n", printable(&changed.name)))?;
+        }
+    } else if let ([one], [_]) = (removed.as_slice(), args.names.as_slice()) {
+        print_json(one)?;
+    } else {
+        print_json(&removed)?;
     }
-    Ok(0)
+    failure.map_or(Ok(0), Err)
 }
 
 fn capture(args: &CaptureArgs, options: &PathOptions) -> Result<u8, Failure> {
     let name = checked(&args.name)?;
+    if args.write.as_os_str() == "-" && std::io::stdout().is_terminal() {
+        // What guests have sent could be sequences that control it.
+        let line = "--write -: expected a pipe or a file as standard output, not a terminal";
+        return Err(Failure::new(USAGE, line));
+    }
     let mut path = format!(
         "/v1/networks/{name}/capture?snap={}&bytes={}&seconds={}",
         args.snap,
@@ -453,6 +489,12 @@ mod tests {
         assert_eq!(full.limits.bytes.unwrap().burst, 1 << 20);
         assert_eq!(full.limits.packets.unwrap().burst, 7);
         assert_eq!(full.uplinks[1], UplinkSpec::Bridge("br0".into()));
+        let pool = |gateway: &str| {
+            let subnet = spec(&format!("lab --gateway {gateway}")).unwrap().subnet;
+            subnet.map(|subnet| (subnet.first.octets()[3], subnet.last.octets()[3]))
+        };
+        assert_eq!(pool("10.87.0.254"), Some((1, 253)));
+        assert_eq!(pool("10.87.0.100"), Some((101, 254)));
         let tagged = spec("lab --no-subnet --vlan 7").unwrap();
         assert_eq!((tagged.vlan, tagged.subnet), (Some(7), None));
     }
@@ -461,7 +503,10 @@ mod tests {
     fn options_that_contradict_each_other_are_refused() {
         for (words, wanted) in [
             ("lab --no-subnet --subnet 10.0.0.0/24", "cannot be used"),
+            ("lab --no-subnet --domain x", "cannot be used"),
             ("lab --vlan 7", "--no-subnet"),
+            ("lab --mtu 300", "576..=9216"),
+            ("lab --gateway 10.88.0.1", "gateway"),
             ("lab --uplink br0", "expected tap=NAME"),
             ("lab --range 10.0.0.1", "expected two addresses"),
             ("lab --range 10.87.0.1-10.87.0.9", "pool"),

@@ -142,6 +142,31 @@ impl SubnetSpec {
     }
 }
 
+impl SubnetSpec {
+    /// With the switch at `gateway`, and the longer run of addresses before or behind it leased.
+    #[must_use]
+    pub fn with_gateway(self, gateway: Ipv4Addr) -> Self {
+        let hosts = u32::MAX.checked_shr(self.prefix.into()).unwrap_or(0);
+        let network = u32::from(self.gateway) & !hosts;
+        let (low, high) = (network + 1, network + hosts.saturating_sub(1));
+        let at = u32::from(gateway);
+        if !(low..=high).contains(&at) {
+            // That it is outside is found when the network is checked.
+            return Self { gateway, ..self };
+        }
+        let (first, last) = match at - low > high - at {
+            true => (low, at - 1),
+            false => (at + 1, high),
+        };
+        Self {
+            gateway,
+            first: first.into(),
+            last: last.into(),
+            ..self
+        }
+    }
+}
+
 impl NetworkSpec {
     /// One of which only the name is told.
     #[must_use]

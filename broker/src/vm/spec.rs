@@ -36,6 +36,8 @@ pub const NET_QUEUES_MAX: u8 = 8;
 pub const MTU_BYTES: (u16, u16) = (68, 65_521);
 /// Slots for disks, network devices and others: all but console's and rng's.
 pub const DEVICES_MAX: usize = VIRTIO_MMIO_SLOTS - 2;
+/// What no device may be called that has a name: so the others are called in commands.
+pub const TAKEN_NAMES: [&str; 5] = ["vcpu", "legacy", "console", "rng", "vsock"];
 /// Context ids that a guest may have: those below are the host's, the last means any (virtio 1.2, section
 /// 5.10.4).
 pub const CIDS: std::ops::RangeInclusive<u32> = 3..=u32::MAX - 1;
@@ -718,8 +720,11 @@ impl VmSpec {
         let all = disks.map(|named| ("disk", named));
         let all = all.chain(shares.map(|named| ("share", named)));
         let all = all.chain(nets.map(|named| ("net", named)));
-        let mut taken = HashSet::new();
+        let mut taken: HashSet<&str> = TAKEN_NAMES.into();
         for (key, (n, name)) in all {
+            if key != "disk" && self.cloud_init.is_some() {
+                taken.insert(SEED_DISK);
+            }
             expect(
                 taken.insert(name),
                 &format!("{key}[{n}].name"),
@@ -883,7 +888,7 @@ mod tests {
     #[test]
     fn each_wrong_field_is_named() {
         type Break = fn(&mut VmSpec);
-        let faults: [(&str, Break); 12] = [
+        let faults: [(&str, Break); 14] = [
             ("name", |s| s.name = "a b".into()),
             ("name", |s| s.name = "..".into()),
             ("vcpus", |s| s.vcpus = 33),
@@ -891,6 +896,11 @@ mod tests {
             ("memory", |s| s.memory_bytes = (64 << 20) + 1),
             ("cmdline", |s| s.cmdline = "x".repeat(4097)),
             ("disk[1].name", |s| s.disks = vec![disk("a"), disk("a")]),
+            ("disk[0].name", |s| s.disks = vec![disk("rng")]),
+            ("share[0].name", |s| {
+                s.cloud_init = Some(CloudInitSpec::default());
+                s.shares = vec![ShareSpec::new(SEED_DISK.to_owned(), "/")];
+            }),
             ("share[0].name", |s| {
                 s.disks = vec![disk("a")];
                 s.shares = vec![ShareSpec::new("a".to_owned(), "/")];

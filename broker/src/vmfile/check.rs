@@ -12,7 +12,7 @@ use crate::vm::spec::{
     BackingSpec, BootDisk, CMDLINE_BYTES_MAX, CloudInitSpec, ConsoleChoice, DEVICES_MAX, DiskSpec,
     FILES_MAX, FileSpec, GUEST_PATH_BYTES_MAX, HISTORY_BYTES, KernelSource, MTU_BYTES,
     NAME_BYTES_MAX, NETWORK_NAME_RULE, NetSource, NetSpec, SEED_DISK, SERIAL_BYTES_MAX,
-    SOCKET_NAME_BYTES_MAX, ShareSpec, TAG_BYTES_MAX, VmSpec, VsockSpec, is_guest_path,
+    SOCKET_NAME_BYTES_MAX, ShareSpec, TAG_BYTES_MAX, TAKEN_NAMES, VmSpec, VsockSpec, is_guest_path,
     is_network_name,
 };
 use bulkhead_ipc::platform::MEMORY_BYTES_MIN;
@@ -74,6 +74,16 @@ pub fn is_name(name: &str) -> bool {
     (1..=NAME_BYTES_MAX).contains(&name.len())
         && name.chars().all(plain)
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+}
+
+/// Whether a device that has no name in a VM file is called so.
+fn is_taken(name: &str) -> bool {
+    TAKEN_NAMES.contains(&name)
+}
+
+/// Whether the disk that cloud-init reads is called so.
+fn is_seed(spec: &VmSpec, name: &str) -> bool {
+    spec.cloud_init.is_some() && name == SEED_DISK
 }
 
 struct Checker {
@@ -349,11 +359,10 @@ impl Checker {
                 continue;
             };
             let disk = self.disk(n, draft, path, drafts);
-            if let (Some(name), true) = (
-                &draft.name,
-                spec.disks.iter().any(|other| other.name == disk.name),
-            ) {
-                let message = "expected a name that no other disk has";
+            let mut others = spec.disks.iter().map(|other| other.name.as_str());
+            let twin = others.any(|other| other == disk.name) || is_taken(&disk.name);
+            if let (Some(name), true) = (&draft.name, twin) {
+                let message = "expected a name that no other device has";
                 self.problems.push(name.problem(message));
             }
             spec.disks.push(disk);
@@ -418,6 +427,7 @@ impl Checker {
                 let mut others = spec.shares.iter().map(|s| &s.name);
                 let mut disks = spec.disks.iter().map(|d| &d.name);
                 let twin = others.any(|o| *o == name) || disks.any(|d| *d == name);
+                let twin = twin || is_taken(&name) || is_seed(spec, &name);
                 self.expect(!twin, given, "expected a name that no other device has");
             }
             let mut share = ShareSpec::new(name, path.value.clone());
@@ -543,6 +553,10 @@ impl Checker {
             NetSource::Network(name) => {
                 let rule = format!("expected {NETWORK_NAME_RULE}");
                 self.expect(is_network_name(name), source.0, rule);
+                if let Some(mtu) = &draft.mtu {
+                    let rule = "expected none in a network, which has one for all";
+                    self.expect(false, mtu, rule);
+                }
                 if let Some(queues) = &draft.queues {
                     self.expect(queues.value == 1, queues, "expected 1 in a network");
                 }
@@ -569,7 +583,7 @@ impl Checker {
             .map(|d| &d.name)
             .chain(spec.shares.iter().map(|s| &s.name))
             .chain(spec.nets.iter().map(|n| &n.name));
-        let taken = others.any(|other| other == name);
+        let taken = others.any(|other| other == name) || is_taken(name) || is_seed(spec, name);
         match &draft.name {
             Some(given) => {
                 self.expect(is_name(name), given, NAME_RULE);

@@ -817,7 +817,7 @@ prop_compose! {
                 _ => NetSource::Network("lab".into()),
             },
             mac: [first << 1 | 2, rest[0], rest[1], rest[2], rest[3], rest[4]],
-            mtu,
+            mtu: mtu.filter(|_| kind != 2),
             queues: if kind == 2 { 1 } else { queues },
             link_up,
             limits,
