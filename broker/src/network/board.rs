@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use tokio::sync::mpsc;
 
 /// Name of the memory of ports.
@@ -85,6 +85,16 @@ pub struct Plug {
     pub mac: [u8; 6],
     /// The port.
     pub port: PortFds,
+    /// Dead when the card is pulled out.
+    pub card_lives: Weak<()>,
+}
+
+impl Plug {
+    /// Whether the card is pulled out.
+    #[must_use]
+    pub fn is_pulled_out(&self) -> bool {
+        self.card_lives.strong_count() == 0
+    }
 }
 
 /// What a network hears of machines.
@@ -150,12 +160,8 @@ impl Switchboard {
         mac: [u8; 6],
     ) -> Result<Plugged, PlugError> {
         let networks = self.0.as_ref().ok_or(PlugError::NoDaemon)?;
-        let patches = {
-            let all = networks.all.lock().unwrap_or_else(PoisonError::into_inner);
-            all.get(network).cloned()
-        };
-        let patches = patches.ok_or_else(|| PlugError::NoNetwork(network.to_owned()))?;
         let port = PortFds::make()?;
+        let life = Arc::new(());
         let ticket = networks.tickets.fetch_add(1, Ordering::Relaxed);
         let plug = Plug {
             ticket,
@@ -163,13 +169,19 @@ impl Switchboard {
             card,
             mac,
             port: port.try_clone()?,
+            card_lives: Arc::downgrade(&life),
         };
+        // Told before the network can be taken away, so that it knows of every card then.
+        let all = networks.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let patches = all.get(network);
+        let patches = patches.ok_or_else(|| PlugError::NoNetwork(network.to_owned()))?;
         let told = patches.try_send(Patch::In(plug));
         told.map_err(|_| PlugError::Busy(network.to_owned()))?;
         Ok(Plugged {
             port,
             ticket,
-            patches,
+            patches: patches.clone(),
+            _life: life,
         })
     }
 }
@@ -181,11 +193,12 @@ pub struct Plugged {
     pub port: PortFds,
     ticket: u64,
     patches: mpsc::Sender<Patch>,
+    _life: Arc<()>,
 }
 
 impl Drop for Plugged {
     fn drop(&mut self) {
-        // A network that is gone has no ports; one that is as busy as that finds a port that nobody is at.
+        // A network that is gone has no ports; one that is as busy as that finds out by [`Plug::is_pulled_out`].
         let _told = self.patches.try_send(Patch::Out(self.ticket));
     }
 }
@@ -209,6 +222,7 @@ mod tests {
         let Some(Patch::In(two)) = heard.blocking_recv() else {
             panic!("nothing was plugged in");
         };
+        assert!(one.is_pulled_out() && !two.is_pulled_out());
         let out = heard.blocking_recv();
         assert!(
             matches!(out, Some(Patch::Out(ticket)) if ticket == one.ticket),

@@ -20,6 +20,8 @@ const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
 /// Messages of neighbour discovery.
 const DISCOVERY: std::ops::RangeInclusive<u8> = 133..=137;
+/// The first Ethertype; what is below is a length (IEEE 802.3, section 3.2.6).
+const TYPES_FROM: u16 = 0x0600;
 /// Options of a discovery message that are looked at.
 const OPTIONS_MAX: usize = 16;
 
@@ -67,6 +69,8 @@ impl Origin<'_> {
                 let ip = Ipv6::read(packet).ok_or(Cause::Malformed)?;
                 self.ipv6(ethernet, ip, bindings)
             }
+            // A length instead of a type: what is in there could be any of these, for whoever unpacks it.
+            kind if kind < TYPES_FROM => Err(Cause::Malformed),
             _ => Ok(()),
         }
     }

@@ -45,8 +45,10 @@ impl Leases {
     /// Leases that a switch before this one has given.
     pub(crate) fn restore(&mut self, subnet: &Subnet, leases: &[Lease], now: Instant) {
         for lease in leases {
-            if subnet.has(lease.address) && !self.owners.contains_key(&lease.address) {
-                self.hold(lease.mac, lease.address, None, now + lease.left);
+            let left = lease.left.min(Duration::from_secs(subnet.lease_s.into()));
+            let is_ours = subnet.has(lease.address) && subnet.router != Some(lease.address);
+            if is_ours && !self.owners.contains_key(&lease.address) {
+                self.hold(lease.mac, lease.address, None, now + left);
             }
         }
     }

@@ -21,7 +21,7 @@ use crate::api::{
 use crate::launch::Launched;
 use crate::launch::cgroup::Group;
 use crate::network::Tap;
-use crate::network::board::{Patch, Plug};
+use crate::network::board::{FIRST_GENERATION, Patch, Plug};
 use crate::network::spec::{NetworkSpec, UplinkSpec};
 use crate::registry::NetworkRecord;
 use crate::serve::Shared;
@@ -32,9 +32,11 @@ use crate::vm::spec::show_mac;
 use bulkhead_ipc::channel::ChannelError;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::port::stamp;
-use bulkhead_ipc::protocol::switch::{FromSwitch, PortReport, ToSwitch};
+use bulkhead_ipc::protocol::switch::{FromSwitch, LEASES_MAX, PORTS_MAX, PortReport, ToSwitch};
 use bulkhead_switch::Cause;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,6 +55,8 @@ const TELL_AGAIN: Duration = Duration::from_millis(5);
 const REPORT_WITHIN: Duration = Duration::from_secs(1);
 /// When leases are written after they have changed.
 const WRITE_AFTER: Duration = Duration::from_secs(1);
+/// When leases that could not be written are tried again.
+const WRITE_AGAIN: Duration = Duration::from_secs(30);
 /// When a switch that could not be started is tried again.
 const START_AGAIN: Duration = Duration::from_secs(5);
 /// Requests that wait for a report.
@@ -264,7 +268,20 @@ impl Actor {
         }
     }
 
+    /// Pulls out cards of which nobody has said so, since too much else was being said.
+    fn sweep(&mut self) {
+        let gone = |card: &Card| card.plug.is_pulled_out();
+        let gone = self.cards.iter().filter(|(_, card)| gone(card));
+        let gone: Vec<u16> = gone.map(|(id, _)| *id).collect();
+        for id in gone {
+            self.cards.remove(&id);
+            self.reports.remove(&id);
+            self.tell(ToSwitch::RemovePort(id), Vec::new());
+        }
+    }
+
     async fn plug_in(&mut self, plug: Plug) {
+        self.sweep();
         let same = |card: &Card| (&card.plug.machine, card.plug.card) == (&plug.machine, plug.card);
         let mut cards = self.cards.iter();
         let own = cards.find(|(_, card)| same(card)).map(|(id, _)| *id);
@@ -276,7 +293,7 @@ impl Actor {
         };
         let card = Card {
             plug,
-            generation: crate::network::board::FIRST_GENERATION,
+            generation: FIRST_GENERATION,
             trouble: None,
         };
         self.cards.insert(id, card);
@@ -448,7 +465,8 @@ impl Actor {
                     self.uplinks.iter_mut().for_each(|uplink| uplink.tap = None);
                     Nest::forget(&directory_of(&self.shared.places.runtime, self.name()));
                 } else {
-                    self.start_again = Some(Instant::now());
+                    // At once, unless it could not be started, or was given up.
+                    self.start_again.get_or_insert_with(Instant::now);
                 }
             }
         }
@@ -529,9 +547,19 @@ impl Actor {
     async fn hear(&mut self, id: ProcId, message: FromSwitch) {
         match message {
             FromSwitch::Pong(number) => self.supervise(Event::Pong { id, number }).await,
+            FromSwitch::Leased(leases) if leases.len() > LEASES_MAX => {
+                let reason = format!("told {} leases at a time", leases.len());
+                self.supervise(Event::Broke { id, reason }).await;
+            }
+            FromSwitch::Ports(ports) if ports.len() > PORTS_MAX => {
+                let reason = format!("told of {} ports", ports.len());
+                self.supervise(Event::Broke { id, reason }).await;
+            }
             FromSwitch::Leased(leases) => {
-                self.book.hear(&leases);
-                self.write_at.get_or_insert(Instant::now() + WRITE_AFTER);
+                let cards: BTreeSet<_> = self.cards.values().map(|card| card.plug.mac).collect();
+                if self.book.hear(&leases, |mac| cards.contains(mac)) {
+                    self.write_at.get_or_insert(Instant::now() + WRITE_AFTER);
+                }
             }
             FromSwitch::Refused {
                 id,
@@ -548,7 +576,7 @@ impl Actor {
                 self.show();
             }
             FromSwitch::Captured { missed } => {
-                if missed > 0 {
+                if missed > 0 && self.capturing {
                     tracing::warn!(
                         network = self.name(),
                         missed,
@@ -561,24 +589,25 @@ impl Actor {
     }
 
     fn trouble(&mut self, id: u16, generation: u32, reason: &str) {
-        let reason = fault::said(reason);
-        tracing::warn!(
-            network = self.name(),
-            port = id,
-            reason,
-            "a port carries nothing"
-        );
-        if let Some(card) = self
-            .cards
-            .get_mut(&id)
-            .filter(|c| c.generation == generation)
-        {
-            card.trouble = Some(reason);
-        } else if let Some(uplink) = id
-            .checked_sub(UPLINKS_FROM)
-            .and_then(|n| self.uplinks.get_mut(usize::from(n)))
-        {
-            uplink.trouble = Some(reason);
+        let card = self.cards.get_mut(&id);
+        let card = card.filter(|card| card.generation == generation);
+        let uplink = id.checked_sub(UPLINKS_FROM);
+        let uplink = uplink.and_then(|n| self.uplinks.get_mut(usize::from(n)));
+        let trouble = match (card, uplink) {
+            (Some(card), _) => &mut card.trouble,
+            (None, Some(uplink)) => &mut uplink.trouble,
+            (None, None) => return,
+        };
+        // What is known already is not said again.
+        if trouble.is_none() {
+            let reason = fault::said(reason);
+            tracing::warn!(
+                network = self.record.spec.name,
+                port = id,
+                reason,
+                "a port carries nothing"
+            );
+            *trouble = Some(reason);
         }
     }
 
@@ -612,7 +641,9 @@ impl Actor {
             return;
         };
         card.trouble = None;
-        card.generation = card.generation.wrapping_add(1);
+        card.generation = another_generation(card.generation);
+        // A switch that was before may have filled them so that they would never ring again.
+        let (_taken, _taken_too) = (card.plug.port.kick.take(), card.plug.port.call.take());
         let (plug, generation) = (&card.plug, card.generation);
         let made = plug.port.try_clone();
         let stamped = stamp(plug.port.memory.as_fd(), generation);
@@ -657,6 +688,9 @@ impl Actor {
 
     fn tell(&mut self, message: ToSwitch, fds: Vec<OwnedFd>) {
         if self.life.as_ref().is_some_and(|life| life.serves) {
+            // A switch that does not read lets no more pile up than there are ports.
+            self.letters
+                .retain(|old| !makes_needless(&message, &old.message));
             self.letters.push_back(Letter { message, fds });
         }
     }
@@ -681,9 +715,17 @@ impl Actor {
                     self.tell_again = Some(Instant::now() + TELL_AGAIN);
                     return;
                 }
-                // Its death is told by its pidfd; what cannot be said at all is left out.
-                Ok(()) | Err(_) => {
+                Ok(()) => {
                     self.letters.pop_front();
+                }
+                // Its death is told by its pidfd; what cannot be said at all is left out.
+                Err(error) => {
+                    let unsaid = self.letters.pop_front();
+                    if let Some(ToSwitch::SetPort { id, .. }) = unsaid.map(|l| l.message)
+                        && let Some(card) = self.cards.get_mut(&id)
+                    {
+                        card.trouble = Some(error.to_string());
+                    }
                 }
             }
         }
@@ -718,6 +760,8 @@ impl Actor {
         let written = tokio::task::spawn_blocking(move || book::write(&directory, &leases)).await;
         if let Ok(Err(error)) = written {
             tracing::warn!(network = self.name(), %error, "leases are not written");
+            self.book.keep_news();
+            self.write_at = Some(Instant::now() + WRITE_AGAIN);
         }
     }
 
@@ -788,6 +832,7 @@ impl Actor {
 
     /// Returns whether it is removed.
     async fn remove(&mut self, reply: Reply<()>) -> bool {
+        self.sweep();
         if !self.cards.is_empty() {
             let machines: Vec<_> = self
                 .cards
@@ -876,6 +921,36 @@ impl Actor {
             leases: leases.iter().map(lease).collect(),
             capturing: self.capturing,
         }
+    }
+}
+
+/// Whether what was to be said means nothing any more once `new` is said.
+fn makes_needless(new: &ToSwitch, old: &ToSwitch) -> bool {
+    let port = |message: &ToSwitch| match message {
+        ToSwitch::SetPort { id, .. } | ToSwitch::RemovePort(id) => Some(*id),
+        _ => None,
+    };
+    match (port(new), port(old)) {
+        (Some(new), Some(old)) => new == old,
+        _ => matches!(
+            (new, old),
+            (ToSwitch::Report, ToSwitch::Report)
+                | (ToSwitch::Capture { .. }, ToSwitch::Capture { .. })
+        ),
+    }
+}
+
+/// A generation that no switch could foretell: one that did could write in a port what its successor would believe.
+fn another_generation(last: u32) -> u32 {
+    let mut bytes = [0; 4];
+    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    let next = match read {
+        Ok(()) => u32::from_le_bytes(bytes),
+        Err(_) => last.wrapping_add(1),
+    };
+    match next {
+        next if next <= FIRST_GENERATION || next == last => last.wrapping_add(2).max(2),
+        next => next,
     }
 }
 

@@ -84,10 +84,15 @@ impl Networks {
             directory_of(&places.runtime, &name),
             state_of(places, &name),
         );
-        let found =
-            tokio::task::spawn_blocking(move || (Predecessor::end(&directory), Book::open(&state)));
-        let (predecessor, mut book) = found.await.unwrap_or_default();
-        book.hear(&predecessor.leases);
+        let subnet = record.spec.subnet;
+        let found = tokio::task::spawn_blocking(move || {
+            let predecessor = Predecessor::end(&directory);
+            let mut book = Book::open(&state, subnet);
+            // Whose cards they are is not known yet.
+            book.hear(&predecessor.leases, |_| true);
+            (predecessor.generation, book)
+        });
+        let (generation, book) = found.await.unwrap_or_default();
         let (patch, patches) = mpsc::channel(PATCHES_CAPACITY);
         let (asks, asked) = mpsc::channel(ASKS_CAPACITY);
         let (view, seen) = watch::channel(View {
@@ -95,7 +100,7 @@ impl Networks {
             ports: 0,
         });
         let shared = Arc::clone(&self.shared);
-        let (actor, heard) = Actor::new(shared, record.clone(), predecessor.generation, book, view);
+        let (actor, heard) = Actor::new(shared, record.clone(), generation, book, view);
         tokio::spawn(actor.run(patches, asked, heard));
         self.shared.networks.add(&name, patch.clone());
         let network = Arc::new(Network {
@@ -195,8 +200,9 @@ impl Networks {
         let (reply, answer) = oneshot::channel();
         let sent = network.asks.send(Ask::Remove(reply)).await;
         let removed = match sent {
-            Ok(()) => answer.await.unwrap_or_else(|_| Err(no_network(name))),
-            Err(_) => Err(no_network(name)),
+            Ok(()) => answer.await.unwrap_or(Ok(())),
+            // Nobody serves it any more.
+            Err(_) => Ok(()),
         };
         if removed.is_err() {
             self.shared.networks.add(name, network.patches.clone());
@@ -207,7 +213,12 @@ impl Networks {
         let removed = self
             .shared
             .registry(move |registry| registry.remove_network(&gone));
-        removed.await.map_err(registry_error)
+        let removed = removed.await;
+        if removed.is_err() {
+            // It is on record, so it is there.
+            self.know(network.record.clone()).await;
+        }
+        removed.map_err(registry_error)
     }
 }
 

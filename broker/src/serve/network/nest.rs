@@ -3,6 +3,7 @@
 //! A switch lives on when its daemon dies. The next daemon does not go on with it: it hears from it which addresses
 //! are leased, ends it and starts another, since the ports that it has are known to nobody any more.
 
+use super::book::KEPT_MAX;
 use crate::launch::cgroup::{Group, GroupLimits, Place, Reach};
 use crate::launch::users::UserRange;
 use crate::launch::{Launched, Launcher, cores};
@@ -16,7 +17,7 @@ use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::protocol::PROTOCOL_VERSION;
 use bulkhead_ipc::protocol::birth::{Birth, KindConfig};
-use bulkhead_ipc::protocol::switch::{FromSwitch, LeaseTerms, SwitchConfig, ToSwitch};
+use bulkhead_ipc::protocol::switch::{FromSwitch, LEASES_MAX, LeaseTerms, SwitchConfig, ToSwitch};
 use bulkhead_policies::cache::Compiled;
 use bulkhead_policies::plan::Policy;
 use std::fs::{self, File};
@@ -93,9 +94,13 @@ fn last_words(control: &Channel) -> Vec<LeaseTerms> {
     let until = Instant::now() + LAST_WORDS;
     for _ in 0..LAST_WORDS_MAX {
         let left = until.saturating_duration_since(Instant::now());
+        // It may have more to say than there is to hear.
+        if left.is_zero() || leases.len() >= KEPT_MAX {
+            break;
+        }
         match control.recv_within::<FromSwitch>(left) {
-            Ok((FromSwitch::Leased(told), _)) => leases.extend(told),
-            Ok((FromSwitch::Ports(_), _)) => break,
+            Ok((FromSwitch::Leased(told), _)) if told.len() <= LEASES_MAX => leases.extend(told),
+            Ok((FromSwitch::Ports(_) | FromSwitch::Leased(_), _)) => break,
             // What it had told the daemon before, which has not heard it.
             Ok(_) | Err(ChannelError::Malformed(_) | ChannelError::TooLarge { .. }) => {}
             Err(_) => break,
