@@ -3,11 +3,13 @@
 //! Requests are done one after the other, each to its end, and answered at once: there is at most one that
 //! was done and not answered when the process dies, and the journal knows of it.
 
-use crate::{Access, Ids, REQUEST_BYTES_MAX, Server, Terms};
+use crate::{Access, Data, Ids, REQUEST_BYTES_MAX, Server, Terms, front_bytes};
 use bulkhead_ipc::device_kind::{POSITION_BYTES, VirtioKind};
 use bulkhead_ipc::protocol::birth::{DeviceOwn, FdRole};
 use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Setup, Span, Stillbirth};
+use nix::errno::Errno;
 use nix::sys::stat::{Mode, umask};
+use std::fs::File;
 
 /// Requests after which the gate is told of their answers, so that one that takes long does not hold up those
 /// before it.
@@ -17,7 +19,7 @@ const BATCH: u32 = 16;
 #[derive(Debug)]
 pub(crate) struct FolderDevice {
     server: Server,
-    /// Space for a request and its answer.
+    /// Space for a request and its answer, without the data of reads and writes.
     request: Vec<u8>,
     answer: Vec<u8>,
     /// What the guest reads of it: its tag and how many queues it has.
@@ -29,6 +31,79 @@ pub(crate) struct FolderDevice {
 fn one_id(guest: u32, own: u32) -> Result<crate::IdMap, Stillbirth> {
     let map = format!("{guest}:{own}:1");
     map.parse().map_err(Stillbirth::setup)
+}
+
+/// Bytes of a FUSE request that say what it is.
+const REQUEST_HEADER_BYTES: usize = 40;
+/// Bytes of an answer before its data.
+const ANSWER_HEADER_BYTES: usize = 16;
+
+fn bytes_of(spans: &[Span]) -> usize {
+    spans.iter().map(|span| span.len() as usize).sum()
+}
+
+/// The spans without their first `bytes` bytes.
+fn behind(spans: &[Span], bytes: usize) -> impl Iterator<Item = Span> {
+    let mut skipped = u32::try_from(bytes).unwrap_or(u32::MAX);
+    spans.iter().filter_map(move |span| {
+        let rest = span.part(skipped, u32::MAX);
+        skipped = skipped.saturating_sub(span.len());
+        (!rest.is_empty()).then_some(rest)
+    })
+}
+
+/// Reads on where `to` ends, until it has `bytes` bytes or all that there are.
+fn append(to: &mut Vec<u8>, queues: &Queues, spans: &[Span], bytes: usize) {
+    for span in behind(spans, to.len()) {
+        let start = to.len();
+        let len = (span.len() as usize).min(bytes.saturating_sub(start));
+        to.resize(start + len, 0);
+        queues.read(span, to.get_mut(start..).unwrap_or_default());
+    }
+}
+
+/// Data of a request where they are in the window.
+struct InWindow<'a> {
+    queues: &'a Queues,
+    /// The request, and how many of its bytes are its front.
+    request: (&'a [Span], usize),
+    answer: &'a [Span],
+}
+
+/// The first piece of the spans behind `bytes` bytes, of at most `len` bytes.
+fn piece(spans: &[Span], bytes: usize, len: usize) -> Option<Span> {
+    let len = u32::try_from(len).unwrap_or(u32::MAX);
+    behind(spans, bytes).next().map(|span| span.part(0, len))
+}
+
+impl Data for InWindow<'_> {
+    fn given(&self) -> usize {
+        let (request, front) = self.request;
+        bytes_of(request).saturating_sub(front)
+    }
+
+    fn copy(&self, to: &mut [u8]) {
+        let (request, front) = self.request;
+        let mut at = 0;
+        for span in behind(request, front) {
+            at += self.queues.read(span, to.get_mut(at..).unwrap_or_default());
+        }
+    }
+
+    fn drain(&self, file: &File, offset: u64, at: usize, len: usize) -> Result<usize, Errno> {
+        let (request, front) = self.request;
+        match piece(request, front.saturating_add(at), len) {
+            Some(span) => Ok(self.queues.write_file(file, offset, span)? as usize),
+            None => Ok(0),
+        }
+    }
+
+    fn fill(&mut self, file: &File, offset: u64, at: usize, len: usize) -> Result<usize, Errno> {
+        match piece(self.answer, ANSWER_HEADER_BYTES.saturating_add(at), len) {
+            Some(span) => Ok(self.queues.read_file(file, offset, span)? as usize),
+            None => Ok(0),
+        }
+    }
 }
 
 impl Device for FolderDevice {
@@ -88,19 +163,6 @@ impl Device for FolderDevice {
             [] => (Span::default(), [].as_slice()),
         };
         queues.read(first, &mut number);
-        self.request.clear();
-        for span in rest {
-            let start = self.request.len();
-            let room = REQUEST_BYTES_MAX.saturating_sub(start);
-            let len = usize::try_from(span.len()).unwrap_or(0).min(room);
-            self.request.resize(start + len, 0);
-            queues.read(*span, self.request.get_mut(start..).unwrap_or_default());
-        }
-        let room = chain
-            .writable()
-            .iter()
-            .map(|span| span.len() as usize)
-            .sum::<usize>();
         let number = u64::from_le_bytes(number);
         let Self {
             server,
@@ -108,7 +170,17 @@ impl Device for FolderDevice {
             answer,
             ..
         } = self;
-        server.serve_numbered(number, request, room, answer);
+        request.clear();
+        append(request, queues, rest, REQUEST_HEADER_BYTES);
+        let front = front_bytes(request);
+        append(request, queues, rest, front);
+        let mut data = InWindow {
+            queues,
+            request: (rest, front),
+            answer: chain.writable(),
+        };
+        let room = bytes_of(chain.writable());
+        let filled = server.serve_numbered(number, request, &mut data, room, answer);
         let mut left = answer.as_slice();
         for span in chain.writable() {
             let (part, after) = left.split_at(left.len().min(span.len() as usize));
@@ -117,7 +189,7 @@ impl Device for FolderDevice {
             }
             left = after;
         }
-        let written = u32::try_from(answer.len()).unwrap_or(0);
+        let written = u32::try_from(answer.len() + filled).unwrap_or(0);
         queues.complete(queue, chain.head(), written)
     }
 

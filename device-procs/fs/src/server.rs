@@ -4,6 +4,7 @@
 
 mod change;
 mod content;
+mod data;
 
 use crate::folder::{self, Folder};
 use crate::ids::IdMap;
@@ -11,6 +12,9 @@ use crate::journal::{Begun, Journal, Left, Opened};
 use crate::nodes::{Identity, Nodes, ROOT};
 use crate::wire::{self, Body, op};
 use bulkhead_runtime::Kept;
+pub(crate) use data::Held;
+use data::Transfer;
+pub use data::{Data, front_bytes};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::stat::FileStat;
@@ -139,22 +143,23 @@ impl Server {
         self.journal.session(ready);
     }
 
-    /// Serves the request with this number, from 1, as [`Server::serve`]. One that a predecessor has done is
-    /// answered as it was; a change in the middle of which it died is made if it was not.
+    /// Serves the request with this number, from 1, as [`Server::serve_in_place`]. One that a predecessor has
+    /// done is answered as it was; a change in the middle of which it died is made if it was not.
     pub fn serve_numbered(
         &mut self,
         number: u64,
         request: &[u8],
+        data: &mut dyn Data,
         room: usize,
         answer: &mut Vec<u8>,
-    ) {
+    ) -> usize {
         if let Some((done, told)) = &self.left_done
             && *done == number
             && number > 0
         {
             answer.clear();
             answer.extend_from_slice(told.get(..told.len().min(room)).unwrap_or_default());
-            return;
+            return 0;
         }
         if self.journal.is_long() {
             let opened = self.handles.values().map(|handle| handle.opened);
@@ -162,14 +167,19 @@ impl Server {
                 .renew(self.ready, &self.nodes, opened, self.next_handle);
         }
         self.number = number;
-        self.serve(request, room, answer);
+        let filled = self.serve_in_place(request, data, room, answer);
         self.number = 0;
         if self.left_begun.is_some_and(|begun| begun.number == number) {
             self.left_begun = None;
         }
         if self.journal.has_news() {
-            self.journal.done(number, answer);
+            // What has data has read them, and a successor reads them again.
+            match filled {
+                0 => self.journal.done(number, answer),
+                _ => self.journal.done(0, &[]),
+            }
         }
+        filled
     }
 
     /// Announces a change that must not be made twice, whose names mean `before` now. Returns what they
@@ -186,54 +196,78 @@ impl Server {
         begun.map(|begun| begun.before)
     }
 
-    /// Serves one request and puts the answer into `answer` (what it held is dropped), of at most
-    /// `room` bytes. It stays empty where FUSE has no answer (forgetting, or a request without a
-    /// whole header). Blocks as long as the host's file system does.
+    /// Serves one request, all of which is in `request`, as [`Server::serve_in_place`]. Data that are read are
+    /// in `answer`, too.
     pub fn serve(&mut self, request: &[u8], room: usize, answer: &mut Vec<u8>) {
+        let (request, given) = request.split_at(front_bytes(request).min(request.len()));
+        let mut data = Held::new(given);
+        let filled = self.serve_in_place(request, &mut data, room, answer);
+        answer.extend_from_slice(data.got.get(..filled).unwrap_or_default());
+    }
+
+    /// Serves one request and puts the answer into `answer` (what it held is dropped). It stays empty where FUSE
+    /// has no answer (forgetting, or a request without a whole header). Of a request that is longer than
+    /// [`front_bytes`], only so many are in `request`, the others in `data`. Data that are read are put into `data`;
+    /// returns how many: with them the answer has at most `room` bytes. Blocks as long as the host's file system
+    /// does.
+    pub fn serve_in_place(
+        &mut self,
+        request: &[u8],
+        data: &mut dyn Data,
+        room: usize,
+        answer: &mut Vec<u8>,
+    ) -> usize {
         answer.clear();
         let mut body = Body(request);
         let Ok(header) = body.take::<wire::InHeader>() else {
-            return;
+            return 0;
         };
         if room < size_of::<wire::OutHeader>()
             && !matches!(header.opcode, op::FORGET | op::BATCH_FORGET)
         {
-            return;
+            return 0;
         }
         let mut out = wire::OutHeader {
             unique: header.unique,
             ..Default::default()
         };
         answer.extend_from_slice(out.as_bytes());
-        let whole = usize::try_from(header.len).is_ok_and(|len| len == request.len());
-        let done = if !whole || request.len() > wire::REQUEST_BYTES_MAX {
+        let bytes = request.len().saturating_add(data.given());
+        let whole = usize::try_from(header.len).is_ok_and(|len| len == bytes);
+        let mut transfer = Transfer { data, filled: 0 };
+        let done = if !whole || bytes > wire::REQUEST_BYTES_MAX {
             Err(Errno::EINVAL)
         } else {
-            self.operate(&header, &mut body, room, answer)
+            self.operate(&header, &mut body, &mut transfer, room, answer)
         };
+        let mut filled = transfer.filled;
         if matches!(header.opcode, op::FORGET | op::BATCH_FORGET | op::INTERRUPT) {
             answer.clear();
-            return;
+            return 0;
         }
         if let Err(error) = done {
             answer.truncate(size_of::<wire::OutHeader>());
             out.error = -(error as i32);
+            filled = 0;
         }
         // What is done is done, but an answer that has no room is none (the guest gave the room).
-        if answer.len() > room {
+        if answer.len().saturating_add(filled) > room {
             answer.truncate(size_of::<wire::OutHeader>());
             out.error = -(Errno::EIO as i32);
+            filled = 0;
         }
-        out.len = u32::try_from(answer.len()).unwrap_or(u32::MAX);
+        out.len = u32::try_from(answer.len().saturating_add(filled)).unwrap_or(u32::MAX);
         if let Some(place) = answer.get_mut(..size_of::<wire::OutHeader>()) {
             place.copy_from_slice(out.as_bytes());
         }
+        filled
     }
 
     fn operate(
         &mut self,
         header: &wire::InHeader,
         body: &mut Body<'_>,
+        transfer: &mut Transfer<'_>,
         room: usize,
         answer: &mut Vec<u8>,
     ) -> Result<(), Errno> {
@@ -268,7 +302,7 @@ impl Server {
             }
             op::READLINK => self.read_link(node, answer),
             op::OPEN | op::OPENDIR => self.open(node, body, header.opcode == op::OPENDIR, answer),
-            op::READ => self.read(body, room, answer),
+            op::READ => self.read(body, transfer, room - answer.len().min(room)),
             op::READDIR => self.read_dir(None, body, room, answer),
             op::READDIRPLUS => self.read_dir(Some(node), body, room, answer),
             op::LSEEK => self.seek(body, answer),
@@ -301,7 +335,7 @@ impl Server {
                 if self.access == Access::ReadOnly {
                     return Err(Errno::EROFS);
                 }
-                self.change(header, body, answer)
+                self.change(header, body, transfer, answer)
             }
             _ => Err(Errno::ENOSYS),
         }

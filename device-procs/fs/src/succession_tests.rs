@@ -1,8 +1,9 @@
 //! Claims about a server that takes the place of one that died at any moment, made by a client that gives it the
 //! last request again, as a gate does.
 
+use crate::server::Held;
 use crate::wire::{self, op};
-use crate::{Access, Server, Terms};
+use crate::{Access, Server, Terms, front_bytes};
 use bulkhead_runtime::Kept;
 use nix::errno::Errno;
 use std::fs;
@@ -35,6 +36,14 @@ fn server(folder: &Path, kept: &Kept) -> Server {
     Server::new(folder, Access::ReadWrite, Terms::default(), kept).unwrap()
 }
 
+fn numbered(server: &mut Server, request: (u64, &[u8]), room: usize, answer: &mut Vec<u8>) {
+    let (number, request) = request;
+    let (front, given) = request.split_at(front_bytes(request).min(request.len()));
+    let mut data = Held::new(given);
+    let filled = server.serve_numbered(number, front, &mut data, room, answer);
+    answer.extend_from_slice(&data.got[..filled]);
+}
+
 impl Guest {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
@@ -60,8 +69,8 @@ impl Guest {
 
     fn serve(&mut self) -> Answer {
         let mut answer = Vec::new();
-        let (server, request) = (&mut self.server, &self.last);
-        server.serve_numbered(self.number, request, 1 << 20, &mut answer);
+        let request = (self.number, &self.last[..]);
+        numbered(&mut self.server, request, 1 << 20, &mut answer);
         self.told.clone_from(&answer);
         let (out, rest) = wire::OutHeader::read_from_prefix(&answer).unwrap();
         match out.error {
@@ -399,9 +408,8 @@ fn long_journal_is_written_anew_and_nothing_is_lost() {
     };
     let request = [header.as_bytes(), &count].concat();
     guest.number += 1;
-    guest
-        .server
-        .serve_numbered(guest.number, &request, 0, &mut answer);
+    let request = (guest.number, &request[..]);
+    numbered(&mut guest.server, request, 0, &mut answer);
     assert!(
         guest.ask(op::GETATTR, node, &[&[0; 16]]).is_ok(),
         "told once more"

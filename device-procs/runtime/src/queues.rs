@@ -245,7 +245,7 @@ impl Queues {
         slice(&self.memory, span)
     }
 
-    /// Reads file bytes into the window, now. For files in memory, which cannot block.
+    /// Reads file bytes into the window, now: blocks if the file does.
     ///
     /// # Errors
     /// The kernel's errno.
@@ -253,7 +253,7 @@ impl Queues {
         sys::read_at(file.as_fd(), at, &self.slice(to))
     }
 
-    /// Writes window bytes to a file, now. For files in memory, which cannot block.
+    /// Writes window bytes to a file, now: blocks if the file does.
     ///
     /// # Errors
     /// The kernel's errno.

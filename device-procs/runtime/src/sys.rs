@@ -223,7 +223,7 @@ extern "C" fn on_denial(_signal: i32, _info: *mut libc::siginfo_t, context: *mut
     leave(EXIT_DENIED);
 }
 
-/// Reads file bytes into window memory, now. For files that cannot block.
+/// Reads file bytes into window memory, now: blocks if the file does.
 pub(crate) fn read_at(file: BorrowedFd<'_>, at: u64, to: &VolatileSlice<'_>) -> Result<u32, Errno> {
     let offset = i64::try_from(at).map_err(|_| Errno::EINVAL)?;
     let guard = to.ptr_guard_mut();
@@ -233,7 +233,7 @@ pub(crate) fn read_at(file: BorrowedFd<'_>, at: u64, to: &VolatileSlice<'_>) -> 
     Errno::result(n).map(|n| u32::try_from(n).unwrap_or(0))
 }
 
-/// Writes window memory to a file, now. For files that cannot block.
+/// Writes window memory to a file, now: blocks if the file does.
 pub(crate) fn write_at(
     file: BorrowedFd<'_>,
     at: u64,

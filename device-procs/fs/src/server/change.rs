@@ -1,6 +1,7 @@
 //! Requests that change the folder. They are refused before they come here when it is read-only.
 
 use super::content::{open_flags, raw};
+use super::data::Transfer;
 use super::{HANDLES_MAX, Server};
 use crate::folder::{self, Folder};
 use crate::nodes::Identity;
@@ -36,12 +37,13 @@ impl Server {
         &mut self,
         header: &wire::InHeader,
         body: &mut Body<'_>,
+        transfer: &Transfer<'_>,
         answer: &mut Vec<u8>,
     ) -> Result<(), Errno> {
         let node = header.node;
         match header.opcode {
             op::SETATTR => self.set_attr(node, body, answer),
-            op::WRITE => self.write(body, answer),
+            op::WRITE => self.write(body, transfer, answer),
             op::CREATE => self.create(node, body, answer),
             op::FALLOCATE => self.allocate(body),
             op::MKNOD => {
@@ -179,17 +181,24 @@ impl Server {
         rustix::fs::fallocate(file, flags, asked.offset, asked.length).map_err(raw)
     }
 
-    fn write(&mut self, body: &mut Body<'_>, answer: &mut Vec<u8>) -> Result<(), Errno> {
+    fn write(
+        &mut self,
+        body: &mut Body<'_>,
+        transfer: &Transfer<'_>,
+        answer: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
         let asked: wire::WriteIn = body.take()?;
         let size =
             usize::try_from(asked.size.min(wire::DATA_BYTES_MAX)).map_err(|_| Errno::EINVAL)?;
-        let data = body.0.get(..size).ok_or(Errno::EINVAL)?;
+        if size > transfer.data.given() {
+            return Err(Errno::EINVAL);
+        }
         let held = self.handles.get(&asked.handle).ok_or(Errno::EBADF)?;
         let appends = open_flags(held.opened.flags).contains(OFlag::O_APPEND);
         let written = if appends {
-            self.append(asked.handle, data)?
+            self.append(asked.handle, transfer, size)?
         } else {
-            write_all(self.file(asked.handle)?, data, asked.offset)?
+            transfer.drain(self.file(asked.handle)?, asked.offset, size)?
         };
         let size = u32::try_from(written).map_err(|_| Errno::EIO)?;
         answer.extend_from_slice(wire::WriteOut { size, pad: 0 }.as_bytes());
@@ -197,7 +206,12 @@ impl Server {
     }
 
     /// Appends, unless a predecessor did: then the data is where the file ended before.
-    fn append(&mut self, handle: u64, data: &[u8]) -> Result<usize, Errno> {
+    fn append(
+        &mut self,
+        handle: u64,
+        transfer: &Transfer<'_>,
+        size: usize,
+    ) -> Result<usize, Errno> {
         let end = fstat(self.file(handle)?)?.st_size.cast_unsigned();
         // The word for an inode number is that of the end here, counted from 1.
         let mark = |end: u64| {
@@ -216,16 +230,17 @@ impl Server {
                 // Its own file cannot be read if it was opened for writing alone.
                 let file = self.open_node(opened.node, OFlag::O_RDONLY);
                 let file = file.map_err(|_| Errno::EIO)?;
-                let mut there = vec![0; data.len()];
+                let (mut there, mut data) = (vec![0; size], vec![0; size]);
+                transfer.data.copy(&mut data);
                 let read = file.read_exact_at(&mut there, began_at);
                 // A part, or something else: nobody knows.
                 match read.is_ok() && there == data {
-                    true => Ok(data.len()),
+                    true => Ok(size),
                     false => Err(Errno::EIO),
                 }
             }
             // The offset means nothing: the file ends there, wherever that is.
-            _ => write_all(self.file(handle)?, data, end),
+            _ => transfer.drain(self.file(handle)?, end, size),
         }
     }
 
@@ -386,22 +401,6 @@ fn identity_at(dir: &OwnedFd, name: &OsStr) -> Option<Identity> {
     Folder::look(dir, name)
         .ok()
         .map(|stat| folder::identity(&stat))
-}
-
-/// Writes as much as the host takes. Returns how much: an error only when that is nothing.
-fn write_all(file: &File, data: &[u8], offset: u64) -> Result<usize, Errno> {
-    let mut written = 0;
-    while let Some(rest) = data.get(written..).filter(|rest| !rest.is_empty()) {
-        let at = offset.checked_add(written as u64).ok_or(Errno::EFBIG)?;
-        match file.write_at(rest, at) {
-            Ok(0) => break,
-            Ok(n) => written += n,
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(_) if written > 0 => break,
-            Err(e) => return Err(folder::errno(&e)),
-        }
-    }
-    Ok(written)
 }
 
 /// The number of the node that the entry at `start` of the answer tells of.

@@ -1,5 +1,6 @@
 //! Requests that only look: content, directories, links.
 
+use super::data::Transfer;
 use super::{Access, HANDLES_MAX, Server};
 use crate::folder::{self, Folder};
 use crate::wire::{self, Body};
@@ -12,7 +13,6 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::mem::MaybeUninit;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::FileExt;
 use zerocopy::IntoBytes;
 
 /// Bytes of a directory that are read at a time, at most.
@@ -46,28 +46,13 @@ impl Server {
     pub(super) fn read(
         &mut self,
         body: &mut Body<'_>,
+        transfer: &mut Transfer<'_>,
         room: usize,
-        answer: &mut Vec<u8>,
     ) -> Result<(), Errno> {
         let asked: wire::ReadIn = body.take()?;
         let file = self.file(asked.handle)?;
-        let start = answer.len();
         let size = usize::try_from(asked.size.min(wire::DATA_BYTES_MAX)).unwrap_or(0);
-        answer.resize(start + size.min(room.saturating_sub(start)), 0);
-        let mut filled = start;
-        while let Some(rest) = answer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            let done = (filled - start) as u64;
-            let offset = asked.offset.checked_add(done).ok_or(Errno::EINVAL)?;
-            match file.read_at(rest, offset) {
-                Ok(0) => break,
-                Ok(n) => filled += n,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(_) if filled > start => break,
-                Err(e) => return Err(folder::errno(&e)),
-            }
-        }
-        answer.truncate(filled);
-        Ok(())
+        transfer.fill(file, asked.offset, size.min(room))
     }
 
     /// Entries of a directory from the place that the host's file system has given: nothing is remembered of
