@@ -349,10 +349,7 @@ impl Checker {
                 continue;
             };
             let disk = self.disk(n, draft, path, drafts);
-            if let (Some(name), true) = (
-                &draft.name,
-                spec.disks.iter().any(|other| other.name == disk.name),
-            ) {
+            if let (Some(name), true) = (&draft.name, spec.has_device(&disk.name)) {
                 let message = "expected a name that no other disk has";
                 self.problems.push(name.problem(message));
             }
@@ -415,9 +412,7 @@ impl Checker {
                 let rule =
                     format!("{NAME_RULE}; at most {TAG_BYTES_MAX}, for it is the guest's tag");
                 self.expect(fits, given, rule);
-                let mut others = spec.shares.iter().map(|s| &s.name);
-                let mut disks = spec.disks.iter().map(|d| &d.name);
-                let twin = others.any(|o| *o == name) || disks.any(|d| *d == name);
+                let twin = spec.has_device(&name);
                 self.expect(!twin, given, "expected a name that no other device has");
             }
             let mut share = ShareSpec::new(name, path.value.clone());
@@ -563,13 +558,7 @@ impl Checker {
             .name
             .as_ref()
             .map_or(&default_name, |name| &name.value);
-        let mut others = spec
-            .disks
-            .iter()
-            .map(|d| &d.name)
-            .chain(spec.shares.iter().map(|s| &s.name))
-            .chain(spec.nets.iter().map(|n| &n.name));
-        let taken = others.any(|other| other == name);
+        let taken = spec.has_device(name);
         match &draft.name {
             Some(given) => {
                 self.expect(is_name(name), given, NAME_RULE);
