@@ -16,6 +16,7 @@ pub mod image;
 pub mod launch;
 pub mod learn;
 pub mod network;
+mod random;
 pub mod registry;
 pub mod remains;
 pub mod seed;

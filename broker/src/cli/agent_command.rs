@@ -14,8 +14,6 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::Read;
 use std::time::Duration;
 
 /// Bytes of randomness for a guest that is made another one.
@@ -264,10 +262,7 @@ fn power(args: &PowerArgs, how: Power, options: &PathOptions) -> Result<(), Fail
 }
 
 fn random<const N: usize>() -> Result<[u8; N], Failure> {
-    let mut bytes = [0; N];
-    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
-    read.map_err(|error| Failure::because(START, "/dev/urandom", &error))?;
-    Ok(bytes)
+    crate::random::bytes().map_err(|error| Failure::because(START, "/dev/urandom", &error))
 }
 
 fn reidentify(args: &ReidentifyArgs, options: &PathOptions) -> Result<u8, Failure> {

@@ -6,8 +6,7 @@ use crate::supervisor::fault;
 use bulkhead_ipc::adoption::bind_in;
 use bulkhead_ipc::channel::ChannelError;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
-use bulkhead_ipc::protocol::PROTOCOL_VERSION;
-use bulkhead_ipc::protocol::birth::{Birth, Born, KindConfig};
+use bulkhead_ipc::protocol::birth::{Born, KindConfig};
 use bulkhead_ipc::protocol::image::{FromImage, ImageConfig, ImageReport};
 use bulkhead_policies::cache::Compiled;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -204,20 +203,9 @@ pub fn run_in(
     };
     let launched = shop.launcher.launch(id, policy, gifts, &adoption);
     let worker = Worker(launched.map_err(launch)?);
-    let mut token = [0; 32];
-    let random = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut token));
-    random.map_err(|e| start(&e))?;
-    let birth = Birth {
-        version: PROTOCOL_VERSION,
-        id,
-        vm: shop.name.to_owned(),
-        token,
-        grants: worker.0.grants.clone(),
-        startup: filters.startup.clone(),
-        locked: filters.locked.clone(),
-        uring: filters.uring.clone(),
-        config: KindConfig::Image(config),
-    };
+    let token = crate::random::bytes().map_err(|e| start(&e))?;
+    let config = KindConfig::Image(config);
+    let birth = worker.0.birth(shop.name.to_owned(), token, filters, config);
     worker.0.bear(&birth).map_err(|e| start(&e))?;
     let born = worker
         .0

@@ -25,12 +25,13 @@ use bulkhead_ipc::adoption::AdoptionSocket;
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::control_page::{CONTROL_PAGE_BYTES, ControlPage};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
+use bulkhead_ipc::protocol::PROTOCOL_VERSION;
 use bulkhead_ipc::protocol::birth::{
-    ADOPTION_FD, Birth, CONTROL_FD, FIRST_GRANT_FD, FdRole, GRANTS_MAX, Grant, PAGE_FD,
+    ADOPTION_FD, Birth, CONTROL_FD, FIRST_GRANT_FD, FdRole, GRANTS_MAX, Grant, KindConfig, PAGE_FD,
 };
 use bulkhead_ipc::shared::{SharedError, sealed_memfd};
-use bulkhead_policies::Policy;
 use bulkhead_policies::schema::{Access, FdType};
+use bulkhead_policies::{Filters, Policy};
 use hollow::{Hollow, HollowMaker};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, openat};
@@ -520,6 +521,28 @@ impl Launched {
     #[must_use]
     pub const fn is_dead(&self) -> bool {
         self.dead
+    }
+
+    /// What it is told at birth, as a process of `vm` with these filters.
+    #[must_use]
+    pub fn birth(
+        &self,
+        vm: String,
+        token: [u8; 32],
+        filters: &Filters,
+        config: KindConfig,
+    ) -> Birth {
+        Birth {
+            version: PROTOCOL_VERSION,
+            id: self.id,
+            vm,
+            token,
+            grants: self.grants.clone(),
+            startup: filters.startup.clone(),
+            locked: filters.locked.clone(),
+            uring: filters.uring.clone(),
+            config,
+        }
     }
 
     /// Sends its birth message. From then on the process lives without its broker.

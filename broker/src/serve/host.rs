@@ -14,7 +14,7 @@ use crate::vm::session::Ending;
 use crate::vmfile::{self, HostMemory, Surroundings};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -257,9 +257,8 @@ fn record_of(wish: &Create) -> Result<VmRecord, ApiError> {
 
 /// 128 random bits in hexadecimal digits.
 pub(super) fn random_id() -> io::Result<String> {
-    let mut bytes = [0u8; 16];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(format!("{:032x}", u128::from_be_bytes(bytes)))
+    let number = u128::from_be_bytes(crate::random::bytes()?);
+    Ok(format!("{number:032x}"))
 }
 
 #[cfg(test)]

@@ -24,9 +24,8 @@ use crate::supervisor::state::Rule;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::ident::{ProcId, ProcKind};
 use bulkhead_ipc::legacy_page::{self, LEGACY_PAGE_BYTES};
-use bulkhead_ipc::protocol::PROTOCOL_VERSION;
 use bulkhead_ipc::protocol::birth::{
-    Birth, DeviceOwn, FdRole, ImageFormat, KindConfig, LegacyConfig, VcpuConfig,
+    DeviceOwn, FdRole, ImageFormat, KindConfig, LegacyConfig, VcpuConfig,
 };
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window;
@@ -34,7 +33,7 @@ use bulkhead_policies::cache::Compiled;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -793,7 +792,6 @@ impl Midwife<'_, '_> {
         let launched = launcher.launch_with(id, policy, gifts, &adoption, folder);
         let launched = launched.map_err(fails)?;
         self.share_cores(&launched);
-        let grants = launched.grants.clone();
         let program = self.nursery.launcher.program(id).unwrap_or_default();
         // From here on it is killed when anything goes wrong.
         let launched = Arc::new(launched);
@@ -815,7 +813,7 @@ impl Midwife<'_, '_> {
             Some(place) => *place = member,
             None => self.household.members.push(member),
         }
-        let token = token().map_err(|cause| RunError::Host {
+        let token = crate::random::bytes().map_err(|cause| RunError::Host {
             lacks: format!("random numbers: {cause}"),
         })?;
         let record = ProcessRecord {
@@ -836,17 +834,7 @@ impl Midwife<'_, '_> {
         put.map_err(|cause| RunError::Host {
             lacks: format!("a place for the machine's record: {cause}"),
         })?;
-        let birth = Birth {
-            version: PROTOCOL_VERSION,
-            id,
-            vm: self.nursery.spec.name.clone(),
-            token,
-            grants,
-            startup: filters.startup.clone(),
-            locked: filters.locked.clone(),
-            uring: filters.uring.clone(),
-            config,
-        };
+        let birth = launched.birth(self.nursery.spec.name.clone(), token, filters, config);
         let sent = launched.bear(&birth);
         sent.map_err(|cause| fails(cause.into()))
     }
@@ -962,11 +950,4 @@ fn found_again(spec: &DiskSpec) -> Option<DiskFiles> {
         below: below.collect::<Option<_>>()?,
         grows: spec.format == ImageFormat::Qcow2,
     })
-}
-
-/// 256 bits that nobody can guess.
-fn token() -> io::Result<[u8; 32]> {
-    let mut token = [0; 32];
-    File::open("/dev/urandom")?.read_exact(&mut token)?;
-    Ok(token)
 }

@@ -713,15 +713,26 @@ impl VmSpec {
         self.disks.len() + seed + self.nets.len() + self.shares.len() + socket
     }
 
-    fn check_names(&self) -> Result<(), SpecError> {
+    /// Whether a disk, folder or network device is called so.
+    #[must_use]
+    pub fn has_device(&self, name: &str) -> bool {
+        self.names().any(|(_, _, other)| other == name)
+    }
+
+    /// The names of devices, each with its key in the VM file and its place there.
+    fn names(&self) -> impl Iterator<Item = (&'static str, usize, &String)> {
         let disks = self.disks.iter().map(|disk| &disk.name).enumerate();
         let shares = self.shares.iter().map(|share| &share.name).enumerate();
         let nets = self.nets.iter().map(|net| &net.name).enumerate();
         let all = disks.map(|named| ("disk", named));
         let all = all.chain(shares.map(|named| ("share", named)));
         let all = all.chain(nets.map(|named| ("net", named)));
+        all.map(|(key, (n, name))| (key, n, name))
+    }
+
+    fn check_names(&self) -> Result<(), SpecError> {
         let mut taken: HashSet<&str> = TAKEN_NAMES.into();
-        for (key, (n, name)) in all {
+        for (key, n, name) in self.names() {
             if key != "disk" && self.cloud_init.is_some() {
                 taken.insert(SEED_DISK);
             }

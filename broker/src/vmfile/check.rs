@@ -359,8 +359,7 @@ impl Checker {
                 continue;
             };
             let disk = self.disk(n, draft, path, drafts);
-            let mut others = spec.disks.iter().map(|other| other.name.as_str());
-            let twin = others.any(|other| other == disk.name) || is_taken(&disk.name);
+            let twin = spec.has_device(&disk.name) || is_taken(&disk.name);
             if let (Some(name), true) = (&draft.name, twin) {
                 let message = "expected a name that no other device has";
                 self.problems.push(name.problem(message));
@@ -424,10 +423,7 @@ impl Checker {
                 let rule =
                     format!("{NAME_RULE}; at most {TAG_BYTES_MAX}, for it is the guest's tag");
                 self.expect(fits, given, rule);
-                let mut others = spec.shares.iter().map(|s| &s.name);
-                let mut disks = spec.disks.iter().map(|d| &d.name);
-                let twin = others.any(|o| *o == name) || disks.any(|d| *d == name);
-                let twin = twin || is_taken(&name) || is_seed(spec, &name);
+                let twin = spec.has_device(&name) || is_taken(&name) || is_seed(spec, &name);
                 self.expect(!twin, given, "expected a name that no other device has");
             }
             let mut share = ShareSpec::new(name, path.value.clone());
@@ -577,13 +573,7 @@ impl Checker {
             .name
             .as_ref()
             .map_or(&default_name, |name| &name.value);
-        let mut others = spec
-            .disks
-            .iter()
-            .map(|d| &d.name)
-            .chain(spec.shares.iter().map(|s| &s.name))
-            .chain(spec.nets.iter().map(|n| &n.name));
-        let taken = others.any(|other| other == name) || is_taken(name) || is_seed(spec, name);
+        let taken = spec.has_device(name) || is_taken(name) || is_seed(spec, name);
         match &draft.name {
             Some(given) => {
                 self.expect(is_name(name), given, NAME_RULE);

@@ -12,9 +12,8 @@ use bulkhead_ipc::channel::ChannelError;
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::birth::{FdRole, ImageFormat, ImageLayer, KindConfig};
 use bulkhead_ipc::protocol::image::{ForeignFormat, FromImage, ImageConfig, ImageJob, ImageReport};
-use bulkhead_runtime::birth::EXIT_STILLBORN;
 use bulkhead_runtime::control::Control;
-use bulkhead_runtime::{Newborn, Stillbirth, leave, log};
+use bulkhead_runtime::{Newborn, Stillbirth, leave, live_out};
 use nix::errno::Errno;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -30,13 +29,7 @@ const EXIT_FAILED: i32 = 1;
 /// Runs the process from its birth to its end.
 #[must_use]
 pub fn run() -> ExitCode {
-    match Newborn::receive(ProcKind::Image).and_then(bear) {
-        Ok(status) => leave(status),
-        Err(cause) => {
-            log::line(&cause.to_string());
-            leave(EXIT_STILLBORN)
-        }
-    }
+    live_out(Newborn::receive(ProcKind::Image), bear)
 }
 
 fn bear(mut newborn: Newborn) -> Result<i32, Stillbirth> {

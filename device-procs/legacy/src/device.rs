@@ -15,12 +15,11 @@ use bulkhead_ipc::output_ring::OutputRing;
 use bulkhead_ipc::protocol::birth::{FdRole, KindConfig};
 use bulkhead_ipc::protocol::device::FromDevice;
 use bulkhead_ipc::shared::Doorbell;
-use bulkhead_runtime::birth::EXIT_STILLBORN;
 use bulkhead_runtime::control::Control;
 use bulkhead_runtime::spin::Spin;
 use bulkhead_runtime::transcript::Transcript;
 use bulkhead_runtime::wait::Waiter;
-use bulkhead_runtime::{Newborn, Stillbirth, leave, log};
+use bulkhead_runtime::{Newborn, Stillbirth, leave, live_out};
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -43,13 +42,11 @@ pub(crate) fn run() -> ExitCode {
 
 /// Runs a process that has received its birth message, or has not.
 pub(crate) fn born(newborn: Result<Newborn, Stillbirth>) -> ExitCode {
-    match newborn.and_then(bear) {
-        Ok(mut process) => leave(process.serve()),
-        Err(cause) => {
-            log::line(&cause.to_string());
-            leave(EXIT_STILLBORN)
-        }
-    }
+    live_out(newborn, |newborn| {
+        let mut process = bear(newborn)?;
+        // Before anything of it is dropped, for which a locked process has no call.
+        leave(process.serve())
+    })
 }
 
 fn bear(mut newborn: Newborn) -> Result<Process, Stillbirth> {

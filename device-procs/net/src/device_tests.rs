@@ -2,8 +2,8 @@
 //! messages apart as it does.
 
 use crate::device::Net;
-use crate::offload::tests::{is_whole, tcp};
-use crate::request::{HEADER_BYTES, Header, feature};
+use crate::offload::tests::{frame, is_whole, plain, tcp, with_header};
+use crate::request::{HEADER_BYTES, feature};
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{
     DeviceConfig, DeviceOwn, DiskLimits, FdRole, Rate, UringGrant,
@@ -73,18 +73,6 @@ fn desk_of(pairs: usize, features: u64, limits: DiskLimits) -> Desk {
 
 fn desk(features: u64) -> Desk {
     desk_of(1, features, DiskLimits::default())
-}
-
-fn frame(len: usize) -> Vec<u8> {
-    (0..=255u8).cycle().skip(len % 7).take(len).collect()
-}
-
-fn with_header(header: &Header, frame: &[u8]) -> Vec<u8> {
-    [&header.bytes()[..], frame].concat()
-}
-
-fn plain(frame: &[u8]) -> Vec<u8> {
-    with_header(&Header::default(), frame)
 }
 
 impl Desk {

@@ -185,6 +185,21 @@ pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// A frame of `len` bytes that no other length has.
+    pub(crate) fn frame(len: usize) -> Vec<u8> {
+        (0..=255u8).cycle().skip(len % 7).take(len).collect()
+    }
+
+    /// A frame as it is on a wire with headers.
+    pub(crate) fn with_header(header: &Header, frame: &[u8]) -> Vec<u8> {
+        [&header.bytes()[..], frame].concat()
+    }
+
+    /// One that leaves nothing to do.
+    pub(crate) fn plain(frame: &[u8]) -> Vec<u8> {
+        with_header(&Header::default(), frame)
+    }
+
     /// A TCP segment with `payload`, as Linux would hand it to a driver: without its checksum.
     pub(crate) fn tcp(is_v6: bool, vlan: bool, payload: &[u8]) -> (Header, Vec<u8>) {
         let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];

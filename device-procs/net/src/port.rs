@@ -232,15 +232,7 @@ impl Backend for Switched {
         if !self.is_there() {
             return;
         }
-        let Port {
-            memory,
-            writer,
-            reader,
-            ..
-        } = &mut self.port;
-        let records = writer.publish(memory);
-        let room = reader.release(memory);
-        if records || room {
+        if self.port.settle() {
             self.switch.ring();
         }
     }

@@ -1,7 +1,7 @@
 //! The device on a port of a network: the switch's end is in the test.
 
 use crate::device::Net;
-use crate::offload::tests::tcp;
+use crate::offload::tests::{frame, plain, tcp, with_header};
 use crate::request::{Header, feature};
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::port::{PORT_BYTES, Port, PortEnd, stamp};
@@ -82,18 +82,6 @@ fn desk(features: u64) -> Desk {
     let mut desk = alone(features);
     desk.switch_comes(1);
     desk
-}
-
-fn frame(len: usize) -> Vec<u8> {
-    (0..=255u8).cycle().skip(len % 7).take(len).collect()
-}
-
-fn with_header(header: &Header, frame: &[u8]) -> Vec<u8> {
-    [&header.bytes()[..], frame].concat()
-}
-
-fn plain(frame: &[u8]) -> Vec<u8> {
-    with_header(&Header::default(), frame)
 }
 
 fn with_one_buffer(mut message: Vec<u8>) -> Vec<u8> {

@@ -27,6 +27,7 @@ use bulkhead_ipc::protocol::birth::{
 use bulkhead_ipc::shared::SharedError;
 use nix::errno::Errno;
 use std::os::fd::OwnedFd;
+use std::process::ExitCode;
 use std::time::Duration;
 
 /// How long a process waits for its birth message.
@@ -273,6 +274,21 @@ impl Newborn {
 fn fail(channel: &Channel, cause: &Stillbirth) -> ! {
     tell(channel, cause);
     sys::leave(EXIT_STILLBORN)
+}
+
+/// Has a process that has received its birth message, or has not, do what it is for: `life` returns its exit
+/// status, or leaves with it where what it would drop needs calls that the process has no more.
+pub fn live_out(
+    newborn: Result<Newborn, Stillbirth>,
+    life: impl FnOnce(Newborn) -> Result<i32, Stillbirth>,
+) -> ExitCode {
+    match newborn.and_then(life) {
+        Ok(status) => sys::leave(status),
+        Err(cause) => {
+            log::line(&cause.to_string());
+            sys::leave(EXIT_STILLBORN)
+        }
+    }
 }
 
 /// Heap that a process can use without asking the kernel: a control message with its buffer, and

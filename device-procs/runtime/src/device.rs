@@ -4,13 +4,13 @@
 //! Everything happens in one thread. A device never blocks: what it cannot do at once it does when
 //! a descriptor that it watches has news.
 
-use crate::birth::{EXIT_STILLBORN, Newborn, Stillbirth};
+use crate::birth::{Newborn, Stillbirth, live_out};
 use crate::grants::Grants;
 use crate::queues::{Chain, Kept, Queues, WindowMemory};
 use crate::serve::Server;
 use crate::spin::Spin;
+use crate::sys;
 use crate::wait::{SocketNews, Waiter, Watcher};
-use crate::{log, sys};
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::birth::{DeviceConfig, DiskLimits, FdRole, KindConfig, UringGrant};
 use bulkhead_ipc::protocol::device::FromDevice;
@@ -287,24 +287,19 @@ pub trait Device: Sized {
 /// Runs a device process from its birth to its end.
 #[must_use]
 pub fn run<D: Device>() -> ExitCode {
-    match Newborn::receive(D::KIND.proc_kind()) {
-        Ok(newborn) => live::<D>(newborn),
-        Err(cause) => stillborn(&cause),
-    }
+    live_out(Newborn::receive(D::KIND.proc_kind()), life::<D>)
 }
 
 /// Runs a device process that has received its birth message.
 #[must_use]
 pub fn live<D: Device>(newborn: Newborn) -> ExitCode {
-    match bear::<D>(newborn) {
-        Ok(mut server) => sys::leave(server.run()),
-        Err(cause) => stillborn(&cause),
-    }
+    live_out(Ok(newborn), life::<D>)
 }
 
-fn stillborn(cause: &Stillbirth) -> ExitCode {
-    log::line(&cause.to_string());
-    sys::leave(EXIT_STILLBORN)
+fn life<D: Device>(newborn: Newborn) -> Result<i32, Stillbirth> {
+    let mut server = bear::<D>(newborn)?;
+    // Before anything of it is dropped, for which a locked process has no call.
+    sys::leave(server.run())
 }
 
 fn bear<D: Device>(mut newborn: Newborn) -> Result<Server<D>, Stillbirth> {

@@ -28,7 +28,7 @@ pub mod uring;
 pub mod used;
 pub mod wait;
 
-pub use birth::{Newborn, Stillbirth};
+pub use birth::{Newborn, Stillbirth, live_out};
 pub use device::{Device, DeviceFault, Room, Setup, live, run};
 pub use grants::Grants;
 pub use queues::{Chain, Kept, Queues, Span};

@@ -11,7 +11,7 @@
 
 use crate::capture::{Capture, CaptureSettings};
 use crate::leases::Lease;
-use crate::settings::{NetworkSettings, Role};
+use crate::settings::{NetworkSettings, PortSettings, Role};
 use crate::switch::{PortId, Switch};
 use crate::terms;
 use crate::wires::Wires;
@@ -24,13 +24,12 @@ use bulkhead_ipc::protocol::switch::{
 };
 use bulkhead_ipc::shared::Doorbell;
 use bulkhead_runtime::adoption::Adoption;
-use bulkhead_runtime::birth::EXIT_STILLBORN;
 use bulkhead_runtime::control::Control;
 use bulkhead_runtime::wait::{SocketNews, Waiter, Watcher, Woken};
-use bulkhead_runtime::{Newborn, Stillbirth, leave, log};
+use bulkhead_runtime::{Newborn, Stillbirth, live_out};
 use nix::errno::Errno;
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -48,13 +47,7 @@ const EXIT_FAULT: i32 = 71;
 /// Runs the process from its birth to its end.
 #[must_use]
 pub fn run() -> ExitCode {
-    match Newborn::receive(ProcKind::Switch).and_then(bear) {
-        Ok(status) => leave(status),
-        Err(cause) => {
-            log::line(&cause.to_string());
-            leave(EXIT_STILLBORN)
-        }
-    }
+    live_out(Newborn::receive(ProcKind::Switch), bear)
 }
 
 fn bear(mut newborn: Newborn) -> Result<i32, Stillbirth> {
@@ -333,13 +326,8 @@ impl Server {
         let fds = <[OwnedFd; PORT_FDS]>::try_from(fds);
         let [memory, own, other] = fds.map_err(|fds| expected(PORT_FDS, fds.len()))?;
         let port = Port::map(memory, PortEnd::Switch, generation).map_err(|e| e.to_string())?;
-        let settings = terms::port(terms, Role::Machine);
-        self.forget(id);
-        let set = self.switch.set_port(id, settings, now);
-        set.map_err(|e| e.to_string())?;
         let own = Doorbell::from(own);
-        let watched = self.watcher.watch_input(&own, id.into());
-        watched.map_err(|errno| errno.to_string())?;
+        self.admit(id, terms::port(terms, Role::Machine), &own, now)?;
         let wakes = Wakes::Bell(own);
         self.links.insert(id, Link { generation, wakes });
         self.wires.attach(id, port, Doorbell::from(other));
@@ -355,17 +343,27 @@ impl Server {
         now: Instant,
     ) -> Result<(), String> {
         let [tap] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| expected(1, fds.len()))?;
-        let settings = terms::port(terms, Role::Uplink);
-        self.forget(id);
-        let set = self.switch.set_port(id, settings, now);
-        set.map_err(|e| e.to_string())?;
+        self.admit(id, terms::port(terms, Role::Uplink), &tap, now)?;
         let tap = Arc::new(tap);
-        let watched = self.watcher.watch_input(&tap, id.into());
-        watched.map_err(|errno| errno.to_string())?;
         let wakes = Wakes::Tap(Arc::clone(&tap));
         self.links.insert(id, Link { generation, wakes });
         self.wires.attach_tap(id, tap);
         Ok(())
+    }
+
+    /// Makes a port known, in the place of one of the same number, and has what wakes it watched.
+    fn admit(
+        &mut self,
+        id: PortId,
+        settings: PortSettings,
+        waker: impl AsFd,
+        now: Instant,
+    ) -> Result<(), String> {
+        self.forget(id);
+        let set = self.switch.set_port(id, settings, now);
+        set.map_err(|e| e.to_string())?;
+        let watched = self.watcher.watch_input(waker, id.into());
+        watched.map_err(|errno| errno.to_string())
     }
 
     fn remove(&mut self, id: PortId) {

@@ -84,15 +84,7 @@ impl Ring {
 
     /// Makes visible what was sent and gives back the places of what was taken; rings whoever waits for either.
     fn settle(&mut self) {
-        let Port {
-            memory,
-            writer,
-            reader,
-            ..
-        } = &mut self.port;
-        let records = writer.publish(memory);
-        let room = reader.release(memory);
-        if records || room {
+        if self.port.settle() {
             self.bell.ring();
         }
     }

@@ -2,8 +2,8 @@
 
 use super::bell::Bell;
 use super::check;
-use crate::port::small::{CONTENT, late_card, over, ring};
-use crate::port::{PacketReader, PacketWriter, PortEnd};
+use crate::port::small::{CONTENT, late_card, ring};
+use crate::port::{PacketReader, PacketWriter, Port, PortEnd};
 use crate::shared::SharedMemory;
 use loom::thread;
 
@@ -106,7 +106,7 @@ fn late_card_and_next_switch_meet_and_neither_sees_what_was_before() {
             assert!(put(&mut card.writer, &card.memory, 1));
             let _rung = card.writer.publish(&card.memory);
         });
-        let mut switch = over(memory, PortEnd::Switch);
+        let mut switch = Port::over(memory, PortEnd::Switch);
         while !switch.is_met() {
             thread::yield_now();
         }

@@ -213,6 +213,11 @@ impl Port {
         if memory.load::<u32>(OFFSET_MAGIC, Ordering::Acquire) != MAGIC {
             return Err(PortError::Blank);
         }
+        Ok(Self::over(memory, end))
+    }
+
+    /// An end of the port in this memory, in whichever generation it is now.
+    pub(crate) fn over(memory: SharedMemory, end: PortEnd) -> Self {
         let (out, back) = end.rings();
         let mut port = Self {
             writer: PacketWriter::new(out),
@@ -223,7 +228,15 @@ impl Port {
             memory,
         };
         port.enter();
-        Ok(port)
+        port
+    }
+
+    /// Makes visible what was sent, and gives back the places of what was taken. Returns whether the other end
+    /// waits for either, and has to be rung.
+    pub fn settle(&mut self) -> bool {
+        let records = self.writer.publish(&self.memory);
+        let room = self.reader.release(&self.memory);
+        records || room
     }
 
     /// Whether the other end is there. Until then the rings are not used. Only as true as the other end is honest: what it
@@ -355,25 +368,10 @@ pub(crate) mod small {
         for at in [OFFSET_GENERATION, OFFSET_SWITCH_IN] {
             memory.store(at, 1u64, Ordering::Relaxed);
         }
-        let mut card = over(memory.clone(), PortEnd::Device);
+        let mut card = Port::over(memory.clone(), PortEnd::Device);
         assert!(card.is_met());
         memory.store(OFFSET_GENERATION, 2u64, Ordering::Release);
         (card, memory)
-    }
-
-    /// An end of the port in this memory, in whichever generation it is now.
-    pub(crate) fn over(memory: SharedMemory, end: PortEnd) -> Port {
-        let (out, back) = end.rings();
-        let mut port = Port {
-            writer: PacketWriter::new(out),
-            reader: PacketReader::new(back),
-            end,
-            generation: memory.load(OFFSET_GENERATION, Ordering::Acquire),
-            met: false,
-            memory,
-        };
-        port.enter();
-        port
     }
 }
 

@@ -15,13 +15,12 @@ use crate::vm::spec::HostShare;
 use bulkhead_ipc::adoption::bind_in;
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::ident::{ProcId, ProcKind};
-use bulkhead_ipc::protocol::PROTOCOL_VERSION;
-use bulkhead_ipc::protocol::birth::{Birth, KindConfig};
+use bulkhead_ipc::protocol::birth::KindConfig;
 use bulkhead_ipc::protocol::switch::{FromSwitch, LEASES_MAX, LeaseTerms, SwitchConfig, ToSwitch};
 use bulkhead_policies::cache::Compiled;
 use bulkhead_policies::plan::Policy;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -187,9 +186,7 @@ impl Nest {
         config: SwitchConfig,
         filters: &bulkhead_policies::Filters,
     ) -> Result<(), String> {
-        let mut token = [0; 32];
-        let random = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut token));
-        random.map_err(|error| format!("random numbers: {error}"))?;
+        let token = crate::random::bytes().map_err(|error| format!("random numbers: {error}"))?;
         let record = ProcessRecord {
             id,
             name: self.network.clone(),
@@ -204,17 +201,8 @@ impl Nest {
         };
         self.note(&record)
             .map_err(|error| format!("its record: {error}"))?;
-        let birth = Birth {
-            version: PROTOCOL_VERSION,
-            id,
-            vm: self.network.clone(),
-            token,
-            grants: launched.grants.clone(),
-            startup: filters.startup.clone(),
-            locked: filters.locked.clone(),
-            uring: filters.uring.clone(),
-            config: KindConfig::Switch(config),
-        };
+        let config = KindConfig::Switch(config);
+        let birth = launched.birth(self.network.clone(), token, filters, config);
         launched.bear(&birth).map_err(|error| error.to_string())
     }
 
