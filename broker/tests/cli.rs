@@ -273,14 +273,6 @@ fn built_in_guest_is_what_runs_without_a_kernel() {
     assert!(printed.contains("bulkhead-guest.elf"), "{printed}");
 }
 
-/// The keys of a JSON object in the order in which they are written.
-fn keys(text: &str) -> Vec<String> {
-    let lines = text.lines().filter(|line| line.starts_with("  \""));
-    lines
-        .map(|line| line.split('"').nth(1).unwrap().to_owned())
-        .collect()
-}
-
 #[test]
 fn json_is_one_object_that_begins_with_its_version() {
     let home = home();
@@ -294,7 +286,8 @@ fn json_is_one_object_that_begins_with_its_version() {
         let text = succeeds(home.path(), args);
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["schema_version"], 1, "{text}");
-        assert_eq!(keys(&text)[0], "schema_version");
+        let first = text.trim_start_matches(['{', ' ', '\n']);
+        assert!(first.starts_with("\"schema_version\""), "{text}");
     }
     let text = succeeds(home.path(), &["image", "info", "new.img", "--json"]);
     let value: serde_json::Value = serde_json::from_str(&text).unwrap();
