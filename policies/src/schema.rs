@@ -150,6 +150,8 @@ pub enum FdType {
     Seqpacket,
     /// A SOCK_STREAM socket that listens at a path.
     ListeningSocket,
+    /// A connected SOCK_STREAM socket.
+    StreamSocket,
     /// A directory: where the broker may mount, the root of a mount of its own, on which nothing is executed
     /// and no device opened.
     Folder,

@@ -343,7 +343,7 @@ fn what_the_host_lacks_is_said() {
         (
             "mac=52:54:00:00:00:01",
             2,
-            "expected one of `network`, `tap` and `bridge`",
+            "expected one of `user`, `network`, `tap` and `bridge`",
         ),
     ] {
         let ended = Machine::test_guest("mode=hello", &["--net", net]).wait();

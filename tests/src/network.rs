@@ -4,7 +4,7 @@
 use super::tool;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -12,9 +12,12 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long one packet is waited for before it is sent again.
 const AGAIN: Duration = Duration::from_millis(250);
-const ECHO: u16 = 7;
-const SINK: u16 = 9;
-const SOURCE: u16 = 19;
+/// Where the test guest echoes.
+pub const ECHO: u16 = 7;
+/// Where it takes data.
+pub const SINK: u16 = 9;
+/// Where it gives data.
+pub const SOURCE: u16 = 19;
 
 /// The network.
 #[derive(Debug)]
@@ -137,15 +140,24 @@ pub fn ping(host: &str) {
 /// When there is no socket.
 #[must_use]
 pub fn echoed(host: &str, len: usize, within: Duration) -> bool {
+    echoed_at(&at(host, ECHO), len, within)
+}
+
+/// As [`echoed`], at any port.
+///
+/// # Panics
+/// When there is no socket.
+#[must_use]
+pub fn echoed_at(address: &str, len: usize, within: Duration) -> bool {
     let socket = UdpSocket::bind("0.0.0.0:0").expect("a socket");
     socket.set_read_timeout(Some(AGAIN)).expect("a time-out");
     let deadline = Instant::now() + within;
     let packet: Vec<u8> = (0..len as u64).map(pattern).collect();
     let mut answer = vec![0; len + 1];
     while Instant::now() < deadline {
-        let _sent = socket.send_to(&packet, (host, ECHO));
+        let _sent = socket.send_to(&packet, address);
         if let Ok(n) = socket.recv(&mut answer) {
-            assert_eq!(answer[..n], packet, "{host} echoes something else");
+            assert_eq!(answer[..n], packet, "{address} echoes something else");
             return true;
         }
     }
@@ -160,12 +172,16 @@ pub fn echo(host: &str, len: usize) {
     assert!(echoed(host, len, PATIENCE), "{host} does not answer");
 }
 
+fn at(host: &str, port: u16) -> String {
+    format!("{host}:{port}")
+}
+
 /// Connects to a port of the test guest, which listens on it again after each connection.
-fn connect(host: &str, port: u16) -> TcpStream {
+fn connect(address: &str) -> TcpStream {
     let deadline = Instant::now() + PATIENCE;
-    let address = SocketAddrV4::new(host.parse().expect("an address"), port);
+    let to: SocketAddrV4 = address.parse().expect("an address");
     loop {
-        match TcpStream::connect_timeout(&address.into(), PATIENCE) {
+        match TcpStream::connect_timeout(&to.into(), PATIENCE) {
             Ok(stream) => {
                 stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
                 stream
@@ -173,7 +189,7 @@ fn connect(host: &str, port: u16) -> TcpStream {
                     .expect("a time-out");
                 return stream;
             }
-            Err(error) => assert!(Instant::now() < deadline, "{host}:{port}: {error}"),
+            Err(error) => assert!(Instant::now() < deadline, "{address}: {error}"),
         }
         std::thread::sleep(Duration::from_millis(100));
     }
@@ -184,17 +200,28 @@ fn connect(host: &str, port: u16) -> TcpStream {
 /// # Panics
 /// When the connection breaks.
 pub fn give(host: &str, bytes: u64) {
-    let mut stream = connect(host, SINK);
+    give_at(&at(host, SINK), bytes).expect("the guest takes it");
+}
+
+/// As [`give`], at any port.
+///
+/// # Errors
+/// What has broken the connection.
+///
+/// # Panics
+/// When there is none, or the guest says something.
+pub fn give_at(address: &str, bytes: u64) -> io::Result<()> {
+    let mut stream = connect(address);
     let mut at = 0;
     while at < bytes {
         let end = (at + (64 << 10)).min(bytes);
         let piece: Vec<u8> = (at..end).map(pattern).collect();
-        stream.write_all(&piece).expect("the guest takes it");
+        stream.write_all(&piece)?;
         at = end;
     }
-    stream.shutdown(Shutdown::Write).expect("a connection");
-    let rest = stream.read(&mut [0; 16]).expect("the guest closes");
-    assert_eq!(rest, 0, "the guest says something");
+    stream.shutdown(Shutdown::Write)?;
+    assert_eq!(stream.read(&mut [0; 16])?, 0, "the guest says something");
+    Ok(())
 }
 
 /// Takes everything that the guest sends by TCP, and verifies it. Returns how much that was.
@@ -203,13 +230,25 @@ pub fn give(host: &str, bytes: u64) {
 /// When it is wrong, or the connection breaks.
 #[must_use]
 pub fn take(host: &str) -> u64 {
-    let mut stream = connect(host, SOURCE);
+    take_at(&at(host, SOURCE), &[]).expect("the guest sends")
+}
+
+/// As [`take`], at any port, with a word from here first.
+///
+/// # Errors
+/// What has broken the connection.
+///
+/// # Panics
+/// When there is none, or the data are wrong.
+pub fn take_at(address: &str, word: &[u8]) -> io::Result<u64> {
+    let mut stream = connect(address);
+    stream.write_all(word)?;
     let mut buffer = vec![0; 64 << 10];
     let mut at = 0u64;
     loop {
-        let n = stream.read(&mut buffer).expect("the guest sends");
+        let n = stream.read(&mut buffer)?;
         if n == 0 {
-            return at;
+            return Ok(at);
         }
         for &byte in &buffer[..n] {
             assert_eq!(byte, pattern(at), "byte {at}");

@@ -217,6 +217,7 @@ fn expected(policy: &Policy, vcpus: usize) -> BTreeMap<String, Bounds> {
             FdType::Memfd => format!("memory {}", memory_name(grant.role)),
             FdType::Eventfd => "doorbell".to_owned(),
             FdType::Seqpacket => "unix seqpacket socket".to_owned(),
+            FdType::StreamSocket => "unix stream socket".to_owned(),
             FdType::ListeningSocket => "listening unix stream socket".to_owned(),
             FdType::Folder => "folder".to_owned(),
         };

@@ -1,11 +1,14 @@
-//! The value of `--net`: `network=NAME|tap=NAME|bridge=NAME[,mac=MAC][,mtu=N][,queues=N][,link=up|down][,name=N]
+//! The value of `--net`: `user|network=NAME|tap=NAME|bridge=NAME[,publish=PORT:PORT]...[,mac=MAC][,mtu=N][,queues=N][,link=up|down][,name=N]
 //! [,bytes_per_s=SIZE][,bytes_burst=SIZE][,packets_per_s=N][,packets_burst=N]`.
 
 use crate::escape::excerpt;
+use crate::network::publish::NoPublish;
 use crate::vm::spec::{NET_QUEUES_MAX, parse_mac};
 use crate::vmfile::{DraftNet, Located, Place, Problem, nearest, parse_size};
 
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 14] = [
+    "user",
+    "publish",
     "network",
     "tap",
     "bridge",
@@ -61,6 +64,17 @@ fn set(net: &mut DraftNet, text: &str) -> Result<(), String> {
         Ok::<_, String>(Some(Located { value, place }))
     };
     match key {
+        "user" if text == key => net.user = Some(Located { value: true, place }),
+        "publish" => {
+            let port = value
+                .parse()
+                .map_err(|e: NoPublish| format!("publish={}: {e}", excerpt(value, 40)))?;
+            let ports = net.publish.get_or_insert_with(|| Located {
+                value: Vec::new(),
+                place,
+            });
+            ports.value.push(port);
+        }
         "network" => net.network = words(),
         "tap" => net.tap = words(),
         "bridge" => net.bridge = words(),
@@ -119,6 +133,10 @@ mod tests {
         assert_eq!(net.limits.bytes_per_s.unwrap().value, 1 << 20);
         assert_eq!(net.limits.requests_burst.unwrap().value, 7);
         assert_eq!(parse_net("tap=tap0").unwrap().tap.unwrap().value, "tap0");
+        let net = parse_net("user,publish=8080:80,publish=[::1]:53:53/udp").unwrap();
+        let ports = net.publish.unwrap().value;
+        let shown: Vec<_> = ports.iter().map(ToString::to_string).collect();
+        assert!(net.user.unwrap().value && shown == ["8080:80", "[::1]:53:53/udp"]);
         let network = parse_net("network=lab").unwrap().network;
         assert_eq!(network.unwrap().value, "lab");
     }
@@ -126,6 +144,11 @@ mod tests {
     #[test]
     fn wrong_options_are_named() {
         for (text, wanted) in [
+            ("user=no", "unknown option `user=no`"),
+            (
+                "user,publish=80",
+                "publish=80: expected [ADDRESS:]PORT:GUEST_PORT",
+            ),
             ("tab=tap0", "unknown option `tab=tap0`; did you mean `tap`?"),
             (
                 "tap=a,mac=01:00:5e:00:00:01",

@@ -109,12 +109,14 @@ pub(super) struct MachineArgs {
     shares: Vec<OsString>,
     /// Network device; may be given several times
     ///
-    /// network=NAME, tap=NAME or bridge=NAME, and then [,mac=MAC][,mtu=N][,queues=N][,link=up|down][,name=NAME]. A TAP
+    /// user, network=NAME, tap=NAME or bridge=NAME, and then [,mac=MAC][,mtu=N][,queues=N][,link=up|down][,name=NAME]
+    /// [,bytes_per_s=SIZE][,bytes_burst=SIZE][,packets_per_s=N][,packets_burst=N]. With user, passt speaks for the guest with the
+    /// host's own sockets, without root; [,publish=[ADDRESS:]PORT:GUEST_PORT[/tcp|udp]]... lets the host's ports lead to it. A TAP
     /// interface that is not there is made, and one is made for a bridge; both are removed with the machine. Networks are
     /// those of `bulkhead network create`; only the daemon's machines can be in one.
     #[arg(
         long = "net",
-        value_name = "network=NAME|tap=NAME|bridge=NAME[,OPTION]...",
+        value_name = "user|network=NAME|tap=NAME|bridge=NAME[,OPTION]...",
         help_heading = "Machine"
     )]
     nets: Vec<String>,

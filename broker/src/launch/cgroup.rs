@@ -220,7 +220,11 @@ impl Place {
         self.put_pid(name, process.pid, limits, disks)
     }
 
-    fn put_pid(
+    /// As [`Place::put`], of a process that the caller has not reaped.
+    ///
+    /// # Errors
+    /// As [`Place::put`].
+    pub(crate) fn put_pid(
         &self,
         name: &str,
         pid: i32,

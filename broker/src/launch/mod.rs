@@ -8,7 +8,7 @@
 //!
 //! A process is born with exactly the descriptors of its policy, into namespaces with nothing in
 //! them, as a user that nobody else is, without capabilities. The launcher is the only part of
-//! the project that starts programs. It never waits for a newborn: what goes wrong between clone
+//! the project that starts Bulkhead's programs; `network/passt.rs` starts one that is not. It never waits for a newborn: what goes wrong between clone
 //! and exec is read from a pipe when the process has died ([`Launched::unborn`]).
 //!
 //! Processes are not killed when the broker dies (no PR_SET_PDEATHSIG): they outlive it, from the
@@ -36,7 +36,7 @@ use hollow::{Hollow, HollowMaker};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, openat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::pipe2;
 use plan::{INSIDE_ID, LaunchPlan, Means, Step};
@@ -658,6 +658,9 @@ fn kind_of(fd: BorrowedFd<'_>) -> Result<FdType, Errno> {
         SFlag::S_IFBLK => FdType::FileOrBlock,
         SFlag::S_IFSOCK if getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false) => {
             FdType::ListeningSocket
+        }
+        SFlag::S_IFSOCK if getsockopt(&fd, sockopt::SockType)? == SockType::Stream => {
+            FdType::StreamSocket
         }
         SFlag::S_IFSOCK => FdType::Seqpacket,
         SFlag::S_IFDIR => FdType::Folder,

@@ -1,11 +1,13 @@
-//! The host's side of network devices: TAP interfaces, opened on behalf of the processes that serve them, and ports of
-//! virtual networks ([`board`]).
+//! The host's side of network devices: TAP interfaces, opened on behalf of the processes that serve them, ports of
+//! virtual networks ([`board`]), and programs that speak for guests ([`passt`]).
 //!
 //! An interface that the broker makes is not persistent: the kernel removes it with its last descriptor, so that
 //! none is left behind whatever dies. The broker keeps descriptors besides those of the process, so that the
 //! interface, and its place in a bridge, outlive one process and are there for the next.
 
 pub mod board;
+pub mod passt;
+pub mod publish;
 pub mod spec;
 mod sys;
 
@@ -15,6 +17,7 @@ use crate::vm::spec::{NetSource, NetSpec};
 use board::{Plugged, Switchboard};
 use bulkhead_ipc::protocol::birth::DiskLimits;
 use nix::errno::Errno;
+use passt::Passt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -44,6 +47,8 @@ pub enum Hold {
     Tap(Tap),
     /// A virtual network.
     Port(Plugged),
+    /// A program that speaks for the guest.
+    User(Passt),
 }
 
 impl Hold {
@@ -57,8 +62,12 @@ impl Hold {
         spec: &NetSpec,
         networks: &Switchboard,
     ) -> Result<Self, RunError> {
-        let NetSource::Network(network) = &spec.source else {
-            return Tap::open(vm, n, spec).map(Self::Tap);
+        let network = match &spec.source {
+            NetSource::Network(network) => network,
+            NetSource::User { publish } => return Passt::start(spec, publish).map(Self::User),
+            NetSource::Tap(_) | NetSource::Bridge(_) => {
+                return Tap::open(vm, n, spec).map(Self::Tap);
+            }
         };
         let card = u16::try_from(n).unwrap_or(u16::MAX);
         let plugged = networks.plug(network, vm, card, spec.mac);

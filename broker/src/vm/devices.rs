@@ -116,17 +116,19 @@ pub fn plan(spec: &VmSpec) -> Vec<DevicePlan> {
 
 fn net(index: u16, spec: &NetSpec) -> DevicePlan {
     let pairs = usize::from(spec.queues);
-    let mut features = feature::NET_CSUM
-        | feature::NET_GUEST_CSUM
+    let mut features = feature::NET_GUEST_CSUM
         | feature::NET_MAC
         | feature::NET_GUEST_TSO
-        | feature::NET_HOST_TSO
         | feature::NET_MRG_RXBUF
         | feature::NET_STATUS;
-    // A switch cuts no datagrams.
-    if !matches!(spec.source, NetSource::Network(_)) {
-        features |= feature::NET_HOST_USO;
-    }
+    features |= match &spec.source {
+        NetSource::Tap(_) | NetSource::Bridge(_) => {
+            feature::NET_CSUM | feature::NET_HOST_TSO | feature::NET_HOST_USO
+        }
+        // A switch cuts no datagrams.
+        NetSource::Network(_) => feature::NET_CSUM | feature::NET_HOST_TSO,
+        NetSource::User { .. } => 0,
+    };
     let mut config = Image::new(VirtioKind::Net);
     config.put(0, &spec.mac);
     config.put(6, &u16::from(spec.link_up).to_le_bytes());

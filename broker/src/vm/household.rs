@@ -10,7 +10,7 @@ use super::devices::DevicePlan;
 use super::disk_hold::{Claimed, DiskHold};
 use super::group_limits::{self, group_name};
 use super::keeper::Keeper;
-use super::record::{ProcessRecord, start_time};
+use super::record::{HelperRecord, ProcessRecord, start_time};
 use super::resources::{DiskFiles, Hold, Resources, SharedFolder};
 use super::session::{Restart, RunError, RunOptions};
 use super::spec::{DiskSpec, HostShare, NetSource, ShareSpec, VmSpec};
@@ -19,6 +19,7 @@ use crate::launch::cgroup::{Device, Group, GroupLimits, Place, Reach, device_of}
 use crate::launch::cores;
 use crate::launch::{FolderTerms, Gift, LaunchError, Launched, Launcher};
 use crate::network::board::{PortFds, Switchboard};
+use crate::network::passt::Passt;
 use crate::network::{Hold as NetHold, Tap};
 use crate::supervisor::state::Rule;
 use bulkhead_ipc::device_kind::VirtioKind;
@@ -309,6 +310,10 @@ impl Household {
                 // Its next process has another port, and the network knows of this one no more.
                 NetSource::Network(_) => None,
                 NetSource::Tap(_) | NetSource::Bridge(_) => taps_of(serving).map(NetHold::Tap),
+                NetSource::User { .. } => {
+                    let helper = record.helpers.iter().find(|h| h.device == net.name)?;
+                    Some(NetHold::User(Passt::found(helper.clone())))
+                }
             }
         });
         let nets = nets.collect();
@@ -489,6 +494,11 @@ impl Household {
                 Err(error) => {
                     tracing::warn!(proc = %id, %error, "no control group: only rlimits apply");
                 }
+            }
+        }
+        for hold in self.standing.nets.iter_mut().flatten() {
+            if let NetHold::User(passt) = hold {
+                passt.limit(&place, &spec.name);
             }
         }
         self.place = Some(place);
@@ -689,6 +699,10 @@ impl Midwife<'_, '_> {
         })?;
         let (taps, cuts_udp) = standing.tap(device)?;
         let port = standing.port(device)?;
+        let (user, helper) = standing.user(device).unzip();
+        if let Some(helper) = helper {
+            self.nursery.keeper.note(|record| record.put_helper(helper));
+        }
         let mut gifts = Vec::from(wiring.gifts(0));
         gifts.extend(
             listener
@@ -703,6 +717,7 @@ impl Midwife<'_, '_> {
                 gifts.extend(
                     queues.map(|(queue, index)| Gift::numbered(FdRole::Tap, index, queue.as_fd())),
                 );
+                gifts.extend(user.iter().map(|fd| Gift::new(FdRole::Frames, fd.as_fd())));
                 gifts.extend(port.iter().flat_map(|port| {
                     [
                         Gift::new(FdRole::Port, port.memory.as_fd()),
@@ -872,11 +887,23 @@ impl Standing {
         };
         match place {
             Some(NetHold::Tap(_)) => return Ok(()),
-            Some(NetHold::Port(_)) if !again => return Ok(()),
+            Some(NetHold::Port(_) | NetHold::User(_)) if !again => return Ok(()),
+            // One before it has ports of the host that the next one needs.
+            Some(NetHold::User(_)) => *place = None,
             Some(NetHold::Port(_)) | None => {}
         }
         *place = Some(NetHold::open(&spec.name, n, net, networks)?);
         Ok(())
+    }
+
+    /// The wire to the program that speaks for the guest on a network device, if there is one, and what to know of that.
+    fn user(&mut self, device: &DevicePlan) -> Option<(OwnedFd, HelperRecord)> {
+        let hold = self.nets.get_mut(usize::from(device.index));
+        let is_net = device.kind == VirtioKind::Net;
+        let Some(NetHold::User(passt)) = hold.and_then(Option::as_mut).filter(|_| is_net) else {
+            return None;
+        };
+        Some((passt.take_wire()?, passt.record().clone()))
     }
 
     /// Second descriptors of a network device's port, if it has one.

@@ -133,6 +133,7 @@ impl Keeper {
             record.phase = Phase::Starting;
             record.restarts += 1;
             record.processes.clear();
+            record.helpers.clear();
             record.pause_wanted = false;
             record.no_room.clear();
         });

@@ -118,26 +118,61 @@ pub struct ProcessRecord {
     pub users: Option<UserRange>,
 }
 
+/// A program of the host that a device is served with, and that ends with the device's process by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HelperRecord {
+    /// Name of the device.
+    pub device: String,
+    /// Its pid on the host.
+    pub pid: i32,
+    /// As [`ProcessRecord::start_time`].
+    pub start_time: u64,
+}
+
+impl HelperRecord {
+    /// Of a process that is not reaped.
+    #[must_use]
+    pub fn of(device: &str, pid: i32) -> Self {
+        Self {
+            device: device.to_owned(),
+            pid,
+            start_time: start_time(pid).unwrap_or(0),
+        }
+    }
+
+    /// Kills it, and no other that has its pid by now.
+    pub fn kill(&self) {
+        kill(self.pid, self.start_time);
+    }
+}
+
 impl ProcessRecord {
     /// Kills the process, and no other that has its pid by now.
     pub fn kill(&self) {
-        let Ok(handle) = open_process(self.pid) else {
-            return;
-        };
-        // The handle is of whoever has the pid; if that is still it, no other can come between.
-        if self.is_alive() {
-            // Dead meanwhile is as good.
-            let _killed = kill_process(handle.as_fd());
-        }
+        kill(self.pid, self.start_time);
     }
 
     /// Whether the process is alive: that one, and no other with its pid. One that is dead and not
     /// reaped counts as dead.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        let stat = Stat::of(self.pid);
-        stat.is_some_and(|stat| stat.start_time == self.start_time && !stat.dead)
+        is_alive(self.pid, self.start_time)
     }
+}
+
+fn kill(pid: i32, start_time: u64) {
+    let Ok(handle) = open_process(pid) else {
+        return;
+    };
+    // The handle is of whoever has the pid; if that is still it, no other can come between.
+    if is_alive(pid, start_time) {
+        // Dead meanwhile is as good.
+        let _killed = kill_process(handle.as_fd());
+    }
+}
+
+fn is_alive(pid: i32, start_time: u64) -> bool {
+    Stat::of(pid).is_some_and(|stat| stat.start_time == start_time && !stat.dead)
 }
 
 /// The record.
@@ -159,6 +194,9 @@ pub struct Record {
     pub generation: u32,
     /// Its processes, the vCPU process first. Of each place the newest alone.
     pub processes: Vec<ProcessRecord>,
+    /// Programs of the host that its devices are served with, one for each device at most.
+    #[serde(default)]
+    pub helpers: Vec<HelperRecord>,
     /// Control groups around those of the processes.
     #[serde(default)]
     pub groups: Vec<PathBuf>,
@@ -197,6 +235,7 @@ impl Record {
             restarts: 0,
             generation: 0,
             processes: Vec::new(),
+            helpers: Vec::new(),
             groups: Vec::new(),
             degraded: Vec::new(),
             pause_wanted: false,
@@ -219,6 +258,7 @@ impl Record {
     /// Ends every process on record that is alive, and waits for it a moment.
     pub fn kill_all(&self) {
         self.processes.iter().for_each(ProcessRecord::kill);
+        self.helpers.iter().for_each(HelperRecord::kill);
         let until = std::time::Instant::now() + KILL_PATIENCE;
         let alive = || self.processes.iter().any(ProcessRecord::is_alive);
         while alive() && std::time::Instant::now() < until {
@@ -264,6 +304,12 @@ impl Record {
     pub fn in_place_of(&self, id: ProcId) -> Option<&ProcessRecord> {
         let same = |p: &&ProcessRecord| (p.id.kind, p.id.index) == (id.kind, id.index);
         self.processes.iter().find(same)
+    }
+
+    /// Puts a program on record, in the place of the one that its device had before.
+    pub fn put_helper(&mut self, helper: HelperRecord) {
+        self.helpers.retain(|before| before.device != helper.device);
+        self.helpers.push(helper);
     }
 
     /// Puts a process on record, in the place of the generation before it.
@@ -324,8 +370,15 @@ impl Record {
 
     fn check(&self) -> Result<(), String> {
         self.spec.check().map_err(|e| e.to_string())?;
-        if self.processes.len() > PROCESSES_MAX {
-            return Err(format!("{} processes", self.processes.len()));
+        if self.processes.len() > PROCESSES_MAX || self.helpers.len() > PROCESSES_MAX {
+            return Err(format!(
+                "{} processes with {} helpers",
+                self.processes.len(),
+                self.helpers.len()
+            ));
+        }
+        if let Some(helper) = self.helpers.iter().find(|helper| helper.pid < 2) {
+            return Err(format!("helper with pid {} cannot be", helper.pid));
         }
         for (n, process) in self.processes.iter().enumerate() {
             let id = process.id;

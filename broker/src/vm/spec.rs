@@ -6,6 +6,7 @@
 
 use super::any_path;
 use crate::network::is_interface_name;
+use crate::network::publish::Publish;
 use bulkhead_ipc::platform::{MEMORY_BYTES_MIN, VCPUS_MAX, VIRTIO_MMIO_SLOTS};
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat};
 use serde::{Deserialize, Serialize};
@@ -293,6 +294,11 @@ pub enum NetSource {
     Bridge(String),
     /// A virtual network of the daemon.
     Network(String),
+    /// A program of the host that speaks for the guest (passt).
+    User {
+        /// Ports of the host that lead to the guest.
+        publish: Vec<Publish>,
+    },
 }
 
 impl NetSource {
@@ -300,7 +306,7 @@ impl NetSource {
     const fn interface(&self) -> Option<&String> {
         match self {
             Self::Tap(name) | Self::Bridge(name) => Some(name),
-            Self::Network(_) => None,
+            Self::Network(_) | Self::User { .. } => None,
         }
     }
 }
@@ -327,7 +333,7 @@ impl NetSpec {
     pub fn interface(&self, vm: &str, n: usize) -> String {
         match &self.source {
             NetSource::Tap(name) => name.clone(),
-            NetSource::Bridge(_) | NetSource::Network(_) => {
+            NetSource::Bridge(_) | NetSource::Network(_) | NetSource::User { .. } => {
                 let plain = format!("bh-{vm}-{n}");
                 if is_interface_name(&plain) {
                     plain
@@ -355,11 +361,23 @@ impl NetSpec {
                 network,
                 NETWORK_NAME_RULE,
             )?;
+        }
+        if let NetSource::User { publish } = &self.source {
+            for (at, port) in publish.iter().enumerate() {
+                expect(
+                    !is_published(port, publish.get(..at).unwrap_or_default()),
+                    &format!("net[{n}].publish"),
+                    port,
+                    "each port of the host once",
+                )?;
+            }
+        }
+        if let NetSource::Network(_) | NetSource::User { .. } = &self.source {
             expect(
                 self.queues == 1,
                 &format!("net[{n}].queues"),
                 self.queues,
-                "1 in a network",
+                "1 in a network, and with user networking",
             )?;
         }
         expect(
@@ -395,6 +413,12 @@ impl NetSpec {
             limits: DiskLimits::default(),
         }
     }
+}
+
+/// Whether the host's port leads somewhere already.
+#[must_use]
+pub fn is_published(port: &Publish, before: &[Publish]) -> bool {
+    before.iter().any(|other| other.collides(port))
 }
 
 /// Whether an address can be that of one device.

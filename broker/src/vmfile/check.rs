@@ -13,7 +13,7 @@ use crate::vm::spec::{
     FILES_MAX, FileSpec, GUEST_PATH_BYTES_MAX, HISTORY_BYTES, KernelSource, MTU_BYTES,
     NAME_BYTES_MAX, NETWORK_NAME_RULE, NetSource, NetSpec, SEED_DISK, SERIAL_BYTES_MAX,
     SOCKET_NAME_BYTES_MAX, ShareSpec, TAG_BYTES_MAX, TAKEN_NAMES, VmSpec, VsockSpec, is_guest_path,
-    is_network_name,
+    is_network_name, is_published,
 };
 use bulkhead_ipc::platform::MEMORY_BYTES_MIN;
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
@@ -520,6 +520,62 @@ impl Checker {
         }
     }
 
+    /// What the device is plugged into.
+    fn net_source(&mut self, draft: &DraftNet) -> Option<NetSource> {
+        let rule =
+            "expected the name of a network interface: at most 15 letters, digits, '-', '_' or '.'";
+        let named = |name: &Option<Located<String>>, make: fn(String) -> NetSource| {
+            name.as_ref().map(|name| make(name.value.clone()))
+        };
+        let user = draft.user.as_ref().filter(|user| user.value);
+        let publish = || {
+            let publish = draft.publish.as_ref();
+            publish
+                .map(|publish| publish.value.clone())
+                .unwrap_or_default()
+        };
+        let sources = [
+            named(&draft.tap, NetSource::Tap),
+            named(&draft.bridge, NetSource::Bridge),
+            named(&draft.network, NetSource::Network),
+            user.map(|_| NetSource::User { publish: publish() }),
+        ];
+        let mut sources = sources.into_iter().flatten();
+        let (Some(source), None) = (sources.next(), sources.next()) else {
+            self.problems.push(Problem {
+                place: draft.place.clone(),
+                expectation: "expected one of `user`, `network`, `tap` and `bridge`".to_owned(),
+            });
+            return None;
+        };
+        for interface in draft.tap.iter().chain(&draft.bridge) {
+            self.expect(is_interface_name(&interface.value), interface, rule);
+        }
+        if let Some(network) = &draft.network {
+            let rule = format!("expected {NETWORK_NAME_RULE}");
+            self.expect(is_network_name(&network.value), network, rule);
+            if let Some(mtu) = &draft.mtu {
+                let rule = "expected none in a network, which has one for all";
+                self.expect(false, mtu, rule);
+            }
+        }
+        let single = user.is_some() || draft.network.is_some();
+        if let Some(queues) = draft.queues.as_ref().filter(|_| single) {
+            let rule = "expected 1 in a network, and with user networking";
+            self.expect(queues.value == 1, queues, rule);
+        }
+        if let Some(publish) = &draft.publish {
+            let rule = "expected only beside `user = true`: what is published leads through it";
+            self.expect(user.is_some(), publish, rule);
+            let ports = publish.value.iter().enumerate();
+            let mut ports =
+                ports.map(|(n, port)| (port, publish.value.get(..n).unwrap_or_default()));
+            let twice = ports.any(|(port, before)| is_published(port, before));
+            self.expect(!twice, publish, "expected each port of the host once");
+        }
+        Some(source)
+    }
+
     fn net(
         &mut self,
         n: usize,
@@ -527,47 +583,13 @@ impl Checker {
         spec: &VmSpec,
         all: &[DraftNet],
     ) -> Option<NetSpec> {
-        let tap = draft
-            .tap
-            .iter()
-            .map(|t| (t, NetSource::Tap(t.value.clone())));
-        let bridge = draft.bridge.iter();
-        let bridge = bridge.map(|b| (b, NetSource::Bridge(b.value.clone())));
-        let network = draft.network.iter();
-        let network = network.map(|n| (n, NetSource::Network(n.value.clone())));
-        let mut sources = tap.chain(bridge).chain(network);
-        let (Some(source), None) = (sources.next(), sources.next()) else {
-            self.problems.push(Problem {
-                place: draft.place.clone(),
-                expectation: "expected one of `network`, `tap` and `bridge`".to_owned(),
-            });
-            return None;
-        };
-        let rule =
-            "expected the name of a network interface: at most 15 letters, digits, '-', '_' or '.'";
-        match &source.1 {
-            NetSource::Network(name) => {
-                let rule = format!("expected {NETWORK_NAME_RULE}");
-                self.expect(is_network_name(name), source.0, rule);
-                if let Some(mtu) = &draft.mtu {
-                    let rule = "expected none in a network, which has one for all";
-                    self.expect(false, mtu, rule);
-                }
-                if let Some(queues) = &draft.queues {
-                    self.expect(queues.value == 1, queues, "expected 1 in a network");
-                }
-            }
-            NetSource::Tap(name) | NetSource::Bridge(name) => {
-                self.expect(is_interface_name(name), source.0, rule);
-            }
-        }
+        let source = self.net_source(draft)?;
         let tap = |net: &DraftNet| net.tap.as_ref().map(|tap| tap.value.clone());
         let twin = tap(draft).is_some() && all.iter().take(n).any(|other| tap(other) == tap(draft));
-        self.expect(
-            !twin,
-            source.0,
-            "expected an interface that no other device has",
-        );
+        if let Some(tap) = &draft.tap {
+            let rule = "expected an interface that no other device has";
+            self.expect(!twin, tap, rule);
+        }
         let default_name = format!("net{n}");
         let name = draft
             .name
@@ -594,7 +616,7 @@ impl Checker {
         });
         Some(NetSpec {
             name: name.clone(),
-            source: source.1,
+            source,
             mac: draft
                 .mac
                 .as_ref()

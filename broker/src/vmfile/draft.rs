@@ -4,6 +4,7 @@
 //! [`super::check`] turns the result into a [`crate::vm::spec::VmSpec`].
 
 use super::problem::{Located, Place};
+use crate::network::publish::Publish;
 use crate::vm::spec::{ConsoleChoice, HostShare, OnDiskFull, OnEnd};
 use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
 use std::path::PathBuf;
@@ -142,6 +143,8 @@ pub struct DraftNet {
     pub tap: Option<Located<String>>,
     pub bridge: Option<Located<String>>,
     pub network: Option<Located<String>>,
+    pub user: Option<Located<bool>>,
+    pub publish: Option<Located<Vec<Publish>>>,
     pub mac: Option<Located<[u8; 6]>>,
     pub mtu: Option<Located<u32>>,
     pub queues: Option<Located<u8>>,
@@ -160,6 +163,8 @@ impl DraftNet {
             tap: None,
             bridge: None,
             network: None,
+            user: None,
+            publish: None,
             mac: None,
             mtu: None,
             queues: None,

@@ -5,6 +5,7 @@ use super::draft::{
 };
 use super::problem::{Located, Problem, Problems};
 use super::section::{Key, Section, Source, key, later};
+use crate::network::publish::NoPublish;
 use crate::vm::spec::{
     CIDS, ConsoleChoice, DISK_QUEUES_MAX, HostShare, NET_QUEUES_MAX, OnDiskFull, OnEnd,
     SHARE_CACHE_MS_MAX, parse_mac,
@@ -85,6 +86,8 @@ pub(super) const SHARE_KEYS: &[Key] = &[
 ];
 pub(super) const NET_KEYS: &[Key] = &[
     key("name"),
+    key("user"),
+    key("publish"),
     key("network"),
     key("tap"),
     key("bridge"),
@@ -390,6 +393,14 @@ fn read_net(net: &Section<'_>, problems: &mut Vec<Problem>) -> DraftNet {
         tap: net.string("tap", problems),
         bridge: net.string("bridge", problems),
         network: net.string("network", problems),
+        user: net.boolean("user", problems),
+        publish: net.get("publish", problems, |value| {
+            let texts = read_texts(value)?;
+            let ports = texts
+                .iter()
+                .map(|text| text.parse().map_err(|e: NoPublish| e.to_string()));
+            ports.collect()
+        }),
         mac: net.get("mac", problems, |value| {
             parse_mac(value.as_str().unwrap_or_default())
         }),

@@ -206,8 +206,14 @@ struct Net {
         regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$")
     )]
     name: Option<String>,
-    /// Virtual network of the daemon (`bulkhead network create`) that it is plugged into. One of this, `tap` and
-    /// `bridge`.
+    /// User networking: passt, a program of the host, speaks for the guest with the host's own sockets. One of this, `network`,
+    /// `tap` and `bridge`. Default: false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user: Option<bool>,
+    /// Ports of the host that lead to the guest with user networking: `[ADDRESS:]PORT:GUEST_PORT[/tcp|udp]`. Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    publish: Vec<String>,
+    /// Virtual network of the daemon (`bulkhead network create`) that it is plugged into.
     #[schemars(
         length(min = 1, max = 32),
         regex(pattern = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
@@ -226,7 +232,7 @@ struct Net {
     /// Largest packet in bytes, for host and guest. Default: what it is.
     #[schemars(range(min = 68, max = 65521))]
     mtu: Option<u16>,
-    /// Pairs of queues, 1 in a network. Default: 1.
+    /// Pairs of queues, 1 in a network and with user networking. Default: 1.
     #[schemars(range(min = 1, max = 8))]
     queues: Option<u8>,
     /// Whether the cable is plugged in at the start. Default: "up".
@@ -256,14 +262,21 @@ struct NetLimit {
 
 fn net(net: &NetSpec) -> Net {
     let (mut network, mut tap, mut bridge) = (None, None, None);
+    let (mut user, mut published) = (None, Vec::new());
     match &net.source {
         NetSource::Network(name) => network = Some(name.clone()),
         NetSource::Tap(name) => tap = Some(name.clone()),
         NetSource::Bridge(name) => bridge = Some(name.clone()),
+        NetSource::User { publish } => {
+            user = Some(true);
+            published = publish.iter().map(ToString::to_string).collect();
+        }
     }
     let limits = &net.limits;
     Net {
         name: Some(net.name.clone()),
+        user,
+        publish: published,
         network,
         tap,
         bridge,

@@ -666,17 +666,44 @@ fn network_devices_have_names_addresses_and_queues_of_their_own() {
     // Two cards may be in one network.
     let both = read("[[net]]\nnetwork = \"lab\"\n[[net]]\nnetwork = \"lab\"\n").unwrap();
     assert_eq!(both.nets[1].source, NetSource::Network("lab".into()));
+    let user = "[[net]]\nuser = true\npublish = [\"8080:80\", \"127.0.0.1:53:53/udp\"]\n";
+    let ports = ["8080:80", "127.0.0.1:53:53/udp"].map(|port| port.parse().unwrap());
+    let publish = Vec::from(ports);
+    assert_eq!(
+        read(user).unwrap().nets[0].source,
+        NetSource::User { publish }
+    );
     let long = second.interface("a-machine-with-a-long-name", 1);
     assert!(crate::network::is_interface_name(&long), "{long}");
     for (nets, wanted) in [
-        ("[[net]]\n", "expected one of `network`, `tap` and `bridge`"),
+        ("[[net]]\nuser = false\n", "expected one of `user`"),
+        (
+            "[[net]]\nuser = true\npublish = [\"80\"]\n",
+            "expected [ADDRESS:]PORT:GUEST_PORT",
+        ),
+        (
+            "[[net]]\nuser = true\npublish = [\"80:80\", \"[::1]:80:81\"]\n",
+            "expected each port of the host once",
+        ),
+        (
+            "[[net]]\ntap = \"a\"\npublish = [\"80:80\"]\n",
+            "expected only beside `user = true`",
+        ),
+        (
+            "[[net]]\nuser = true\nqueues = 2\n",
+            "expected 1 in a network, and with user networking",
+        ),
+        (
+            "[[net]]\n",
+            "expected one of `user`, `network`, `tap` and `bridge`",
+        ),
         (
             "[[net]]\ntap = \"a\"\nbridge = \"b\"\n",
-            "expected one of `network`, `tap` and `bridge`",
+            "expected one of `user`, `network`, `tap` and `bridge`",
         ),
         (
             "[[net]]\nnetwork = \"a\"\ntap = \"b\"\n",
-            "expected one of `network`, `tap` and `bridge`",
+            "expected one of `user`, `network`, `tap` and `bridge`",
         ),
         (
             "[[net]]\nnetwork = \"Lab\"\n",
@@ -684,7 +711,7 @@ fn network_devices_have_names_addresses_and_queues_of_their_own() {
         ),
         (
             "[[net]]\nnetwork = \"lab\"\nqueues = 2\n",
-            "expected 1 in a network",
+            "expected 1 in a network, and with user networking",
         ),
         (
             "[[net]]\ntap = \"a/b\"\n",
@@ -805,7 +832,7 @@ prop_compose! {
     fn any_net()(
         name in "[a-zA-Z0-9._-]{0,20}",
         interface in "[a-zA-Z0-9_-]{1,12}",
-        kind in 0u8..3, link_up: bool, limits in any_limits(),
+        kind in 0u8..4, link_up: bool, limits in any_limits(), port in 1u16..,
         first in 0u8..=127, rest in prop::array::uniform5(any::<u8>()),
         mtu in prop::option::of(68u16..=65_521), queues in 1u8..=8,
     ) -> NetSpec {
@@ -814,11 +841,14 @@ prop_compose! {
             source: match kind {
                 0 => NetSource::Bridge(interface),
                 1 => NetSource::Tap(interface),
-                _ => NetSource::Network("lab".into()),
+                2 => NetSource::Network("lab".into()),
+                _ => NetSource::User {
+                    publish: vec![format!("[::1]:{port}:80/udp").parse().unwrap()],
+                },
             },
             mac: [first << 1 | 2, rest[0], rest[1], rest[2], rest[3], rest[4]],
             mtu: mtu.filter(|_| kind != 2),
-            queues: if kind == 2 { 1 } else { queues },
+            queues: if kind >= 2 { 1 } else { queues },
             link_up,
             limits,
         }

@@ -57,15 +57,23 @@ pub(crate) trait Backend: Debug {
 
     /// Whether the next frame to send has room. When it has none, whoever waits is woken by [`Backend::watched`] when
     /// there is.
-    fn has_room(&mut self) -> bool {
+    fn has_room(&mut self, window: &Queues) -> bool {
+        let _room_for_ever = window;
         true
+    }
+
+    /// Whether nothing will ever go over it again.
+    fn is_over(&self) -> bool {
+        false
     }
 
     /// What was sent and received in this turn is over.
     fn settle(&mut self) {}
 
     /// [`Backend::watched`] has woken the process.
-    fn woken(&mut self) {}
+    fn woken(&mut self, window: &Queues) {
+        let _nothing_kept = window;
+    }
 }
 
 /// A TAP interface of the host, set up by the broker: with headers (IFF_VNET_HDR) of

@@ -6,6 +6,7 @@ use crate::control::{self, Command};
 use crate::inbox::{Fit, Inbox};
 use crate::port::Switched;
 use crate::request::{BUFFERS_AT, FRAME_BYTES_MAX, HEADER_BYTES, Header, Unsound, feature};
+use crate::stream::Stream;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::port::{Port, PortEnd};
 use bulkhead_ipc::protocol::birth::{DeviceOwn, DiskLimits, FdRole};
@@ -13,6 +14,7 @@ use bulkhead_ipc::protocol::device::{Direction, Traffic};
 use bulkhead_ipc::shared::Doorbell;
 use bulkhead_runtime::device::FIRST_TOKEN;
 use bulkhead_runtime::limits::Limiter;
+use bulkhead_runtime::wait::SocketNews;
 use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Setup, Span, Stillbirth};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -179,7 +181,7 @@ impl Device for Net {
                 }
                 if !self.unsent.is_empty()
                     || self.sending_waits().is_some()
-                    || !self.wire.has_room()
+                    || !self.wire.has_room(queues)
                 {
                     self.unsent.push_back((queue, chain));
                     return Ok(());
@@ -195,7 +197,7 @@ impl Device for Net {
         let mut busy = false;
         self.is_full = false;
         while !self.unsent.is_empty() && (!self.link_up || self.sending_waits().is_none()) {
-            if self.link_up && !self.wire.has_room() {
+            if self.link_up && !self.wire.has_room(queues) {
                 self.is_full = true;
                 break;
             }
@@ -213,16 +215,26 @@ impl Device for Net {
             }
         }
         self.wire.settle();
+        if self.wire.is_over() {
+            return Err(DeviceFault::Ended {
+                what: "the wire of the network card",
+            });
+        }
         Ok(busy)
     }
 
-    fn on_event(&mut self, token: u8, _queues: &mut Queues) -> Result<(), DeviceFault> {
+    fn on_event(&mut self, token: u8, queues: &mut Queues) -> Result<(), DeviceFault> {
         let tap = usize::from(token.wrapping_sub(FIRST_TOKEN));
         if let Some(inbox) = self.inboxes.get_mut(tap) {
             inbox.readable = true;
-            self.wire.woken();
+            self.wire.woken(queues);
         }
         Ok(())
+    }
+
+    fn on_socket(&mut self, news: SocketNews, queues: &mut Queues) -> Result<(), DeviceFault> {
+        let queue = u8::try_from(news.number).unwrap_or(u8::MAX);
+        self.on_event(FIRST_TOKEN.saturating_add(queue), queues)
     }
 
     fn on_driver(&mut self, features: Option<u64>, queues: &mut Queues) -> Result<(), DeviceFault> {
@@ -277,21 +289,28 @@ impl Device for Net {
     }
 }
 
-/// What the card is plugged into: a port of a network, or the queues of an interface.
+/// What the card is plugged into: a port of a network, a program that speaks for the guest, or the queues of an interface.
 fn wire(
     setup: &mut Setup<'_>,
     pairs: usize,
     cuts_udp: bool,
 ) -> Result<Box<dyn Backend>, Stillbirth> {
     let grants = &mut *setup.grants;
+    let single = [FdRole::Port, FdRole::Frames];
+    if pairs != 1 && single.into_iter().any(|role| grants.has(role, 0)) {
+        return Err(Stillbirth::Field {
+            field: "queue_sizes",
+            got: format!("{pairs} pairs"),
+            expected: "one pair of queues, except at an interface",
+        });
+    }
+    if grants.has(FdRole::Frames, 0) {
+        let socket = grants.take(FdRole::Frames, 0)?;
+        let watched = setup.watcher().watch(&socket, 0);
+        watched.map_err(Stillbirth::setup)?;
+        return Ok(Box::new(Stream::new(socket)));
+    }
     if grants.has(FdRole::Port, 0) {
-        if pairs != 1 {
-            return Err(Stillbirth::Field {
-                field: "queue_sizes",
-                got: format!("{pairs} pairs"),
-                expected: "one pair of queues at a port",
-            });
-        }
         let port = Port::find(grants.take(FdRole::Port, 0)?, PortEnd::Device);
         let port = port.map_err(Stillbirth::setup)?;
         let switch = Doorbell::from(grants.take(FdRole::PortKick, 0)?);

@@ -16,6 +16,9 @@ mod port;
 #[cfg(test)]
 mod port_tests;
 pub mod request;
+mod stream;
+#[cfg(test)]
+mod stream_tests;
 
 /// Runs the process from its birth to its end.
 #[must_use]

@@ -212,7 +212,7 @@ impl Backend for Switched {
         self.believe(sent, false)
     }
 
-    fn has_room(&mut self) -> bool {
+    fn has_room(&mut self, _window: &Queues) -> bool {
         if !self.is_there() {
             // What is sent is lost, at once.
             return true;
@@ -237,7 +237,7 @@ impl Backend for Switched {
         }
     }
 
-    fn woken(&mut self) {
+    fn woken(&mut self, _window: &Queues) {
         self.renewed();
     }
 }

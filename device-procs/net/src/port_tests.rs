@@ -33,7 +33,7 @@ struct Desk {
     call: Doorbell,
 }
 
-fn config(pairs: usize) -> DeviceConfig {
+pub(crate) fn config(pairs: usize) -> DeviceConfig {
     DeviceConfig {
         kind: VirtioKind::Net,
         queue_sizes: vec![64; 2 * pairs],

@@ -41,6 +41,12 @@ pub enum DeviceFault {
         /// Why.
         errno: Errno,
     },
+    /// Something without which the process has no purpose is gone; a successor is given another.
+    #[error("{what} has ended")]
+    Ended {
+        /// What.
+        what: &'static str,
+    },
 }
 
 /// What runs while a virtio device process looks for work: a vCPU, and the gate thread.

@@ -198,7 +198,7 @@ fn check_kind(role: FdRole, index: u16, fd: &OwnedFd) -> Result<(), GrantError> 
         | FdRole::Port
         | FdRole::LegacyPage
         | FdRole::Input => (&[SFlag::S_IFREG], "a regular file"),
-        FdRole::Listener => (&[SFlag::S_IFSOCK], "a socket"),
+        FdRole::Listener | FdRole::Frames => (&[SFlag::S_IFSOCK], "a socket"),
         FdRole::Kick
         | FdRole::Call
         | FdRole::PortKick

@@ -82,6 +82,9 @@ pub enum FdRole {
     Folder,
     /// A queue of a TAP interface (`/dev/net/tun`). One for each pair of virtqueues.
     Tap,
+    /// A connected stream socket on which frames come and go, each behind its length in 4 bytes, big endian: how QEMU's
+    /// `-netdev stream` and passt have them.
+    Frames,
     /// The memory between a network card and the switch of its network (sealed memfd).
     Port,
     /// Doorbell card to switch.

@@ -70,6 +70,7 @@ fn run_stages(options: &Options, stages: &mut Stages) -> Result<()> {
             "gdb",
             "mtools",
             "iproute2",
+            "passt",
             "qemu-utils",
         ])
     })?;

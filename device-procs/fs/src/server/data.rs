@@ -116,12 +116,14 @@ impl Data for Held<'_> {
     fn drain(&self, file: &File, offset: u64, at: usize, len: usize) -> Result<usize, Errno> {
         let data = self.given.get(at..).unwrap_or_default();
         let data = data.get(..len).unwrap_or(data);
-        file.write_at(data, offset).map_err(|e| crate::folder::errno(&e))
+        file.write_at(data, offset)
+            .map_err(|e| crate::folder::errno(&e))
     }
 
     fn fill(&mut self, file: &File, offset: u64, at: usize, len: usize) -> Result<usize, Errno> {
         self.got.resize(at + len, 0);
         let place = self.got.get_mut(at..).unwrap_or_default();
-        file.read_at(place, offset).map_err(|e| crate::folder::errno(&e))
+        file.read_at(place, offset)
+            .map_err(|e| crate::folder::errno(&e))
     }
 }

@@ -85,12 +85,16 @@ impl<'a> Stack<'a> {
             let own = config.address;
             server = config.dns_servers.first().copied();
             let gateway = config.server.address;
+            let router = config.router;
             say!(
                 "net.lease ip={} prefix={} server={gateway}",
                 own.address(),
                 own.prefix_len()
             );
             self.have(IpCidr::Ipv4(own));
+            if let Some(router) = router {
+                let _ = self.interface.routes_mut().add_default_ipv4_route(router);
+            }
             leased = true;
         }
         self.sockets.remove(handle);

@@ -96,7 +96,7 @@ impl Guest {
 fn agent_does_in_a_guest_what_its_host_asks() {
     let guest = Guest::boot();
     commands_have_streams_and_codes(&guest);
-    ten_mebibytes_come_back_as_they_went(&guest);
+    large_file_comes_back_as_it_went(&guest);
     frozen_disks_wait(&guest);
     guest_becomes_another_one(&guest);
     dead_agent_is_a_clear_error(&guest);
@@ -145,9 +145,9 @@ fn commands_have_streams_and_codes(guest: &Guest) {
     );
 }
 
-fn ten_mebibytes_come_back_as_they_went(guest: &Guest) {
+fn large_file_comes_back_as_it_went(guest: &Guest) {
     let from = guest.folder.path().join("from");
-    let bytes: Vec<u8> = (0..10u32 << 20)
+    let bytes: Vec<u8> = (0..3u32 << 20)
         .map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[3])
         .collect();
     fs::write(&from, &bytes).unwrap();
