@@ -15,6 +15,7 @@ const KNOWN: &[&str] = &[
     "ip",
     "iterations",
     "lines",
+    "mac",
     "mode",
     "names",
     "offload",

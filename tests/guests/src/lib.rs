@@ -10,6 +10,7 @@
 pub mod acpi;
 pub mod args;
 pub mod blocks;
+pub mod frames;
 pub mod pattern;
 pub mod prng;
 pub mod pvh;

@@ -3,6 +3,7 @@
 mod bench;
 mod bench_blk;
 mod bench_fs;
+mod bench_net;
 mod beside;
 mod blk;
 mod blk_held;
@@ -44,6 +45,7 @@ const MODES: &[(&str, Mode)] = &[
     ("bench-fs", bench_fs::run),
     ("bench-legacy", bench::legacy),
     ("bench-mmio", bench::mmio),
+    ("bench-net", bench_net::run),
     ("beside", beside::run),
     ("blk", blk::run),
     ("blk-held", blk_held::run),

@@ -113,12 +113,12 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
         interface.poll(moment, &mut net, &mut sockets);
         net.flush()?;
         let wait = interface.poll_delay(moment, &sockets);
-        if wait.is_some_and(|wait| wait.total_micros() == 0) || net.has_frames() {
+        if wait.is_some_and(|wait| wait.total_micros() == 0) || net.receiver.has_frames() {
             continue;
         }
-        net.want_interrupt();
+        net.receiver.want_interrupt();
         let until = wait.map_or(20, |wait| wait.total_millis().clamp(1, 20));
-        irq::sleep_until(Deadline::after_ms(until), || net.has_frames());
+        irq::sleep_until(Deadline::after_ms(until), || net.receiver.has_frames());
         net.device.take_interrupt();
         let up = net.link_is_up();
         if up != link {

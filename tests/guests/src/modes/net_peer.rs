@@ -50,13 +50,13 @@ impl<'a> Stack<'a> {
             .poll(moment, &mut self.net, &mut self.sockets);
         self.net.flush()?;
         let wait = self.interface.poll_delay(moment, &self.sockets);
-        if wait.is_some_and(|wait| wait.total_micros() == 0) || self.net.has_frames() {
+        if wait.is_some_and(|wait| wait.total_micros() == 0) || self.net.receiver.has_frames() {
             return Ok(());
         }
-        self.net.want_interrupt();
+        self.net.receiver.want_interrupt();
         let until = wait.map_or(20, |wait| wait.total_millis().clamp(1, 20));
         let net = &self.net;
-        irq::sleep_until(Deadline::after_ms(until), || net.has_frames());
+        irq::sleep_until(Deadline::after_ms(until), || net.receiver.has_frames());
         self.net.device.take_interrupt();
         Ok(())
     }

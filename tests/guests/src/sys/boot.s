@@ -256,6 +256,15 @@ service_set_interrupts:
     orl     %edi, 16(%rsp)
     iretq
 
+// RDI: address of a virtio device's interrupt status; returns it, after writing it to the register behind unless it
+// is 0.
+service_take_interrupt:
+    movl    (%rdi), %eax
+    testl   %eax, %eax
+    jz      1f
+    movl    %eax, 4(%rdi)
+1:  iretq
+
 service_idle:
     sti
     hlt
@@ -319,7 +328,8 @@ service_table:
     .quad   service_idle
     .quad   service_park
     .quad   service_triple_fault
-.set SERVICE_COUNT, 8
+    .quad   service_take_interrupt
+.set SERVICE_COUNT, 9
 
 .macro gate handler
     .word   \handler - boot_start

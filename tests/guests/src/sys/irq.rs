@@ -1,7 +1,7 @@
 //! Interrupt controllers: the 8259s are masked, I/O APICs route GSI n to vector 32 + n of the first
 //! CPU, the timer of the local APIC has vector 80. `boot.s` counts; nothing else happens there.
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::{phys, port, ring0, time};
 
@@ -11,6 +11,8 @@ const IOAPICS: [u64; 2] = [0xfec0_0000, 0xfec1_0000];
 const IOAPIC_PINS: u32 = 24;
 const TIMER_GSI: u32 = 48;
 static READY: AtomicBool = AtomicBool::new(false);
+/// How often the timer had fired when it was armed last, and one more; 0 while it is disarmed.
+static ARMED: AtomicU64 = AtomicU64::new(0);
 
 /// Turns the controllers on, once, with every line masked, and lets interrupts in.
 pub fn start() {
@@ -48,6 +50,7 @@ pub fn disable(gsi: u32) {
 /// One interrupt of the local timer after so many milliseconds (at most 500 000).
 pub fn arm_timer(milliseconds: u64) {
     start();
+    ARMED.store(fired() + 1, Ordering::Relaxed);
     phys::write::<u32>(LAPIC + 0x320, 32 + TIMER_GSI);
     let ticks = milliseconds.min(500_000) * 1_000_000 / 128;
     phys::write::<u32>(
@@ -58,17 +61,25 @@ pub fn arm_timer(milliseconds: u64) {
 
 /// Stops the local timer.
 pub fn disarm_timer() {
+    ARMED.store(0, Ordering::Relaxed);
     phys::write::<u32>(LAPIC + 0x380, 0);
+}
+
+/// How often the local timer has fired.
+fn fired() -> u64 {
+    ring0::interrupts_of(TIMER_GSI)
 }
 
 /// Really sleeps for so many milliseconds.
 pub fn sleep_ms(milliseconds: u64) {
     start();
-    let fired = ring0::interrupts_of(TIMER_GSI);
+    let before = fired();
     arm_timer(milliseconds);
     loop {
         let seen = ring0::interrupts();
-        if ring0::interrupts_of(TIMER_GSI) != fired {
+        if fired() != before {
+            // What fired may have been a timer before.
+            ARMED.store(0, Ordering::Relaxed);
             return;
         }
         ring0::halt_until_interrupt(seen);
@@ -87,7 +98,10 @@ pub fn sleep_until(deadline: time::Deadline, mut ready: impl FnMut() -> bool) ->
         if deadline.passed() {
             return false;
         }
-        arm_timer(20);
+        // A timer that runs is soon enough, and arming one is dear in ring 3.
+        if ARMED.load(Ordering::Relaxed) != fired() + 1 {
+            arm_timer(20);
+        }
         ring0::halt_until_interrupt(seen);
     }
 }

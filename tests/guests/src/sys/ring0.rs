@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 global_asm!(include_str!("boot.s"), options(att_syntax));
 
 unsafe extern "sysv64" {
-    safe fn guest_service(argument0: u64, argument1: u64, service: u32);
+    safe fn guest_service(argument0: u64, argument1: u64, service: u32) -> u32;
     static irq_counts: [AtomicU64; 64];
     static irq_total: AtomicU64;
 }
@@ -23,6 +23,7 @@ const SET_INTERRUPTS: u32 = 4;
 const IDLE: u32 = 5;
 const PARK: u32 = 6;
 const TRIPLE_FAULT: u32 = 7;
+const TAKE_INTERRUPT: u32 = 8;
 
 /// Writes bytes to COM1.
 pub fn write_serial(bytes: &[u8]) {
@@ -64,6 +65,11 @@ pub fn interrupts_of(gsi: u32) -> u64 {
 /// Sleeps until the number of interrupts is another than `seen`; returns at once if it is already.
 pub fn halt_until_interrupt(seen: u64) {
     guest_service(&raw const irq_total as u64, seen, HALT_WHILE);
+}
+
+/// Reads the interrupt status at `address`, acknowledges it in the register behind, and returns it.
+pub fn take_interrupt(address: u64) -> u32 {
+    guest_service(address, 0, TAKE_INTERRUPT)
 }
 
 /// Sleeps for ever with interrupts on.

@@ -50,17 +50,34 @@ fn khz_from_timer() -> Option<u64> {
     const TICK_NS: u64 = 128;
     const MEASURED_MS: u64 = 50;
     irq::arm_timer(100 * MEASURED_MS);
-    let remaining = || u64::from(phys::read::<u32>(irq::LAPIC + 0x390));
-    let (first, start) = (remaining(), cycles());
+    let (first, start) = timer_and_cycles();
     let last = first.checked_sub(MEASURED_MS * 1_000_000 / TICK_NS)?;
-    while remaining() > last {
-        if cycles() - start > ASSUMED_KHZ * 1000 {
+    let (ticks, cycles) = loop {
+        let (remaining, now) = timer_and_cycles();
+        if remaining <= last {
+            break (first - remaining, now - start);
+        }
+        if now - start > ASSUMED_KHZ * 1000 {
             return None;
         }
-    }
-    let khz = (cycles() - start) / MEASURED_MS;
+    };
     irq::disarm_timer();
-    Some(khz)
+    Some(cycles * 1_000_000 / (ticks * TICK_NS))
+}
+
+/// What the timer has left, and the cycles at that moment: of several looks the one that was interrupted least.
+fn timer_and_cycles() -> (u64, u64) {
+    const LOOKS: usize = 8;
+    let look = |_| {
+        let before = cycles();
+        let remaining = u64::from(phys::read::<u32>(irq::LAPIC + 0x390));
+        (cycles() - before, remaining, before)
+    };
+    let looks = core::array::from_fn::<_, LOOKS, _>(look);
+    let best = looks.iter().min_by_key(|(took, ..)| *took);
+    best.map_or((0, 0), |(took, remaining, before)| {
+        (*remaining, before + took / 2)
+    })
 }
 
 /// A moment after which waiting has failed.

@@ -4,7 +4,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::machine::Machine;
 use crate::report::{Failure, expect, fail};
-use crate::sys::{phys, time::Deadline};
+use crate::sys::{phys, ring0, time::Deadline};
 use crate::virtio::queue::{QUEUE_SIZE_MAX, Queue};
 
 /// Device ids.
@@ -299,10 +299,6 @@ impl Device {
 
     /// Reads and acknowledges the interrupt causes.
     pub fn take_interrupt(&self) -> u32 {
-        let causes = self.read(reg::INTERRUPT_STATUS);
-        if causes != 0 {
-            self.write(reg::INTERRUPT_ACK, causes);
-        }
-        causes
+        ring0::take_interrupt(self.base + reg::INTERRUPT_STATUS)
     }
 }

@@ -17,6 +17,7 @@ const CSUM: u64 = 1 << 0;
 const GUEST_CSUM: u64 = 1 << 1;
 const MAC: u64 = 1 << 5;
 const GUEST_TSO4: u64 = 1 << 7;
+const HOST_TSO4: u64 = 1 << 11;
 const MRG_RXBUF: u64 = 1 << 15;
 const STATUS: u64 = 1 << 16;
 const CTRL_VQ: u64 = 1 << 17;
@@ -27,7 +28,7 @@ const HEADER: usize = 12;
 /// Bytes of a buffer: a frame of a usual wire with its header.
 const BUFFER: usize = 2048;
 /// Buffers of each queue.
-const BUFFERS: usize = 128;
+const BUFFERS: usize = QUEUE_SIZE_MAX;
 /// Largest frame that is put together of many buffers.
 const FRAME_MAX: usize = 66_000;
 /// Most pairs of queues.
@@ -100,7 +101,7 @@ impl Net {
         let device = mmio::find(machine, id::NET, index)?;
         let mut wanted = MAC | STATUS | feature::EVENT_IDX;
         if offload {
-            wanted |= CSUM | GUEST_CSUM | GUEST_TSO4 | MRG_RXBUF;
+            wanted |= CSUM | GUEST_CSUM | GUEST_TSO4 | HOST_TSO4 | MRG_RXBUF;
         }
         if pairs > 1 {
             wanted |= CTRL_VQ | MQ;
@@ -181,23 +182,21 @@ impl Net {
         for ring in self.sender.rings.iter_mut().flatten() {
             ring.queue.kick();
         }
-        for ring in self.receiver.rings.iter_mut().flatten() {
-            ring.queue.kick();
-        }
+        self.receiver.flush();
         self.failure.take().map_or(Ok(()), Err)
     }
 
-    /// Asks for an interrupt when a frame comes.
-    pub fn want_interrupt(&mut self) {
-        for ring in self.receiver.rings.iter_mut().flatten() {
-            ring.queue.want_interrupt();
+    /// Takes the first pair apart, for a sender whose chains are its own. Every frame that was sent is off before.
+    pub fn into_parts(mut self, deadline: Deadline) -> Result<(Receiver, Queue), Failure> {
+        self.flush()?;
+        while self.sender.ready()?.is_none() || self.sender.free_count[0] < BUFFERS {
+            if deadline.passed() {
+                return Err(Failure::Timeout("used_ring"));
+            }
         }
-    }
-
-    /// Whether a frame has come.
-    pub fn has_frames(&self) -> bool {
-        let mut rings = self.receiver.rings.iter().flatten();
-        rings.any(|ring| ring.queue.has_used())
+        let ring = self.sender.rings[0].take();
+        let ring = ring.ok_or(Failure::Parameter("pairs"))?;
+        Ok((self.receiver, ring.queue))
     }
 }
 
@@ -238,6 +237,23 @@ impl Ring {
 impl Receiver {
     /// The next frame of any pair, without its header. The bytes are in `frame`.
     fn next_frame(&mut self) -> Result<Option<usize>, Failure> {
+        let mut frame = self.frame;
+        let mut len = 0;
+        self.next_parts(|part| {
+            let place = frame.all_mut().get_mut(len..len + part.len());
+            let place = place.ok_or(Failure::Parameter("frame"))?;
+            place.copy_from_slice(part);
+            len += part.len();
+            Ok(())
+        })
+    }
+
+    /// Hands what the buffers of the next frame of any pair hold to `take`, without the header. Returns the bytes
+    /// of the frame.
+    pub fn next_parts(
+        &mut self,
+        mut take: impl FnMut(&[u8]) -> Result<(), Failure>,
+    ) -> Result<Option<usize>, Failure> {
         for _ in 0..PAIRS_MAX {
             let pair = self.next;
             self.next = (pair + 1) % PAIRS_MAX;
@@ -256,8 +272,7 @@ impl Receiver {
             }
             let count: u16 = ring.buffer(buffer, BUFFER).read(10);
             let mut len = bytes - HEADER;
-            let first = ring.buffers.part(buffer * BUFFER + HEADER, len);
-            self.frame.all_mut()[..len].copy_from_slice(first.all());
+            take(ring.buffers.part(buffer * BUFFER + HEADER, len).all())?;
             ring.give(buffer)?;
             for _ in 1..count {
                 // A driver sees all buffers of a frame or none.
@@ -267,9 +282,7 @@ impl Receiver {
                     expected: u64::from(count),
                 };
                 let (buffer, bytes) = ring.take()?.ok_or(missing)?;
-                let place = self.frame.all_mut().get_mut(len..len + bytes);
-                let place = place.ok_or(Failure::Parameter("frame"))?;
-                place.copy_from_slice(ring.buffer(buffer, bytes).all());
+                take(ring.buffer(buffer, bytes).all())?;
                 len += bytes;
                 ring.give(buffer)?;
             }
@@ -281,6 +294,33 @@ impl Receiver {
             return Ok(Some(len));
         }
         Ok(None)
+    }
+
+    /// Tells the device of buffers that were given back.
+    pub fn flush(&mut self) {
+        for ring in self.rings.iter_mut().flatten() {
+            ring.queue.kick();
+        }
+    }
+
+    /// Asks for an interrupt when a frame comes.
+    pub fn want_interrupt(&mut self) {
+        for ring in self.rings.iter_mut().flatten() {
+            ring.queue.want_interrupt();
+        }
+    }
+
+    /// Whether a frame has come.
+    pub fn has_frames(&self) -> bool {
+        let mut rings = self.rings.iter().flatten();
+        rings.any(|ring| ring.queue.has_used())
+    }
+
+    /// Asks for no interrupts, as [`Queue::suppress_interrupts`] does.
+    pub fn suppress_interrupts(&mut self) {
+        for ring in self.rings.iter_mut().flatten() {
+            ring.queue.suppress_interrupts();
+        }
     }
 }
 

@@ -334,10 +334,16 @@ impl Drop for Running {
     }
 }
 
-/// The value of `key` in a record's keys.
+/// The number that is the value of `key` in a record's keys.
 pub(super) fn value(keys: &str, key: &str) -> Result<u64> {
-    keys.split(' ')
+    let text = text(keys, key)?;
+    text.parse()
+        .with_context(|| format!("`{key}` is no number in `{keys}`"))
+}
+
+/// The value of `key` in a record's keys.
+pub(super) fn text<'a>(keys: &'a str, key: &str) -> Result<&'a str> {
+    keys.split_ascii_whitespace()
         .find_map(|pair| pair.strip_prefix(key)?.strip_prefix('='))
-        .and_then(|text| text.parse().ok())
-        .with_context(|| format!("no number `{key}` in `{keys}`"))
+        .with_context(|| format!("no `{key}` in `{keys}`"))
 }

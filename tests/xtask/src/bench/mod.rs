@@ -19,6 +19,7 @@ mod guest;
 mod kernel_memory;
 mod memory;
 mod mmio;
+mod net;
 #[allow(
     dead_code,
     unreachable_pub,
@@ -67,6 +68,8 @@ enum Suite {
     Blk,
     /// A shared folder's operations and throughput.
     Fs,
+    /// Frames between two machines of one virtual network: round trips and throughput.
+    Net,
     /// Block device throughput through the gates, and without them.
     Gate,
     /// Device processes killed at random under load: time to service, and what the guest saw.
@@ -105,6 +108,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             Suite::Mmio => mmio::run(&bench, &mut print)?,
             Suite::Blk => blk::run(&bench, &mut print)?,
             Suite::Fs => fs::run(&bench, &mut print)?,
+            Suite::Net => net::run(&bench, &mut print)?,
             Suite::Gate => gate::run(&bench, &mut print)?,
             Suite::Faults => faults::run(&bench, &mut print)?,
             Suite::Broker => broker::run(&bench, &mut print)?,
