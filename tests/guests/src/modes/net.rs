@@ -4,7 +4,7 @@
 
 use smoltcp::iface::SocketStorage;
 use smoltcp::socket::{tcp, udp};
-use smoltcp::time::Instant;
+use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::Ipv4Address;
 
 use super::net_peer::Stack;
@@ -43,10 +43,23 @@ pub(super) fn address(machine: &Machine) -> Result<Ipv4Address, Failure> {
     text.parse().map_err(|_| Failure::Parameter("ip"))
 }
 
+/// How often a client that says nothing is asked whether it is there.
+const KEEP_ALIVE: Duration = Duration::from_secs(4);
+/// After how long without an answer it is gone.
+const GIVEN_UP_AFTER: Duration = Duration::from_secs(20);
+
 pub(super) fn tcp_socket() -> tcp::Socket<'static> {
     let buffer = || tcp::SocketBuffer::new(memory(TCP_BUFFER));
     let mut socket = tcp::Socket::new(buffer(), buffer());
     socket.set_nagle_enabled(false);
+    socket
+}
+
+/// One that serves, and does not wait for ever for a client that is gone: the port would be nobody else's.
+fn serving_socket() -> tcp::Socket<'static> {
+    let mut socket = tcp_socket();
+    socket.set_keep_alive(Some(KEEP_ALIVE));
+    socket.set_timeout(Some(GIVEN_UP_AFTER));
     socket
 }
 
@@ -75,8 +88,8 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
         udp::PacketBuffer::new(&mut receive[..], memory(UDP_BUFFER)),
         udp::PacketBuffer::new(&mut send[..], memory(UDP_BUFFER)),
     ));
-    let sink = sockets.add(tcp_socket());
-    let source = sockets.add(tcp_socket());
+    let sink = sockets.add(serving_socket());
+    let source = sockets.add(serving_socket());
     let bound = sockets.get_mut::<udp::Socket>(echo).bind(ECHO);
     bound.map_err(|_| Failure::Parameter("port"))?;
     let mut link = net.link_is_up();
