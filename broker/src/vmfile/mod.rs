@@ -10,6 +10,8 @@ mod check;
 mod draft;
 mod host;
 mod nearest;
+#[cfg(test)]
+mod net_tests;
 mod parse;
 mod print;
 mod problem;
