@@ -136,6 +136,9 @@ fn shipped_units_keep_machines_alive() {
         "Delegate=yes",
         "Restart=always",
         "Type=notify",
+        // For passt, and to put interfaces into bridges.
+        "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK",
+        "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_BIND_SERVICE",
     ] {
         assert!(service.lines().any(|l| l == line), "no {line}");
     }

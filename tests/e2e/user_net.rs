@@ -125,8 +125,8 @@ fn guest_reaches_services_of_others_and_none_of_the_hosts_loopback() {
             }
         });
     }
-    // The gateway is not the host.
-    for (peer, reached) in [("192.0.2.1", 1), ("10.0.2.2", 0)] {
+    // The gateway is not the host, and nobody is at its loopback but the host itself.
+    for (peer, reached) in [("192.0.2.1", 1), ("10.0.2.2", 0), ("127.0.0.1", 0)] {
         let cmdline = format!("mode=net-peer ip=dhcp peer={peer} rounds=1 patience=10000");
         let ended = Machine::test_guest(&cmdline, &["--net", "user"]).wait();
         let said = format!("net-peer result=ok rounds=1 reached={reached}");
@@ -173,7 +173,7 @@ fn host_without_a_route_is_told_that_it_needs_one() {
     let Some(_network) = Network::enter() else {
         return;
     };
-    fails("user", 4, "it needs a default route of the host");
+    fails("user", 4, "passt needs a default route of the host");
     fails("user,publish=80", 2, "expected [ADDRESS:]PORT:GUEST_PORT");
 }
 
@@ -181,7 +181,11 @@ fn host_without_a_route_is_told_that_it_needs_one() {
 fn port_that_is_taken_is_told() {
     let Some(_network) = host() else { return };
     let _taken = TcpListener::bind("127.0.0.1:2009").unwrap();
-    fails(PUBLISHED, 2, "a port of the host cannot be published");
+    fails(
+        PUBLISHED,
+        2,
+        "publish 127.0.0.1:2009:9: another program has this port",
+    );
 }
 
 #[test]

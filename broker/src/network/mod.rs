@@ -52,7 +52,7 @@ pub enum Hold {
 }
 
 impl Hold {
-    /// Has network device `n` of machine `vm` plugged in.
+    /// Has network device `n` of machine `vm` plugged in; `again` in a machine that runs.
     ///
     /// # Errors
     /// What is lacking, or wrong.
@@ -61,9 +61,13 @@ impl Hold {
         n: usize,
         spec: &NetSpec,
         networks: &Switchboard,
+        again: bool,
     ) -> Result<Self, RunError> {
         let network = match &spec.source {
             NetSource::Network(network) => network,
+            NetSource::User { publish } if again => {
+                return Passt::start_again(spec, publish).map(Self::User);
+            }
             NetSource::User { publish } => return Passt::start(spec, publish).map(Self::User),
             NetSource::Tap(_) | NetSource::Bridge(_) => {
                 return Tap::open(vm, n, spec).map(Self::Tap);

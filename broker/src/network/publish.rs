@@ -36,7 +36,8 @@ impl Publish {
     /// Whether both want the same port of the host.
     #[must_use]
     pub fn collides(&self, other: &Self) -> bool {
-        let everywhere = self.address.is_none() || other.address.is_none();
+        let is_everywhere = |p: &Self| p.address.is_none_or(|address| address.is_unspecified());
+        let everywhere = is_everywhere(self) || is_everywhere(other);
         (self.port, self.transport) == (other.port, other.transport)
             && (everywhere || self.address == other.address)
     }
@@ -146,6 +147,7 @@ mod tests {
     fn one_port_leads_to_one_place() {
         let collide = |a, b| read(a).unwrap().collides(&read(b).unwrap());
         assert!(collide("80:80", "80:81") && collide("127.0.0.1:80:80", "80:81"));
+        assert!(collide("0.0.0.0:80:80", "127.0.0.1:80:80"));
         assert!(!collide("80:80", "80:80/udp") && !collide("80:80", "81:80"));
         assert!(!collide("127.0.0.1:80:80", "127.0.0.2:80:80"));
     }

@@ -3,11 +3,33 @@
 
 use bulkhead_ipc::device_kind::NET_HEADER_BYTES;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// Large UDP datagrams over IPv4 and IPv6 (Linux 6.2).
 const TUN_F_USO: libc::c_uint = 0x20 | 0x40;
+
+/// Descriptors of programs that are not Bulkhead's begin here, out of the way of what the standard library has between fork and
+/// exec.
+const FIRST_HANDED_OVER: RawFd = 100;
+
+/// Has a program find a descriptor. Returns its number there. It is the command's from here on, and closed with it.
+pub(super) fn hand_over(command: &mut Command, fd: &OwnedFd) -> Result<RawFd, Errno> {
+    let number = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(FIRST_HANDED_OVER))?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    let keep = move || {
+        let kept = fcntl(&fd, FcntlArg::F_SETFD(FdFlag::empty()));
+        kept.map(drop).map_err(io::Error::from)
+    };
+    // SAFETY: between fork and exec it makes one system call and allocates nothing.
+    unsafe { command.pre_exec(keep) };
+    Ok(number)
+}
 
 /// `struct ifreq`, with nothing in its union.
 fn request(name: &str) -> Result<libc::ifreq, Errno> {

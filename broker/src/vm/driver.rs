@@ -816,6 +816,7 @@ impl Machine<'_> {
         });
         // Nothing of it waits for room any more.
         self.has_room(&name);
+        self.household.unplug(id);
         self.tell.event(Event::Degraded { id, name, reason });
     }
 

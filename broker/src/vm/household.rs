@@ -63,14 +63,14 @@ pub(super) struct Member {
 #[derive(Debug)]
 pub(super) struct Household {
     pub(super) members: Vec<Member>,
-    /// The group around those of the processes: removed after them.
-    machine_group: Option<Group>,
     /// The host disks that its images are on.
     devices: Vec<Device>,
     /// What the first device processes will be given.
     rest: Option<Rest>,
     /// What their successors will be given.
     standing: Standing,
+    /// The group around those of the processes and helpers: removed after them.
+    machine_group: Option<Group>,
     place: Option<Place>,
 }
 
@@ -497,8 +497,10 @@ impl Household {
             }
         }
         for hold in self.standing.nets.iter_mut().flatten() {
-            if let NetHold::User(passt) = hold {
-                passt.limit(&place, &spec.name);
+            if let NetHold::User(passt) = hold
+                && passt.limit(&place, &spec.name)
+            {
+                keeper.note(|record| record.put_helper(passt.record().clone()));
             }
         }
         self.place = Some(place);
@@ -534,6 +536,14 @@ impl Household {
                 tracing::warn!(%error, "the [limits] of the VM file are not in force");
                 None
             }
+        }
+    }
+
+    /// A device is lost for good: what it was plugged into is nobody's any more.
+    pub(super) fn unplug(&mut self, id: ProcId) {
+        let place = self.standing.nets.get_mut(usize::from(id.index));
+        if let Some(place) = place.filter(|_| id.kind == ProcKind::Net) {
+            *place = None;
         }
     }
 
@@ -892,7 +902,7 @@ impl Standing {
             Some(NetHold::User(_)) => *place = None,
             Some(NetHold::Port(_)) | None => {}
         }
-        *place = Some(NetHold::open(&spec.name, n, net, networks)?);
+        *place = Some(NetHold::open(&spec.name, n, net, networks, again)?);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 //! there. Every change of the record is a change of the file.
 
 use super::home::{Home, HomeError};
-use super::record::{Phase, ProcessRecord, Record, RecordError};
+use super::record::{HelperRecord, Phase, ProcessRecord, Record, RecordError};
 use super::session::RunOptions;
 use super::spec::VmSpec;
 use super::vsock;
@@ -67,6 +67,7 @@ impl Keeper {
                         pid: alive.pid,
                     });
                 }
+                old.helpers.iter().for_each(HelperRecord::kill);
                 old.remove_groups();
             }
             Err(RecordError::Missing | RecordError::OtherBoot) => {}

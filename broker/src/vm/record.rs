@@ -127,6 +127,9 @@ pub struct HelperRecord {
     pub pid: i32,
     /// As [`ProcessRecord::start_time`].
     pub start_time: u64,
+    /// Its control groups.
+    #[serde(default)]
+    pub groups: Vec<PathBuf>,
 }
 
 impl HelperRecord {
@@ -137,12 +140,19 @@ impl HelperRecord {
             device: device.to_owned(),
             pid,
             start_time: start_time(pid).unwrap_or(0),
+            groups: Vec::new(),
         }
     }
 
     /// Kills it, and no other that has its pid by now.
     pub fn kill(&self) {
         kill(self.pid, self.start_time);
+    }
+
+    /// As [`ProcessRecord::is_alive`].
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        is_alive(self.pid, self.start_time)
     }
 }
 
@@ -249,7 +259,8 @@ impl Record {
     /// Removes the control groups of processes that are dead.
     pub fn remove_groups(&self) {
         let inner = self.processes.iter().flat_map(|process| &process.groups);
-        for group in inner.chain(&self.groups) {
+        let helpers = self.helpers.iter().flat_map(|helper| &helper.groups);
+        for group in inner.chain(helpers).chain(&self.groups) {
             // Busy while a process is not reaped; an empty group costs next to nothing.
             let _removed = fs::remove_dir(group);
         }

@@ -186,7 +186,7 @@ impl Resources {
                 .nets
                 .iter()
                 .enumerate()
-                .map(|(n, net)| NetHold::open(&spec.name, n, net, &options.networks))
+                .map(|(n, net)| NetHold::open(&spec.name, n, net, &options.networks, false))
                 .collect::<Result<_, _>>()?,
             core: options.core.as_deref().map(core_file).transpose()?,
             kvm: device("/dev/kvm", true)?,

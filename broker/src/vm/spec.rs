@@ -344,6 +344,15 @@ impl NetSpec {
         }
     }
 
+    /// Ports of the host that lead to the guest.
+    #[must_use]
+    pub fn published(&self) -> &[Publish] {
+        match &self.source {
+            NetSource::User { publish } => publish,
+            NetSource::Tap(_) | NetSource::Bridge(_) | NetSource::Network(_) => &[],
+        }
+    }
+
     fn check(&self, n: usize) -> Result<(), SpecError> {
         check_name(&format!("net[{n}].name"), &self.name)?;
         if let Some(interface) = self.source.interface() {

@@ -521,7 +521,7 @@ impl Checker {
     }
 
     /// What the device is plugged into.
-    fn net_source(&mut self, draft: &DraftNet) -> Option<NetSource> {
+    fn net_source(&mut self, draft: &DraftNet, spec: &VmSpec) -> Option<NetSource> {
         let rule =
             "expected the name of a network interface: at most 15 letters, digits, '-', '_' or '.'";
         let named = |name: &Option<Located<String>>, make: fn(String) -> NetSource| {
@@ -567,10 +567,13 @@ impl Checker {
         if let Some(publish) = &draft.publish {
             let rule = "expected only beside `user = true`: what is published leads through it";
             self.expect(user.is_some(), publish, rule);
-            let ports = publish.value.iter().enumerate();
-            let mut ports =
-                ports.map(|(n, port)| (port, publish.value.get(..n).unwrap_or_default()));
-            let twice = ports.any(|(port, before)| is_published(port, before));
+            let others = spec.nets.iter().flat_map(NetSpec::published);
+            let mut others: Vec<_> = others.cloned().collect();
+            let twice = publish.value.iter().any(|port| {
+                let taken = is_published(port, &others);
+                others.push(port.clone());
+                taken
+            });
             self.expect(!twice, publish, "expected each port of the host once");
         }
         Some(source)
@@ -583,7 +586,7 @@ impl Checker {
         spec: &VmSpec,
         all: &[DraftNet],
     ) -> Option<NetSpec> {
-        let source = self.net_source(draft)?;
+        let source = self.net_source(draft, spec)?;
         let tap = |net: &DraftNet| net.tap.as_ref().map(|tap| tap.value.clone());
         let twin = tap(draft).is_some() && all.iter().take(n).any(|other| tap(other) == tap(draft));
         if let Some(tap) = &draft.tap {

@@ -51,6 +51,10 @@ fn network_devices_have_names_addresses_and_queues_of_their_own() {
             "expected each port of the host once",
         ),
         (
+            "[[net]]\nuser = true\npublish = [\"80:80\"]\n[[net]]\nuser = true\npublish = [\"80:81\"]\n",
+            "expected each port of the host once",
+        ),
+        (
             "[[net]]\ntap = \"a\"\npublish = [\"80:80\"]\n",
             "expected only beside `user = true`",
         ),

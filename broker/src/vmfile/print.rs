@@ -212,6 +212,7 @@ struct Net {
     user: Option<bool>,
     /// Ports of the host that lead to the guest with user networking: `[ADDRESS:]PORT:GUEST_PORT[/tcp|udp]`. Default: none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(default)]
     publish: Vec<String>,
     /// Virtual network of the daemon (`bulkhead network create`) that it is plugged into.
     #[schemars(

@@ -856,8 +856,16 @@ proptest! {
         }
         for (n, net) in spec.nets.iter_mut().enumerate() {
             net.name = format!("n{n}{}", net.name);
-            if let NetSource::Tap(interface) | NetSource::Bridge(interface) = &mut net.source {
-                *interface = format!("{n}{interface}");
+            match &mut net.source {
+                NetSource::Tap(interface) | NetSource::Bridge(interface) => {
+                    *interface = format!("{n}{interface}");
+                }
+                NetSource::User { publish } => {
+                    for port in publish {
+                        port.port = 1 + u16::try_from(n).unwrap();
+                    }
+                }
+                NetSource::Network(_) => {}
             }
         }
         let text = print(&spec).unwrap();

@@ -62,6 +62,9 @@ pub(crate) trait Backend: Debug {
         true
     }
 
+    /// Whoever is at the other end is gone.
+    fn hung_up(&mut self) {}
+
     /// Whether nothing will ever go over it again.
     fn is_over(&self) -> bool {
         false

@@ -233,6 +233,10 @@ impl Device for Net {
     }
 
     fn on_socket(&mut self, news: SocketNews, queues: &mut Queues) -> Result<(), DeviceFault> {
+        // A guest that offers no buffers has nothing read, the end included.
+        if news.hung_up {
+            self.wire.hung_up();
+        }
         let queue = u8::try_from(news.number).unwrap_or(u8::MAX);
         self.on_event(FIRST_TOKEN.saturating_add(queue), queues)
     }

@@ -9,11 +9,18 @@ use crate::backend::{Backend, Offloads, Received};
 use crate::request::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES};
 use bulkhead_runtime::{Queues, Span};
 use nix::errno::Errno;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+/// An Ethernet header, its type last.
+const ETHERNET_BYTES: usize = 14;
+/// It with an IPv6 header, or with the part of an IPv4 header that has the addresses.
+const ADDRESSES_BYTES: usize = ETHERNET_BYTES + 40;
 /// What is in front of a frame.
 const LENGTH_BYTES: usize = 4;
+/// The longest frame that is sent: more is more than newer passts believe.
+const SENT_BYTES_MAX: usize = 65_535;
 /// The largest frame with its length.
 const WHOLE_BYTES_MAX: usize = LENGTH_BYTES + FRAME_BYTES_MAX;
 /// Room for what one read takes.
@@ -45,6 +52,7 @@ impl Stream {
         }
     }
 
+    /// The program has ended, or nothing that comes from it means anything.
     fn end(&mut self, why: &dyn std::fmt::Display) {
         if !std::mem::replace(&mut self.is_over, true) {
             tracing::warn!(%why, "the wire is over");
@@ -104,6 +112,35 @@ impl Stream {
                 Err(errno) => self.end(&errno),
             }
         }
+    }
+}
+
+/// Whether a packet is for the host itself, or says that it is from there. Older passts connect to any address that a guest names, from
+/// where the host's loopback is: what listens there trusts whoever reaches it.
+fn leads_to_host(frame: &[u8]) -> bool {
+    let part = |at: usize, len: usize| frame.get(ETHERNET_BYTES + at..ETHERNET_BYTES + at + len);
+    let v4 = |at| {
+        let bytes = part(at, 4).and_then(|bytes| <[u8; 4]>::try_from(bytes).ok());
+        bytes.map(Ipv4Addr::from)
+    };
+    let v6 = |at| {
+        let bytes = part(at, 16).and_then(|bytes| <[u8; 16]>::try_from(bytes).ok());
+        bytes.map(Ipv6Addr::from)
+    };
+    // An IPv4 address in the form of an IPv6 address is that of whatever it means.
+    let embedded =
+        |address: &Ipv6Addr| matches!(address.segments(), [0, 0, 0, 0, 0, 0 | 0xffff, _, _]);
+    match frame.get(ETHERNET_BYTES - 2..ETHERNET_BYTES) {
+        Some([8, 0]) => {
+            let to_host = |to: Ipv4Addr| to.is_loopback() || to.octets().first() == Some(&0);
+            v4(16).is_some_and(to_host) || v4(12).is_some_and(|from| from.is_loopback())
+        }
+        Some([0x86, 0xdd]) => {
+            // Who looks for an address has none yet.
+            let from_host = |from: Ipv6Addr| embedded(&from) && !from.is_unspecified();
+            v6(24).is_some_and(|to| embedded(&to)) || v6(8).is_some_and(from_host)
+        }
+        _ => false,
     }
 }
 
@@ -185,14 +222,32 @@ impl Backend for Stream {
         window: &Queues,
     ) -> bool {
         let bytes: usize = frame.iter().map(|span| span.len() as usize).sum();
-        let Ok(length) = u32::try_from(bytes) else {
-            return false;
-        };
-        if self.is_over || !self.unsent.is_empty() {
+        if self.is_over || !self.unsent.is_empty() || bytes > SENT_BYTES_MAX {
             return false;
         }
-        let length = length.to_be_bytes();
-        let sent = window.write_gathered(&self.socket, &length, frame.iter().copied());
+        let length = u32::try_from(bytes).unwrap_or(u32::MAX).to_be_bytes();
+        let mut front = [0; LENGTH_BYTES + ADDRESSES_BYTES];
+        let (place, head) = front.split_at_mut(LENGTH_BYTES);
+        place.copy_from_slice(&length);
+        // What is judged is what is sent: the guest can write to its frame meanwhile.
+        let mut got = 0;
+        for &span in frame {
+            got += window.read(span, head.get_mut(got..).unwrap_or_default());
+        }
+        if leads_to_host(head.get(..got).unwrap_or_default()) {
+            tracing::debug!("a packet to the host's loopback is dropped");
+            return false;
+        }
+        let rest = || {
+            let mut skip = got;
+            frame.iter().map(move |span| {
+                let skipped = skip.min(span.len() as usize);
+                skip -= skipped;
+                span.part(u32::try_from(skipped).unwrap_or(u32::MAX), u32::MAX)
+            })
+        };
+        let front = front.get(..LENGTH_BYTES + got).unwrap_or_default();
+        let sent = window.write_gathered(&self.socket, front, rest());
         let sent = match sent {
             Ok(n) => n,
             Err(Errno::EAGAIN | Errno::EINTR) => 0,
@@ -205,9 +260,9 @@ impl Backend for Stream {
             return true;
         }
         // The other end believes what it was told of the length, so that the rest is owed.
-        let (front, mut place) = self.outbound.split_at_mut(LENGTH_BYTES);
-        front.copy_from_slice(&length);
-        for &span in frame {
+        let (owed, mut place) = self.outbound.split_at_mut(front.len());
+        owed.copy_from_slice(front);
+        for span in rest() {
             let n = window.read(span, place);
             place = place.get_mut(n..).unwrap_or_default();
         }
@@ -223,6 +278,10 @@ impl Backend for Stream {
 
     fn woken(&mut self, window: &Queues) {
         self.flush(window);
+    }
+
+    fn hung_up(&mut self) {
+        self.end(&"the program at its other end is gone");
     }
 
     fn is_over(&self) -> bool {
