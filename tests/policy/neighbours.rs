@@ -315,8 +315,13 @@ fn process_takes_no_more_of_its_host_than_its_policy_says() {
         assert_eq!(quota(group), expected, "{}", group.display());
         assert_eq!(members(group).trim(), pid.to_string());
     }
-    let write = group_says(blk, "blkio", "io.max", "blkio.throttle.write_bps_device");
-    assert!(write.unwrap().contains("1048576"));
+    // The groups of one process are made one after the other.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let write = || group_says(blk, "blkio", "io.max", "blkio.throttle.write_bps_device");
+    while !write().is_some_and(|limits| limits.contains("1048576")) {
+        assert!(Instant::now() < deadline, "{:?}", write());
+        std::thread::sleep(Duration::from_millis(10));
+    }
     // Nobody else's scheduling changes.
     for kind in ["vcpu", "legacy", "console"] {
         let text = proc_file(machine.process(kind), "cgroup");
