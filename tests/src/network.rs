@@ -13,9 +13,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How long one packet is waited for before it is sent again.
 const AGAIN: Duration = Duration::from_millis(250);
 /// Where the test guest echoes.
-pub const ECHO: u16 = 7;
+const ECHO: u16 = 7;
 /// Where it takes data.
-pub const SINK: u16 = 9;
+const SINK: u16 = 9;
 /// Where it gives data.
 pub const SOURCE: u16 = 19;
 

@@ -224,11 +224,7 @@ impl Device for Net {
     }
 
     fn on_event(&mut self, token: u8, queues: &mut Queues) -> Result<(), DeviceFault> {
-        let tap = usize::from(token.wrapping_sub(FIRST_TOKEN));
-        if let Some(inbox) = self.inboxes.get_mut(tap) {
-            inbox.readable = true;
-            self.wire.woken(queues);
-        }
+        self.woken(usize::from(token.wrapping_sub(FIRST_TOKEN)), queues);
         Ok(())
     }
 
@@ -237,8 +233,8 @@ impl Device for Net {
         if news.hung_up {
             self.wire.hung_up();
         }
-        let queue = u8::try_from(news.number).unwrap_or(u8::MAX);
-        self.on_event(FIRST_TOKEN.saturating_add(queue), queues)
+        self.woken(usize::try_from(news.number).unwrap_or(usize::MAX), queues);
+        Ok(())
     }
 
     fn on_driver(&mut self, features: Option<u64>, queues: &mut Queues) -> Result<(), DeviceFault> {
@@ -344,6 +340,14 @@ const fn consistent(features: u64) -> u64 {
 }
 
 impl Net {
+    /// There is something new on a queue of the wire.
+    fn woken(&mut self, tap: usize, queues: &Queues) {
+        if let Some(inbox) = self.inboxes.get_mut(tap) {
+            inbox.readable = true;
+            self.wire.woken(queues);
+        }
+    }
+
     fn role(&self, queue: usize) -> Role {
         let pairs = if self.features & feature::MQ == 0 {
             1
