@@ -8,8 +8,8 @@
 //!
 //! A process is born with exactly the descriptors of its policy, into namespaces with nothing in
 //! them, as a user that nobody else is, without capabilities. The launcher is the only part of
-//! the project that starts Bulkhead's programs; `network/passt.rs` starts one that is not. It never waits for a newborn: what goes wrong between clone
-//! and exec is read from a pipe when the process has died ([`Launched::unborn`]).
+//! the project that starts Bulkhead's programs; `network/passt.rs` starts one that is not. It never
+//! waits for a newborn: what goes wrong between clone and exec is read from a pipe when the process has died ([`Launched::unborn`]).
 //!
 //! Processes are not killed when the broker dies (no PR_SET_PDEATHSIG): they outlive it, from the
 //! moment at which they have their birth message ([`Launched::bear`]).

@@ -11,6 +11,7 @@
 
 use super::publish::{Publish, Transport};
 use super::sys;
+use crate::authority::status::field;
 use crate::escape::escaped;
 use crate::launch::cgroup::{Group, GroupLimits, Place};
 use crate::remains;
@@ -266,9 +267,7 @@ fn wait(mut passt: Passt, mut said: File, within: Duration) -> Result<Passt, Fai
 /// Number of system call filters of a thread.
 fn filters(status: &str) -> Option<usize> {
     let status = fs::read_to_string(status).ok()?;
-    let mut lines = status.lines();
-    let count = lines.find_map(|line| line.strip_prefix("Seccomp_filters:"))?;
-    count.trim().parse().ok()
+    field(&status, "Seccomp_filters")?.parse().ok()
 }
 
 /// Whether a port of the host is free. passt itself would share one for datagrams with others, and be content with one family of
