@@ -280,6 +280,12 @@ impl Machine {
         }
     }
 
+    /// What nobody has waited for yet, for whoever gives up.
+    fn unseen(&self) -> String {
+        let bytes = self.output.try_iter().flatten().collect::<Vec<_>>();
+        format!("{}{}", self.seen, String::from_utf8_lossy(&bytes))
+    }
+
     /// Takes what has been printed, so that whoever prints is not held up.
     fn gather(&mut self) {
         let bytes = self.output.try_iter().flatten().collect::<Vec<_>>();
@@ -361,8 +367,9 @@ impl Machine {
                 Some(pid) if is_locked(pid) => return pid,
                 found => assert!(
                     Instant::now() < deadline,
-                    "no locked process of kind {kind}: {found:?}\n{}",
-                    self.errors()
+                    "no locked process of kind {kind}: {found:?}\n{}\nconsole since the last wait:\n{}",
+                    self.errors(),
+                    self.unseen()
                 ),
             }
             std::thread::sleep(Duration::from_millis(5));

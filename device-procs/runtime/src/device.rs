@@ -33,6 +33,14 @@ pub enum DeviceFault {
         /// What is wrong with it.
         cause: virtio_queue::Error,
     },
+    /// The gate has put a request that no gate makes.
+    #[error("queue {index}: request {head} has impossible descriptors")]
+    Chain {
+        /// Which queue.
+        index: usize,
+        /// Its first descriptor.
+        head: u16,
+    },
     /// The kernel refused something that cannot fail in a sound process.
     #[error("{call}: {errno}")]
     Os {

@@ -2,8 +2,9 @@
 //! memory that is the window.
 //!
 //! What comes out of a queue is a [`Chain`] whose descriptors have each been read once and lie
-//! inside of the window. A chain that is not sound is completed with nothing written and never seen
-//! by a device; a ring that is not sound is a fault of the gate.
+//! inside of the window. Gates make nothing else, whatever a guest has put: a chain or a ring that is not
+//! sound is a fault. The process ends then, and what was asked for is asked of its successor: any
+//! answer to a request that nobody can read would be a lie.
 
 use crate::device::DeviceFault;
 use crate::sys;
@@ -174,24 +175,20 @@ impl Queues {
     /// Takes the next request of a queue.
     ///
     /// # Errors
-    /// [`DeviceFault::Ring`] when the gate's half of the ring is nonsense.
+    /// [`DeviceFault::Ring`] when the gate's half of the ring is nonsense, [`DeviceFault::Chain`] when the
+    /// request is.
     pub fn pop(&mut self, index: usize) -> Result<Option<Chain>, DeviceFault> {
         let fault = |cause| DeviceFault::Ring { index, cause };
-        loop {
-            let Some(queue) = self.queues.get_mut(index) else {
-                return Ok(None);
-            };
-            let mut waiting = queue.iter(&self.memory).map_err(fault)?;
-            let Some(descriptors) = waiting.next() else {
-                return Ok(None);
-            };
-            let head = descriptors.head_index();
-            if let Some(chain) = read_chain(head, descriptors, self.bytes) {
-                return Ok(Some(chain));
-            }
-            tracing::warn!(queue = index, head, "request with impossible descriptors");
-            self.complete(index, head, 0)?;
-        }
+        let Some(queue) = self.queues.get_mut(index) else {
+            return Ok(None);
+        };
+        let mut waiting = queue.iter(&self.memory).map_err(fault)?;
+        let Some(descriptors) = waiting.next() else {
+            return Ok(None);
+        };
+        let head = descriptors.head_index();
+        let chain = read_chain(head, descriptors, self.bytes);
+        chain.map(Some).ok_or(DeviceFault::Chain { index, head })
     }
 
     /// Completes a request of which `written` bytes were written.
@@ -456,7 +453,10 @@ fn read_chain(
         head,
         ..Chain::default()
     };
+    // It ends early where it leaves the table.
+    let mut goes_on = true;
     for descriptor in descriptors {
+        goes_on = descriptor.has_next();
         let offset = u32::try_from(descriptor.addr().0).ok()?;
         let len = descriptor.len();
         let span = Span { offset, len };
@@ -472,7 +472,7 @@ fn read_chain(
             return None;
         }
     }
-    (chain.readable.used + chain.writable.used > 0).then_some(chain)
+    (!goes_on).then_some(chain)
 }
 
 #[cfg(test)]
@@ -516,9 +516,10 @@ mod tests {
             vec![one(16383, 2, 0)],
             vec![one(u64::MAX, 1, 0)],
             vec![one(8, u32::MAX, 0)],
-            vec![one(0, 1, WRITE), one(0, 1, 0)],
-            vec![one(0, 1, 0); 5],
-            vec![one(0, 1, WRITE); 5],
+            vec![one(0, 1, NEXT | WRITE), one(0, 1, 0)],
+            vec![one(0, 1, NEXT), one(0, 1, NEXT)],
+            [vec![one(0, 1, NEXT); 4], vec![one(0, 1, 0)]].concat(),
+            [vec![one(0, 1, NEXT | WRITE); 4], vec![one(0, 1, WRITE)]].concat(),
         ] {
             assert_eq!(
                 read_chain(0, list.clone().into_iter(), 16384),

@@ -95,6 +95,14 @@ pub enum RingFault {
         /// The writable bytes of the request.
         limit: u32,
     },
+    /// A used element says that not even the status was written.
+    #[error("used element claims {got} bytes written, at least the {least} of the status were expected")]
+    NoStatus {
+        /// The length read.
+        got: u32,
+        /// Bytes of the status.
+        least: u32,
+    },
 }
 
 /// The driver half of one shadow virtqueue.

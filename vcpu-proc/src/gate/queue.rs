@@ -12,7 +12,7 @@ use super::journal::{Entry, GuestSpan};
 use bulkhead_ipc::device_kind::{
     Failure, Framing, HEAD_SLOT_BYTES, POSITION_BYTES, ReplayClass, TAIL_OFFSET, VirtioKind,
 };
-use bulkhead_ipc::ring::{RequestLayout, RingFault, ShadowDriver, Span, WindowPages};
+use bulkhead_ipc::ring::{Completion, RequestLayout, RingFault, ShadowDriver, Span, WindowPages};
 use bulkhead_ipc::shared::SharedMemory;
 use bulkhead_ipc::window::{DATA_PAGE_BYTES, QueueLayout, Window};
 use bulkhead_runtime::used;
@@ -400,6 +400,11 @@ impl GateQueue {
                     return Err(fault);
                 }
             };
+            // What would be told to the guest otherwise is the status of a request before this one.
+            if let Err(fault) = self.has_status(completion, backing.epoch) {
+                self.together.clear();
+                return Err(fault);
+            }
             *budget = budget.saturating_sub(1);
             done += 1;
             if self.framing.waits_for_input {
@@ -424,6 +429,20 @@ impl GateQueue {
             self.put_together(backing.memory);
         }
         Ok(done)
+    }
+
+    /// Whether the device has written the status that its request has room for, where anybody is told.
+    fn has_status(&self, completion: Completion, epoch: u64) -> Result<(), RingFault> {
+        let entry = self.journal.get(usize::from(completion.slot));
+        let entry = entry.filter(|entry| entry.epoch == epoch);
+        let room = entry.map_or(0, |entry| entry.writable_bytes);
+        let least = usize::from(self.framing.tail_bytes).min(room);
+        let least = u32::try_from(least).unwrap_or(u32::MAX);
+        let got = completion.written;
+        if got < least {
+            return Err(RingFault::NoStatus { got, least });
+        }
+        Ok(())
     }
 
     /// Copies what the device wrote to the guest and puts the used element. Guest memory cannot

@@ -115,6 +115,22 @@ fn nonsense_that_a_dead_process_leaves_in_its_window_is_forgotten() {
 }
 
 #[test]
+fn request_that_is_completed_without_a_status_is_done_again() {
+    let mut m = running();
+    m.offer_request(0, 512, false);
+    let (head, ..) = m.device_pop();
+    m.device_complete(head, 0);
+    let fault = m.wait_fault();
+    assert!(
+        matches!(&fault, FromVcpu::DeviceFault { reason, .. } if reason.contains("status")),
+        "{fault:?}"
+    );
+    m.succeed(2, true);
+    assert_eq!(m.complete_one(), 0);
+    assert_eq!(m.used(), (0, 1));
+}
+
+#[test]
 fn guest_that_resets_while_there_is_no_process_starts_afresh_with_the_next() {
     let mut m = running();
     m.offer_request(0, 512, false);
