@@ -152,6 +152,61 @@ fn networks_and_isolated_machines_are_apart() {
     assert_eq!(told(&daemon, "two", "net.peer ", "reached"), "0");
 }
 
+/// Whether `name`, which is started in `network`, reaches the server at `peer`.
+fn reaches(daemon: &Daemon, network: &str, name: &str, peer: &str) -> bool {
+    ask_in(daemon, network, name, &format!("{peer} patience=3000"));
+    daemon.until_output(name, "net-peer result=ok");
+    told(daemon, name, "net.peer ", "reached") != "0"
+}
+
+#[test]
+fn tenants_and_vlans_of_one_network_are_apart() {
+    let daemon = Daemon::start();
+    daemon.good(&["network", "create", "lab"]);
+    serve_in(
+        &daemon,
+        "lab,tenant=red,address=10.87.0.50",
+        "red",
+        "ip=dhcp",
+    );
+    assert_eq!(told(&daemon, "red", "net.lease", "ip"), "10.87.0.50");
+    let ask = "ip=dhcp peer=10.87.0.50";
+    assert!(reaches(&daemon, "lab,tenant=red", "friend", ask));
+    assert!(!reaches(&daemon, "lab,tenant=blue", "stranger", ask));
+    assert!(!reaches(&daemon, "lab", "nobodys", ask));
+    let shown = daemon.json(&["network", "show", "lab"]);
+    assert_eq!(card(&shown, "red")["tenant"], "red");
+    assert_eq!(card(&shown, "red")["addresses"][0], "10.87.0.50");
+    // The next switch is told the same.
+    kill(switch_of(&daemon, "lab"));
+    assert!(reaches(&daemon, "lab,tenant=red", "another-friend", ask));
+    assert!(!reaches(
+        &daemon,
+        "lab,tenant=blue",
+        "another-stranger",
+        ask
+    ));
+    serve_in(
+        &daemon,
+        "lab,vlan=7,address=10.1.0.2",
+        "seven",
+        "ip=10.1.0.2",
+    );
+    let ask = "ip=10.1.0.3 peer=10.1.0.2";
+    let same = "lab,vlan=7,address=10.1.0.3";
+    assert!(reaches(&daemon, same, "inside", ask));
+    let other = "lab,vlan=8,address=10.1.0.3";
+    assert!(!reaches(&daemon, other, "outside", ask));
+    assert!(!reaches(&daemon, "lab,address=10.1.0.3", "untagged", ask));
+    daemon.good(&["network", "create", "cells", "--isolated", "--no-subnet"]);
+    let create = |name, net| {
+        daemon.create(name, "mode=idle", &["--net", net]);
+        daemon.fails(&["start", name], 2, "takes no such card");
+    };
+    create("tenant-of-cells", "network=cells,tenant=red");
+    create("gateway", "network=lab,address=10.87.0.1");
+}
+
 #[test]
 fn machine_sends_in_nobody_elses_name() {
     let daemon = Daemon::start();

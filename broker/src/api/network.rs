@@ -3,7 +3,7 @@
 use crate::network::spec::NetworkSpec;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 /// What the switch of a network does now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +101,14 @@ pub struct NetworkPort {
     pub card: u16,
     /// The card's address.
     pub mac: String,
+    /// Whose it is.
+    pub tenant: Option<String>,
+    /// The addresses that it was given.
+    pub addresses: Vec<IpAddr>,
+    /// Its VLAN, where it is not the network's.
+    pub vlan: Option<u16>,
+    /// Its VLANs, where it sees their tags; none means all.
+    pub trunk: Option<Vec<u16>>,
     /// The address that it has taken.
     pub address: Option<Ipv4Addr>,
     /// Whether card and switch have met.

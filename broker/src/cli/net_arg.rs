@@ -1,12 +1,12 @@
 //! The value of `--net`: `user|network=NAME|tap=NAME|bridge=NAME[,publish=PORT:PORT]...[,mac=MAC][,mtu=N][,queues=N][,link=up|down][,name=N]
-//! [,bytes_per_s=SIZE][,bytes_burst=SIZE][,packets_per_s=N][,packets_burst=N]`.
+//! [,tenant=NAME][,address=IP]...[,vlan=N][,trunk=N]...[,bytes_per_s=SIZE][,bytes_burst=SIZE][,packets_per_s=N][,packets_burst=N]`.
 
 use crate::escape::excerpt;
 use crate::network::publish::NoPublish;
 use crate::vm::spec::{NET_QUEUES_MAX, parse_mac};
 use crate::vmfile::{DraftNet, Located, Place, Problem, nearest, parse_size};
 
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 18] = [
     "user",
     "publish",
     "network",
@@ -16,6 +16,10 @@ const KEYS: [&str; 14] = [
     "mtu",
     "queues",
     "link",
+    "tenant",
+    "address",
+    "vlan",
+    "trunk",
     "name",
     "bytes_per_s",
     "bytes_burst",
@@ -76,6 +80,29 @@ fn set(net: &mut DraftNet, text: &str) -> Result<(), String> {
             ports.value.push(port);
         }
         "network" => net.network = words(),
+        "tenant" => net.tenant = words(),
+        "address" => {
+            let address = value.parse();
+            let expected = |_| format!("address={}: expected an IP address", excerpt(value, 40));
+            let address = address.map_err(expected)?;
+            let all = net.addresses.get_or_insert_with(|| Located {
+                value: Vec::new(),
+                place,
+            });
+            all.value.push(address);
+        }
+        "vlan" => net.vlan = number()?,
+        "trunk" => {
+            let trunk = net.trunk.get_or_insert_with(|| Located {
+                value: Vec::new(),
+                place,
+            });
+            // Without a number it has all.
+            if text != key {
+                let expected = |_| format!("trunk={}: expected a number", excerpt(value, 20));
+                trunk.value.push(value.parse().map_err(expected)?);
+            }
+        }
         "tap" => net.tap = words(),
         "bridge" => net.bridge = words(),
         "name" => net.name = words(),
@@ -139,6 +166,15 @@ mod tests {
         assert!(net.user.unwrap().value && shown == ["8080:80", "[::1]:53:53/udp"]);
         let network = parse_net("network=lab").unwrap().network;
         assert_eq!(network.unwrap().value, "lab");
+        let text = "network=lab,tenant=acme,address=10.0.0.5,address=fd00::5,trunk=7,trunk=8";
+        let net = parse_net(text).unwrap();
+        assert_eq!(net.tenant.unwrap().value, "acme");
+        assert_eq!(net.addresses.unwrap().value.len(), 2);
+        assert_eq!(net.trunk.unwrap().value, [7, 8]);
+        let net = parse_net("network=lab,vlan=7").unwrap();
+        assert_eq!(net.vlan.unwrap().value, 7);
+        let net = parse_net("network=lab,trunk").unwrap();
+        assert_eq!(net.trunk.unwrap().value, [0_u16; 0]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use super::failure::{Failure, START, USAGE, print, print_json, printable};
 use super::paths::PathOptions;
 use super::show_commands::{row, table};
 use crate::api::client::{Client, ClientError};
-use crate::api::{Changed, Code, NetworkCounters, NetworkDetails, NetworkSummary};
+use crate::api::{Changed, Code, NetworkCounters, NetworkDetails, NetworkPort, NetworkSummary};
 use crate::network::spec::{
     LEASE_S_DEFAULT, MTU_DEFAULT, NetworkSpec, PortLimits, SUBNET_DEFAULT, SubnetSpec, UplinkSpec,
 };
@@ -306,11 +306,16 @@ fn shown(network: &NetworkDetails) -> String {
         about.push(row(["failure", &printable(failure)]));
     }
     let mut text = table(&about);
-    let head = ["PORT", "AT", "ADDRESS", "MAC", "IN", "OUT", "DROPPED", ""];
+    let head = [
+        "PORT", "AT", "ADDRESS", "MAC", "TENANT", "VLAN", "IN", "OUT", "DROPPED", "",
+    ];
     let mut ports = vec![row(head)];
     for card in &network.cards {
         let at = format!("{}/{}", card.machine, card.card);
-        let address = card.address.map(|address| address.to_string());
+        let leased = card.address.map(|address| address.to_string());
+        let given = card.addresses.first().map(ToString::to_string);
+        let address = leased.or(given);
+        let vlan = vlans(card);
         let trouble = card.trouble.as_deref().map(printable);
         let [to, from, dropped] = carried(card.counters.as_ref());
         ports.push(row([
@@ -318,6 +323,8 @@ fn shown(network: &NetworkDetails) -> String {
             &at,
             address.as_deref().unwrap_or("-"),
             &card.mac,
+            card.tenant.as_deref().unwrap_or("-"),
+            &vlan,
             &to,
             &from,
             &dropped,
@@ -332,6 +339,8 @@ fn shown(network: &NetworkDetails) -> String {
             &uplink.interface,
             "-",
             "-",
+            "-",
+            "-",
             &to,
             &from,
             &dropped,
@@ -343,6 +352,18 @@ fn shown(network: &NetworkDetails) -> String {
         text.push_str(&table(&ports));
     }
     text
+}
+
+fn vlans(card: &NetworkPort) -> String {
+    match (card.vlan, &card.trunk) {
+        (Some(vlan), _) => vlan.to_string(),
+        (None, None) => "-".to_owned(),
+        (None, Some(trunk)) if trunk.is_empty() => "all".to_owned(),
+        (None, Some(trunk)) => {
+            let all: Vec<_> = trunk.iter().map(ToString::to_string).collect();
+            all.join(",")
+        }
+    }
 }
 
 /// What came from a port, what went there, and what was dropped for which cause.
@@ -545,6 +566,10 @@ mod tests {
                 machine: "web".into(),
                 card: 0,
                 mac: "52:54:00:00:00:01".into(),
+                tenant: Some("acme".into()),
+                addresses: vec![],
+                vlan: None,
+                trunk: Some(vec![7, 8]),
                 address: Some(Ipv4Addr::new(10, 87, 0, 5)),
                 connected: true,
                 trouble: Some("\u{1b}[2J".into()),
@@ -558,6 +583,7 @@ mod tests {
             text.contains("web/0") && text.contains("10.87.0.5"),
             "{text}"
         );
+        assert!(text.contains("acme") && text.contains("7,8"), "{text}");
         assert!(
             text.contains("spoofed_mac=9") && text.contains("3 (2KiB)"),
             "{text}"

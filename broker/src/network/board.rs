@@ -4,6 +4,8 @@
 //! A machine makes a port (memory and two doorbells) for each process of a card and hands it to the network, which gives it
 //! to its switch. Nothing here waits: a network that is busy refuses.
 
+use super::card::CardSpec;
+use super::spec::NetworkSpec;
 use bulkhead_ipc::port::{PORT_BYTES, stamp};
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use std::collections::BTreeMap;
@@ -29,6 +31,14 @@ pub enum PlugError {
     /// There is no such network.
     #[error("there is no network {0}: `bulkhead network create {0}` makes one")]
     NoNetwork(String),
+    /// It takes no such card.
+    #[error("the network {network} takes no such card: {reason}")]
+    Card {
+        /// The network.
+        network: String,
+        /// Which field, and what was expected.
+        reason: String,
+    },
     /// It takes nothing now.
     #[error("the network {0} is busy or being removed")]
     Busy(String),
@@ -83,6 +93,8 @@ pub struct Plug {
     pub card: u16,
     /// The card's address.
     pub mac: [u8; 6],
+    /// What it is in the network.
+    pub card_spec: CardSpec,
     /// The port.
     pub port: PortFds,
     /// Dead when the card is pulled out.
@@ -108,7 +120,7 @@ pub enum Patch {
 
 #[derive(Debug, Default)]
 struct Networks {
-    all: Mutex<BTreeMap<String, mpsc::Sender<Patch>>>,
+    all: Mutex<BTreeMap<String, (NetworkSpec, mpsc::Sender<Patch>)>>,
     tickets: AtomicU64,
 }
 
@@ -132,11 +144,11 @@ impl Switchboard {
         Self(Some(Arc::default()))
     }
 
-    /// There is a network of this name; it hears by `patches`.
-    pub fn add(&self, name: &str, patches: mpsc::Sender<Patch>) {
+    /// There is this network; it hears by `patches`.
+    pub fn add(&self, spec: &NetworkSpec, patches: mpsc::Sender<Patch>) {
         if let Some(networks) = &self.0 {
             let mut all = networks.all.lock().unwrap_or_else(PoisonError::into_inner);
-            all.insert(name.to_owned(), patches);
+            all.insert(spec.name.clone(), (spec.clone(), patches));
         }
     }
 
@@ -158,6 +170,7 @@ impl Switchboard {
         machine: &str,
         card: u16,
         mac: [u8; 6],
+        card_spec: &CardSpec,
     ) -> Result<Plugged, PlugError> {
         let networks = self.0.as_ref().ok_or(PlugError::NoDaemon)?;
         let port = PortFds::make()?;
@@ -168,13 +181,18 @@ impl Switchboard {
             machine: machine.to_owned(),
             card,
             mac,
+            card_spec: card_spec.clone(),
             port: port.try_clone()?,
             card_lives: Arc::downgrade(&life),
         };
         // Told before the network can be taken away, so that it knows of every card then.
         let all = networks.all.lock().unwrap_or_else(PoisonError::into_inner);
-        let patches = all.get(network);
-        let patches = patches.ok_or_else(|| PlugError::NoNetwork(network.to_owned()))?;
+        let there = all.get(network);
+        let (spec, patches) = there.ok_or_else(|| PlugError::NoNetwork(network.to_owned()))?;
+        spec.takes(card_spec).map_err(|reason| PlugError::Card {
+            network: network.to_owned(),
+            reason,
+        })?;
         let told = patches.try_send(Patch::In(plug));
         told.map_err(|_| PlugError::Busy(network.to_owned()))?;
         Ok(Plugged {
@@ -212,9 +230,13 @@ mod tests {
     fn card_is_plugged_in_with_a_port_of_its_own_and_out_again() {
         let (tell, mut heard) = mpsc::channel(4);
         let board = Switchboard::of_daemon();
-        board.add("lab", tell);
-        let first = board.plug("lab", "web", 0, [2; 6]).unwrap();
-        let second = board.plug("lab", "web", 0, [2; 6]).unwrap();
+        board.add(&NetworkSpec::new("lab"), tell);
+        let first = board
+            .plug("lab", "web", 0, [2; 6], &CardSpec::default())
+            .unwrap();
+        let second = board
+            .plug("lab", "web", 0, [2; 6], &CardSpec::default())
+            .unwrap();
         drop(first);
         let Some(Patch::In(one)) = heard.blocking_recv() else {
             panic!("nothing was plugged in");
@@ -241,21 +263,35 @@ mod tests {
     #[test]
     fn missing_networks_and_daemons_are_told() {
         let board = Switchboard::of_daemon();
-        let error = board.plug("lab", "web", 0, [2; 6]).unwrap_err().to_string();
+        let error = board
+            .plug("lab", "web", 0, [2; 6], &CardSpec::default())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("bulkhead network create lab"), "{error}");
         let alone = Switchboard::default();
-        let error = alone.plug("lab", "web", 0, [2; 6]).unwrap_err().to_string();
+        let error = alone
+            .plug("lab", "web", 0, [2; 6], &CardSpec::default())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("bulkhead serve"), "{error}");
         let (tell, heard) = mpsc::channel(1);
-        board.add("lab", tell);
-        let _first = board.plug("lab", "web", 0, [2; 6]).unwrap();
+        board.add(&NetworkSpec::new("lab"), tell);
+        let _first = board
+            .plug("lab", "web", 0, [2; 6], &CardSpec::default())
+            .unwrap();
         assert!(matches!(
-            board.plug("lab", "web", 1, [2; 6]),
+            board.plug("lab", "web", 1, [2; 6], &CardSpec::default()),
             Err(PlugError::Busy(_))
         ));
+        let taken = CardSpec {
+            addresses: vec!["10.87.0.1".parse().unwrap()],
+            ..CardSpec::default()
+        };
+        let error = board.plug("lab", "web", 1, [2; 6], &taken).unwrap_err();
+        assert!(error.to_string().contains("addresses"), "{error}");
         board.remove("lab");
         assert!(matches!(
-            board.plug("lab", "web", 1, [2; 6]),
+            board.plug("lab", "web", 1, [2; 6], &CardSpec::default()),
             Err(PlugError::NoNetwork(_))
         ));
         drop(heard);

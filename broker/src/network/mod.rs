@@ -6,6 +6,7 @@
 //! interface, and its place in a bridge, outlive one process and are there for the next.
 
 pub mod board;
+pub mod card;
 pub mod passt;
 pub mod publish;
 pub mod spec;
@@ -16,6 +17,7 @@ use crate::vm::session::RunError;
 use crate::vm::spec::{NetSource, NetSpec};
 use board::{Plugged, Switchboard};
 use bulkhead_ipc::protocol::birth::DiskLimits;
+use card::CardSpec;
 use nix::errno::Errno;
 use passt::Passt;
 use std::fs::{File, OpenOptions};
@@ -74,7 +76,7 @@ impl Hold {
             }
         };
         let card = u16::try_from(n).unwrap_or(u16::MAX);
-        let plugged = networks.plug(network, vm, card, spec.mac);
+        let plugged = networks.plug(network, vm, card, spec.mac, &spec.card);
         plugged.map(Self::Port).map_err(|error| {
             RunError::Configuration(format!("net[{n}].network = \"{network}\": {error}"))
         })
@@ -124,6 +126,7 @@ impl Tap {
             queues: 1,
             link_up: true,
             limits: DiskLimits::default(),
+            card: CardSpec::default(),
         };
         Self::open(name, n, &spec)
     }

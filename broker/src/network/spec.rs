@@ -1,5 +1,6 @@
 //! What a virtual network is told to be: by its owner, in the registry, and as its switch hears it.
 
+use super::card::{CardSpec, CardVlan};
 use super::is_interface_name;
 use crate::vm::spec::{NETWORK_NAME_RULE, NetSource, is_network_name};
 use bulkhead_ipc::protocol::birth::Rate;
@@ -195,7 +196,8 @@ impl NetworkSpec {
         }
         let switch = NetworkSettings::from(&self.switch());
         switch.check().map_err(|error| error.to_string())?;
-        let port = terms::port(&self.machine("m", [2; 6]), Role::Machine);
+        let card = self.machine("m", [2; 6], &CardSpec::default(), None);
+        let port = terms::port(&card, Role::Machine);
         port.check().map_err(|error| error.to_string())?;
         if self.vlan.is_some() && self.subnet.is_some() {
             return Err(
@@ -243,17 +245,54 @@ impl NetworkSpec {
         }
     }
 
-    /// What its switch is told of a machine's card.
+    /// Whether a card may be plugged into it.
+    ///
+    /// # Errors
+    /// The field, its value and what was expected.
+    pub fn takes(&self, card: &CardSpec) -> Result<(), String> {
+        if let Some(tenant) = card.tenant.as_ref().filter(|_| self.isolated) {
+            return Err(format!(
+                "tenant = {tenant}: expected none in an isolated network, where every machine is alone"
+            ));
+        }
+        if let Some(vlan) = self.vlan.filter(|_| card.vlan != CardVlan::Network) {
+            return Err(format!(
+                "vlan, trunk: expected none in a network that is VLAN {vlan} as a whole"
+            ));
+        }
+        let Some(subnet) = &self.subnet else {
+            return Ok(());
+        };
+        let taken = [Some(subnet.gateway), subnet.router];
+        let taken = card.addresses.iter().find(|address| {
+            let taken = taken.iter().flatten().any(|taken| *address == taken);
+            taken && card.vlan == CardVlan::Network
+        });
+        taken.map_or(Ok(()), |address| {
+            Err(format!(
+                "addresses = {address}: expected others than those of gateway and router"
+            ))
+        })
+    }
+
+    /// What its switch is told of a machine's card, whose tenant has the number `tenant`.
     #[must_use]
-    pub fn machine(&self, name: &str, mac: [u8; 6]) -> PortTerms {
+    pub fn machine(
+        &self,
+        name: &str,
+        mac: [u8; 6],
+        card: &CardSpec,
+        tenant: Option<u32>,
+    ) -> PortTerms {
         PortTerms {
             name: label(name),
             mac,
-            addresses: Vec::new(),
-            vlan: VlanTerms::Access(self.vlan.unwrap_or(0)),
-            isolation: match self.isolated {
-                true => IsolationTerms::Alone,
-                false => IsolationTerms::Open,
+            addresses: card.addresses.clone(),
+            vlan: card.vlan(self.vlan),
+            isolation: match (self.isolated, tenant) {
+                (true, _) => IsolationTerms::Alone,
+                (false, Some(tenant)) => IsolationTerms::Tenant(tenant),
+                (false, None) => IsolationTerms::Open,
             },
             guard: (true, true),
             bytes: self.limits.bytes,
@@ -358,6 +397,40 @@ mod tests {
             |spec| spec.limits.packets = Some(Rate { per_s: 0, burst: 1 }),
             "limits",
         );
+    }
+
+    #[test]
+    fn cards_that_contradict_their_network_are_refused() {
+        let lab = NetworkSpec::new("lab");
+        let card = CardSpec {
+            tenant: Some("acme".into()),
+            addresses: vec!["10.87.0.9".parse().unwrap()],
+            vlan: CardVlan::Access(7),
+        };
+        lab.takes(&card).unwrap();
+        let terms = lab.machine("m", [2; 6], &card, Some(3));
+        assert_eq!(terms.isolation, IsolationTerms::Tenant(3));
+        assert_eq!(terms.vlan, VlanTerms::Access(7));
+        let refused = |network: &NetworkSpec, card: &CardSpec, word: &str| {
+            let error = network.takes(card).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        };
+        let isolated = NetworkSpec {
+            isolated: true,
+            ..lab.clone()
+        };
+        refused(&isolated, &card, "tenant = acme");
+        let tagged = NetworkSpec {
+            vlan: Some(5),
+            subnet: None,
+            ..lab.clone()
+        };
+        refused(&tagged, &card, "VLAN 5");
+        let gateway = CardSpec {
+            addresses: vec!["10.87.0.1".parse().unwrap()],
+            ..CardSpec::default()
+        };
+        refused(&lab, &gateway, "addresses = 10.87.0.1");
     }
 
     #[test]

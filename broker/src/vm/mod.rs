@@ -12,6 +12,7 @@ mod group_limits;
 pub mod home;
 mod household;
 pub mod keeper;
+mod net_spec;
 pub mod record;
 mod report;
 pub mod resources;

@@ -7,6 +7,10 @@ use super::draft::{
 use super::host::{Facts, HostMemory, inspect, inspect_directory};
 use super::problem::{Located, Place, Problem, Problems};
 use super::quantity::show_size;
+use crate::network::card::{
+    ADDRESSES_RULE, CARD_RULE, CardSpec, CardVlan, TENANT_RULE, TRUNK_RULE, VLAN_RULE,
+    are_addresses, are_vlans, is_vlan,
+};
 use crate::network::is_interface_name;
 use crate::vm::spec::{
     BackingSpec, BootDisk, CMDLINE_BYTES_MAX, CloudInitSpec, ConsoleChoice, DEVICES_MAX, DiskSpec,
@@ -628,7 +632,45 @@ impl Checker {
             queues: draft.queues.as_ref().map_or(1, |queues| queues.value),
             link_up: draft.link.as_ref().is_none_or(|link| link.value),
             limits: self.limits_named(&draft.limits, "packets_per_s"),
+            card: self.card(draft),
         })
+    }
+
+    /// What the device is in its network.
+    fn card(&mut self, draft: &DraftNet) -> CardSpec {
+        let rule = format!("expected {CARD_RULE}");
+        let is_in_network = draft.network.is_some();
+        if let Some(tenant) = &draft.tenant {
+            self.expect(is_in_network, tenant, rule.clone());
+            let rule = format!("expected {TENANT_RULE}");
+            self.expect(is_network_name(&tenant.value), tenant, rule);
+        }
+        if let Some(addresses) = &draft.addresses {
+            self.expect(is_in_network, addresses, rule.clone());
+            let rule = format!("expected {ADDRESSES_RULE}");
+            self.expect(are_addresses(&addresses.value), addresses, rule);
+        }
+        let access = draft.vlan.as_ref().map(|vlan| {
+            self.expect(is_in_network, vlan, rule.clone());
+            let number = u16::try_from(vlan.value).unwrap_or(u16::MAX);
+            self.expect(is_vlan(number), vlan, format!("expected {VLAN_RULE}"));
+            CardVlan::Access(number)
+        });
+        let trunk = draft.trunk.as_ref().map(|trunk| {
+            self.expect(is_in_network, trunk, rule);
+            let rule = format!("expected {TRUNK_RULE}");
+            self.expect(are_vlans(&trunk.value), trunk, rule);
+            self.expect(draft.vlan.is_none(), trunk, "expected no `vlan` beside it");
+            CardVlan::Trunk(trunk.value.clone())
+        });
+        CardSpec {
+            tenant: draft.tenant.as_ref().map(|tenant| tenant.value.clone()),
+            addresses: draft
+                .addresses
+                .as_ref()
+                .map_or_else(Vec::new, |a| a.value.clone()),
+            vlan: access.or(trunk).unwrap_or_default(),
+        }
     }
 
     fn limits(&mut self, draft: &DraftLimits) -> DiskLimits {

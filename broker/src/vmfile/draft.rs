@@ -7,6 +7,7 @@ use super::problem::{Located, Place};
 use crate::network::publish::Publish;
 use crate::vm::spec::{ConsoleChoice, HostShare, OnDiskFull, OnEnd};
 use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 /// A machine, perhaps with gaps. Paths are as good as absolute: relative ones start at the
@@ -149,6 +150,10 @@ pub struct DraftNet {
     pub mtu: Option<Located<u32>>,
     pub queues: Option<Located<u8>>,
     pub link: Option<Located<bool>>,
+    pub tenant: Option<Located<String>>,
+    pub addresses: Option<Located<Vec<IpAddr>>>,
+    pub vlan: Option<Located<u32>>,
+    pub trunk: Option<Located<Vec<u16>>>,
     /// Of packets, where a disk's are of requests.
     pub limits: DraftLimits,
 }
@@ -169,6 +174,10 @@ impl DraftNet {
             mtu: None,
             queues: None,
             link: None,
+            tenant: None,
+            addresses: None,
+            vlan: None,
+            trunk: None,
             limits: DraftLimits::NONE,
         }
     }

@@ -2,6 +2,7 @@
 
 use super::tests::around;
 use super::*;
+use crate::network::card::CardVlan;
 use crate::vm::spec::{NetSource, NetSpec};
 use std::fs;
 
@@ -31,6 +32,13 @@ fn network_devices_have_names_addresses_and_queues_of_their_own() {
     // Two cards may be in one network.
     let both = read("[[net]]\nnetwork = \"lab\"\n[[net]]\nnetwork = \"lab\"\n").unwrap();
     assert_eq!(both.nets[1].source, NetSource::Network("lab".into()));
+    let cards = "[[net]]\nnetwork = \"lab\"\ntenant = \"acme\"\naddresses = [\"10.0.0.5\", \"fd00::5\"]\nvlan = 7\n\
+                 [[net]]\nnetwork = \"lab\"\ntrunk = [7, 8]\n";
+    let cards = read(cards).unwrap().nets;
+    assert_eq!(cards[0].card.tenant.as_deref(), Some("acme"));
+    assert_eq!(cards[0].card.addresses.len(), 2);
+    assert_eq!(cards[0].card.vlan, CardVlan::Access(7));
+    assert_eq!(cards[1].card.vlan, CardVlan::Trunk(vec![7, 8]));
     let user = "[[net]]\nuser = true\npublish = [\"8080:80\", \"127.0.0.1:53:53/udp\"]\n";
     let ports = ["8080:80", "127.0.0.1:53:53/udp"].map(|port| port.parse().unwrap());
     let publish = Vec::from(ports);
@@ -42,6 +50,31 @@ fn network_devices_have_names_addresses_and_queues_of_their_own() {
     assert!(crate::network::is_interface_name(&long), "{long}");
     for (nets, wanted) in [
         ("[[net]]\nuser = false\n", "expected one of `user`"),
+        (
+            "[[net]]\ntap = \"a\"\ntenant = \"acme\"\n",
+            "expected `network` beside",
+        ),
+        (
+            "[[net]]\nnetwork = \"a\"\ntenant = \"Acme\"\n",
+            "the name of a tenant",
+        ),
+        (
+            "[[net]]\nnetwork = \"a\"\naddresses = [\"10.0.0\"]\n",
+            "IP addresses",
+        ),
+        (
+            "[[net]]\nnetwork = \"a\"\naddresses = [\"224.0.0.1\"]\n",
+            "IP addresses",
+        ),
+        ("[[net]]\nnetwork = \"a\"\nvlan = 4095\n", "from 1 to 4094"),
+        (
+            "[[net]]\nnetwork = \"a\"\ntrunk = [0]\n",
+            "numbers from 1 to 4094",
+        ),
+        (
+            "[[net]]\nnetwork = \"a\"\ntrunk = [7]\nvlan = 7\n",
+            "no `vlan` beside it",
+        ),
         (
             "[[net]]\nuser = true\npublish = [\"80\"]\n",
             "expected [ADDRESS:]PORT:GUEST_PORT",

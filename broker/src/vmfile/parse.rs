@@ -5,6 +5,7 @@ use super::draft::{
 };
 use super::problem::{Located, Problem, Problems};
 use super::section::{Key, Section, Source, key, later};
+use crate::network::card::{ADDRESSES_RULE, TRUNK_RULE};
 use crate::network::publish::NoPublish;
 use crate::vm::spec::{
     CIDS, ConsoleChoice, DISK_QUEUES_MAX, HostShare, NET_QUEUES_MAX, OnDiskFull, OnEnd,
@@ -12,6 +13,7 @@ use crate::vm::spec::{
 };
 use bulkhead_ipc::platform::VCPUS_MAX;
 use bulkhead_ipc::protocol::birth::{HugePages, ImageFormat};
+use std::net::AddrParseError;
 use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 
@@ -95,6 +97,10 @@ pub(super) const NET_KEYS: &[Key] = &[
     key("mtu"),
     key("queues"),
     key("link"),
+    key("tenant"),
+    key("addresses"),
+    key("vlan"),
+    key("trunk"),
     key("limits"),
 ];
 pub(super) const NET_LIMITS_KEYS: &[Key] = &[
@@ -407,6 +413,15 @@ fn read_net(net: &Section<'_>, problems: &mut Vec<Problem>) -> DraftNet {
         mtu: net.number("mtu", (0, u32::MAX), problems),
         queues: net.small("queues", (1, NET_QUEUES_MAX), problems),
         link: net.choice("link", &LINKS, problems),
+        tenant: net.string("tenant", problems),
+        addresses: net.get("addresses", problems, |value| {
+            let texts = read_texts(value)?;
+            let all = texts.iter().map(|text| text.parse());
+            let all = all.collect::<Result<_, AddrParseError>>();
+            all.map_err(|_| format!("expected {ADDRESSES_RULE}"))
+        }),
+        vlan: net.number("vlan", (1, 4094), problems),
+        trunk: net.get("trunk", problems, read_vlans),
         limits,
     }
 }
@@ -436,6 +451,17 @@ fn read_texts(value: &DeValue<'_>) -> Result<Vec<String>, String> {
     let read = |value: &DeValue<'_>| value.as_str().map(str::to_owned).ok_or_else(expected);
     let values = value.as_array().ok_or_else(expected)?;
     values.iter().map(|value| read(value.get_ref())).collect()
+}
+
+fn read_vlans(value: &DeValue<'_>) -> Result<Vec<u16>, String> {
+    let expected = || format!("expected {TRUNK_RULE}");
+    let read = |value: &DeValue<'_>| {
+        let number = value.as_integer()?;
+        u16::from_str_radix(number.as_str(), number.radix()).ok()
+    };
+    let values = value.as_array().ok_or_else(expected)?;
+    let values = values.iter().map(|value| read(value.get_ref()));
+    values.collect::<Option<_>>().ok_or_else(expected)
 }
 
 fn read_backing(

@@ -13,6 +13,7 @@ use crate::vm::spec::{
 use bulkhead_ipc::protocol::birth::DiskLimits;
 use schemars::JsonSchema;
 use serde::Serialize;
+use std::net::IpAddr;
 use std::path::Path;
 
 /// A virtual machine of Bulkhead.
@@ -239,6 +240,25 @@ struct Net {
     /// Whether the cable is plugged in at the start. Default: "up".
     #[schemars(extend("enum" = ["up", "down"]))]
     link: Option<&'static str>,
+    /// Whose it is, in a network: it talks to cards of the same tenant only, and one without a tenant to those without.
+    #[schemars(
+        length(min = 1, max = 32),
+        regex(pattern = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tenant: Option<String>,
+    /// Addresses that it has in its network without asking for a lease; the first of the subnet is what it is leased.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    addresses: Vec<IpAddr>,
+    /// VLAN in its network, of which the guest sees no tag. Default: that of the network.
+    #[schemars(range(min = 1, max = 4094))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vlan: Option<u16>,
+    /// VLANs in its network, whose tags the guest sees; none means all.
+    #[schemars(length(max = 64), inner(range(min = 1, max = 4094)))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trunk: Option<Vec<u16>>,
     /// What it may send in a second, and as much receive. Default: no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     limits: Option<NetLimit>,
@@ -285,6 +305,10 @@ fn net(net: &NetSpec) -> Net {
         mtu: net.mtu,
         queues: Some(net.queues),
         link: word(&LINKS, &net.link_up),
+        tenant: net.card.tenant.clone(),
+        addresses: net.card.addresses.clone(),
+        vlan: net.card.vlan.access(),
+        trunk: net.card.vlan.trunk().cloned(),
         limits: (limits != &DiskLimits::default()).then(|| NetLimit {
             bytes_per_s: limits.bytes.map(|rate| show_size(rate.per_s)),
             bytes_burst: limits.bytes.map(|rate| show_size(rate.burst)),

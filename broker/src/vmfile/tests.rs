@@ -1,4 +1,5 @@
 use super::*;
+use crate::network::card::{CardSpec, CardVlan};
 use crate::vm::spec::{
     BootDisk, CloudInitSpec, ConsoleChoice, ConsoleSpec, DiskSpec, HostShare, KernelSource,
     Lifecycle, Limits, NetSource, NetSpec, OnEnd, ShareSpec, VmSpec, VsockSpec,
@@ -6,6 +7,7 @@ use crate::vm::spec::{
 use bulkhead_ipc::protocol::birth::{DiskLimits, HugePages, ImageFormat, Rate};
 use proptest::prelude::*;
 use std::fs;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use tempfile::TempDir;
 
@@ -736,7 +738,7 @@ prop_compose! {
         interface in "[a-zA-Z0-9_-]{1,12}",
         kind in 0u8..4, link_up: bool, limits in any_limits(), port in 1u16..,
         first in 0u8..=127, rest in prop::array::uniform5(any::<u8>()),
-        mtu in prop::option::of(68u16..=65_521), queues in 1u8..=8,
+        mtu in prop::option::of(68u16..=65_521), queues in 1u8..=8, card in any_card(),
     ) -> NetSpec {
         NetSpec {
             name,
@@ -753,8 +755,27 @@ prop_compose! {
             queues: if kind >= 2 { 1 } else { queues },
             link_up,
             limits,
+            card: if kind == 2 { card } else { CardSpec::default() },
         }
     }
+}
+
+fn any_card() -> impl Strategy<Value = CardSpec> {
+    let vlan = prop_oneof![
+        Just(CardVlan::Network),
+        (1u16..=4094).prop_map(CardVlan::Access),
+        prop::collection::btree_set(1u16..=4094, 0..5)
+            .prop_map(|vlans| CardVlan::Trunk(vlans.into_iter().collect())),
+    ];
+    let v6 = any::<u64>().prop_map(|n| Ipv6Addr::from(0xfd00 << 112 | u128::from(n)).into());
+    let v4 = any::<[u8; 3]>().prop_map(|[a, b, c]| Ipv4Addr::new(10, a, b, c).into());
+    let addresses = prop::collection::btree_set(prop_oneof![v4, v6], 0..5);
+    let tenant = prop::option::of("[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?");
+    (tenant, addresses, vlan).prop_map(|(tenant, addresses, vlan)| CardSpec {
+        tenant,
+        addresses: addresses.into_iter().collect(),
+        vlan,
+    })
 }
 
 prop_compose! {

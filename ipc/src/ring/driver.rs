@@ -96,7 +96,9 @@ pub enum RingFault {
         limit: u32,
     },
     /// A used element says that not even the status was written.
-    #[error("used element claims {got} bytes written, at least the {least} of the status were expected")]
+    #[error(
+        "used element claims {got} bytes written, at least the {least} of the status were expected"
+    )]
     NoStatus {
         /// The length read.
         got: u32,

@@ -22,6 +22,7 @@ use crate::launch::Launched;
 use crate::launch::cgroup::Group;
 use crate::network::Tap;
 use crate::network::board::{FIRST_GENERATION, Patch, Plug};
+use crate::network::card::Tenants;
 use crate::network::spec::{NetworkSpec, UplinkSpec};
 use crate::registry::NetworkRecord;
 use crate::serve::Shared;
@@ -138,6 +139,7 @@ pub(super) struct Actor {
     restarts: u64,
     failure: Option<String>,
     cards: BTreeMap<u16, Card>,
+    tenants: Tenants,
     uplinks: Vec<Uplink>,
     book: Book,
     letters: VecDeque<Letter>,
@@ -177,6 +179,7 @@ impl Actor {
             restarts: 0,
             failure: None,
             cards: BTreeMap::new(),
+            tenants: Tenants::default(),
             book,
             letters: VecDeque::new(),
             tell_again: None,
@@ -637,6 +640,12 @@ impl Actor {
     /// Tells the switch of a card, in a generation of its port that no switch has had.
     fn set_port(&mut self, id: u16) {
         let spec = self.record.spec.clone();
+        let tenant = |card: &Card| card.plug.card_spec.tenant.clone();
+        let number = self.cards.get(&id).and_then(tenant).map(|name| {
+            let present: Vec<_> = self.cards.values().filter_map(tenant).collect();
+            self.tenants
+                .number(&name, present.iter().map(String::as_str))
+        });
         let Some(card) = self.cards.get_mut(&id) else {
             return;
         };
@@ -650,7 +659,7 @@ impl Actor {
         let message = ToSwitch::SetPort {
             id,
             generation,
-            terms: spec.machine(&plug.machine, plug.mac),
+            terms: spec.machine(&plug.machine, plug.mac, &plug.card_spec, number),
         };
         match (made, stamped) {
             (Ok(port), Ok(())) => {
@@ -888,6 +897,10 @@ impl Actor {
             machine: card.plug.machine.clone(),
             card: card.plug.card,
             mac: show_mac(card.plug.mac),
+            tenant: card.plug.card_spec.tenant.clone(),
+            addresses: card.plug.card_spec.addresses.clone(),
+            vlan: card.plug.card_spec.vlan.access(),
+            trunk: card.plug.card_spec.vlan.trunk().cloned(),
             address: leases
                 .iter()
                 .find(|lease| lease.mac == card.plug.mac)

@@ -102,7 +102,7 @@ impl Networks {
         let shared = Arc::clone(&self.shared);
         let (actor, heard) = Actor::new(shared, record.clone(), generation, book, view);
         tokio::spawn(actor.run(patches, asked, heard));
-        self.shared.networks.add(&name, patch.clone());
+        self.shared.networks.add(&record.spec, patch.clone());
         let network = Arc::new(Network {
             record,
             asks,
@@ -205,7 +205,8 @@ impl Networks {
             Err(_) => Ok(()),
         };
         if removed.is_err() {
-            self.shared.networks.add(name, network.patches.clone());
+            let spec = &network.record.spec;
+            self.shared.networks.add(spec, network.patches.clone());
         }
         removed?;
         self.all().remove(name);
