@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// How long anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long the rest of a line may take to come.
+const LINE_TAKES: Duration = Duration::from_secs(1);
 
 /// A daemon with directories of its own. Dropping it ends its machines and removes everything.
 #[derive(Debug)]
@@ -319,16 +321,21 @@ impl Daemon {
         self.good(&["logs", name, "--console"])
     }
 
-    /// Waits until the guest has written `part`.
+    /// Waits until the guest has written `part`, and the rest of that line if there is one.
     ///
     /// # Panics
     /// When it has not within two minutes.
     pub fn until_output(&self, name: &str, part: &str) {
         let deadline = Instant::now() + 2 * PATIENCE;
+        let mut begun = None;
         loop {
             let output = self.output_of(name);
-            if output.contains(part) {
-                return;
+            if let Some((_, rest)) = output.split_once(part) {
+                // A prompt has no end.
+                let begun = begun.get_or_insert_with(Instant::now);
+                if rest.contains('\n') || begun.elapsed() > LINE_TAKES {
+                    return;
+                }
             }
             assert!(Instant::now() < deadline, "no `{part}` in:\n{output}");
             std::thread::sleep(Duration::from_millis(20));

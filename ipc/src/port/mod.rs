@@ -45,8 +45,8 @@ pub const PACKET_HEADER_BYTES: usize = 12;
 pub const FRAME_BYTES_MAX: usize = 65_535 + 18;
 /// Longest record's content.
 pub const PACKET_BYTES_MAX: usize = PACKET_HEADER_BYTES + FRAME_BYTES_MAX;
-/// Data bytes of each of the two rings: room for three of the longest records.
-pub const PORT_RING_BYTES: usize = 256 * 1024;
+/// Data bytes of each of the two rings: room for seven of the longest records.
+pub const PORT_RING_BYTES: usize = 512 * 1024;
 /// Size of a port's memory in bytes.
 pub const PORT_BYTES: u64 = (OFFSET_DATA + 2 * PORT_RING_BYTES) as u64;
 
