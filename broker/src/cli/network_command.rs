@@ -351,6 +351,15 @@ fn shown(network: &NetworkDetails) -> String {
         text.push('\n');
         text.push_str(&table(&ports));
     }
+    if !network.leases.is_empty() {
+        let mut leases = vec![row(["LEASED", "TO", "UNTIL"])];
+        for lease in &network.leases {
+            let (address, until) = (lease.address.to_string(), printable(&lease.until));
+            leases.push(row([&address, &lease.mac, &until]));
+        }
+        text.push('\n');
+        text.push_str(&table(&leases));
+    }
     text
 }
 
@@ -478,7 +487,7 @@ fn capture(args: &CaptureArgs, options: &PathOptions) -> Result<u8, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{NetworkPort, NetworkState, SCHEMA_VERSION};
+    use crate::api::{NetworkLease, NetworkState, SCHEMA_VERSION};
     use clap::Parser;
 
     #[derive(Debug, Parser)]
@@ -576,9 +585,14 @@ mod tests {
                 counters: Some(counters),
             }],
             uplinks: vec![],
-            leases: vec![],
+            leases: vec![NetworkLease {
+                mac: "52:54:00:00:00:02".into(),
+                address: Ipv4Addr::new(10, 87, 0, 6),
+                until: "2030-01-01T00:00:00Z".into(),
+            }],
             capturing: false,
         });
+        assert!(text.contains("10.87.0.6"), "{text}");
         assert!(
             text.contains("web/0") && text.contains("10.87.0.5"),
             "{text}"

@@ -17,9 +17,8 @@ use bulkhead_tests::{Difference, Ended, Expected, GuestMemory, Look, Machine, Pr
 use nix::sys::signal::Signal;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 use tempfile::{NamedTempFile, TempDir};
 
@@ -51,9 +50,6 @@ const FILLED_MIN: f64 = 0.9;
 /// How often it is compared under each attack at least.
 const LOOKS_MIN: usize = 3;
 
-/// Whoever runs machines here reads it; whoever wants to be alone writes it.
-static MACHINES: RwLock<()> = RwLock::new(());
-
 thread_local! {
     /// Whether the machines of this test have a network device, which is in a network of the test's own.
     static HAS_NETWORK: Cell<bool> = const { Cell::new(false) };
@@ -74,8 +70,22 @@ fn with_folder() -> TempDir {
     folder
 }
 
-fn beside_others() -> RwLockReadGuard<'static, ()> {
-    MACHINES.read().unwrap_or_else(PoisonError::into_inner)
+/// Whoever runs machines here shares its lock; whoever wants to be alone has it for itself. The tests may be
+/// processes of their own.
+fn machines() -> File {
+    File::open(bulkhead_tests::path("BULKHEAD_BIN_DIR")).unwrap()
+}
+
+fn beside_others() -> File {
+    let machines = machines();
+    machines.lock_shared().unwrap();
+    machines
+}
+
+fn without_others() -> File {
+    let machines = machines();
+    machines.lock().unwrap();
+    machines
 }
 
 /// A machine whose guest fills the memory that it does not use, verifies the last of `disks` and keeps
@@ -260,7 +270,7 @@ fn keeps_its_pace(
             return;
         }
         // Without the other tests of this program.
-        alone.get_or_insert_with(|| MACHINES.write().unwrap_or_else(PoisonError::into_inner));
+        alone.get_or_insert_with(without_others);
         burnt = pace_beside("burn", programs, disks);
         pace = pace_beside(method, programs, disks);
     }

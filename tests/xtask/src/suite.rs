@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -171,23 +172,41 @@ pub(crate) fn images(with_slow: bool) -> Result<Vec<(&'static str, PathBuf)>> {
         .collect()
 }
 
+/// Runs the tests that drive the programs. All that fails is told in one run.
 fn end_to_end(options: &Options, binaries: &Path, images: &[(&str, PathBuf)]) -> Result<()> {
-    drive(&["--package", END_TO_END], options, binaries, images)?;
-    drive(&FAULTS, options, binaries, images)
+    if !packages::which("cargo-nextest") {
+        let drive = |which: &[&str]| {
+            let mut tests = command::cargo();
+            tests.args(["test", "--no-fail-fast"]).args(which);
+            tests.args(["--", "--test-threads", GUESTS_AT_ONCE]);
+            tests.args(&options.filter);
+            drive(tests, options, binaries, images)
+        };
+        return drive(&["--package", END_TO_END]).and(drive(&FAULTS));
+    }
+    // One program's tests do not wait for another's.
+    let mut tests = command::cargo();
+    let [_, package, _, smoke] = FAULTS;
+    tests.args(["nextest", "run", "--no-fail-fast", "--no-tests=pass"]);
+    tests.args(["--package", END_TO_END, "--package", package]);
+    // The smoke set is no test of its package unless it is named.
+    tests.args(["--lib", "--test", "*"]);
+    let which = format!("package({END_TO_END}) or binary_id({package}::{smoke})");
+    tests.args(["--filterset", &which, "--test-threads", GUESTS_AT_ONCE]);
+    if options.slow {
+        // They print what they have measured.
+        tests.args(["--success-output", "final"]);
+    }
+    tests.args(&options.filter);
+    drive(tests, options, binaries, images)
 }
 
-/// Runs tests that drive the programs.
 fn drive(
-    which: &[&str],
+    mut tests: Command,
     options: &Options,
     binaries: &Path,
     images: &[(&str, PathBuf)],
 ) -> Result<()> {
-    let mut tests = command::cargo();
-    // All that fails is told in one run.
-    tests.args(["test", "--no-fail-fast"]).args(which);
-    tests.args(["--", "--test-threads", GUESTS_AT_ONCE]);
-    tests.args(&options.filter);
     tests.env("BULKHEAD_BIN_DIR", binaries);
     tests.env("BULKHEAD_TEST_LINUX_CMDLINE", LINUX_CMDLINE.trim());
     tests.env("BULKHEAD_TEST_STOCK_CMDLINE", STOCK_CMDLINE.trim());

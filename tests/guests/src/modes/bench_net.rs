@@ -4,7 +4,8 @@
 //! `op=answer` counts what comes, and answers the frames that ask for it. `op=send` keeps `qd=` frames of `bs=` bytes
 //! on their way to the machine with the addresses `mac=` and `peer=`; of as many, four ask, or the only one. An answer
 //! says what has arrived, and so a frame is counted where it came to. Frames that are lost make room when
-//! a later one is answered, or when nothing has been heard for a while.
+//! a later one is answered, or when nothing has been heard for a while. `op=flood` sends what it can to `mac=` and
+//! `peer=` for `seconds=`, whether or not anybody hears of it.
 //!
 //! The chains of what is sent are built once, each over memory of its own. With one frame on its way the time between
 //! two answers is that of a round trip.
@@ -50,6 +51,7 @@ pub fn run(machine: &Machine) -> Result<(), Failure> {
     match machine.args().text("op").unwrap_or("answer") {
         "answer" => answer(machine, net, own)?,
         "send" => send(machine, net, own)?,
+        "flood" => flood(machine, net, own)?,
         _ => return Err(Failure::Parameter("op")),
     }
     irq::disable(gsi);
@@ -125,7 +127,8 @@ fn sleep(device: Device, receiver: &mut Receiver, mut queue: Option<&mut Queue>)
     }
 }
 
-fn send(machine: &Machine, net: Net, own: Station) -> Result<(), Failure> {
+/// What is sent, to whom, and how much of it at once.
+fn wanted(machine: &Machine) -> Result<(Station, usize, usize), Failure> {
     let bs = machine.number("bs", 64)? as usize;
     let qd = machine.number("qd", 1)? as usize;
     if !(frames::FRAME_BYTES_MIN..=frames::FRAME_BYTES_MAX).contains(&bs) {
@@ -141,6 +144,30 @@ fn send(machine: &Machine, net: Net, own: Station) -> Result<(), Failure> {
         mac: mac.map_err(|()| Failure::Parameter("mac"))?,
         ip: ip.map_err(|_| Failure::Parameter("peer"))?,
     };
+    Ok((peer, qd, bs))
+}
+
+fn flood(machine: &Machine, net: Net, own: Station) -> Result<(), Failure> {
+    let (peer, qd, bs) = wanted(machine)?;
+    let end = Deadline::after_ms(machine.number("seconds", 1)?.saturating_mul(1000));
+    let timeout_ms = super::timeout_ms(machine)?;
+    let device = net.device;
+    let (receiver, queue) = net.into_parts(Deadline::after_ms(timeout_ms))?;
+    let mut sending = Sending::new((device, receiver, queue), [own, peer], qd, bs)?;
+    // Nobody is asked, so nothing is ever over.
+    (sending.window, sending.asks_each) = (u64::MAX, u64::MAX);
+    say!("bench-net.flood qd={qd} bs={bs}");
+    while !end.passed() {
+        sending.fill()?;
+        while next(&mut sending.receiver, |_| {})?.is_some() {}
+        sleep(device, &mut sending.receiver, Some(&mut sending.queue));
+    }
+    say!("bench-net.flooded frames={}", sending.sent);
+    Ok(())
+}
+
+fn send(machine: &Machine, net: Net, own: Station) -> Result<(), Failure> {
+    let (peer, qd, bs) = wanted(machine)?;
     // Measured now if CPUID does not tell: nothing may come between the last answer and its record.
     let khz = time::khz();
     let timeout_ms = super::timeout_ms(machine)?;

@@ -4,6 +4,10 @@
 //! The guest program sends and counts by itself (mode `bench-net`) and sleeps while it waits, on both sides: it keeps a
 //! number of frames on their way, and the receiver says what has come. Times are those of the sender's clock.
 //!
+//! `net.flood` and `net.storm` are the throughput beside a machine of another tenant that sends what it can, to one
+//! machine that does not listen and to all of them; the peer is the same beside such a machine in another network, which
+//! takes as much of the CPUs.
+//!
 //! `net.idle_*` is what the process of a switch costs whose [`IDLE_MACHINES`] machines have [`IDLE_CARDS`] cards each
 //! and leave them alone.
 
@@ -26,11 +30,18 @@ const SECONDS: u32 = 1;
 /// Guest memory of Bulkhead's machines.
 const MEMORY: &str = "128MiB";
 const NETWORK: &str = "bench";
+const OTHER_NETWORK: &str = "other";
+/// How long a flood goes on: longer than any measurement beside it.
+const FLOOD_S: u32 = 600;
+/// What it sends; 50 machines of a network have addresses below this one.
+const FLOOD: &str = "mode=bench-net op=flood ip=dhcp peer=10.87.0.250 qd=256 bs=64";
 /// How long a guest may take to say that it answers.
 const PATIENCE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(10);
 const IDLE_MACHINES: usize = 10;
 const IDLE_CARDS: usize = 10;
+/// Address of a machine that is flooded.
+const VICTIM: &str = "52:54:00:00:01:00";
 const VHOST: &str = "/dev/vhost-net";
 
 /// What is measured, with so many frames on their way.
@@ -94,7 +105,25 @@ pub(super) fn run(bench: &Bench, print: &mut Print<'_>) -> Result<()> {
     if bench.has_peer() && Path::new(VHOST).exists() {
         all(bench, &host, Peer::Vhost, print)?;
     }
+    floods(bench, &host, print)?;
     idle(bench, &host, print)
+}
+
+/// What a machine costs its network that sends what it can.
+fn floods(bench: &Bench, host: &Host, print: &mut Print<'_>) -> Result<()> {
+    let load = &LOADS[2];
+    for (name, is_storm) in [("net.flood", false), ("net.storm", true)] {
+        let (mut beside, mut apart) = (Vec::new(), Vec::new());
+        for _ in 0..bench.runs {
+            for (network, found) in [(NETWORK, &mut beside), (OTHER_NETWORK, &mut apart)] {
+                let _flood = host.flood(network, is_storm)?;
+                found.push((load.figure)(&host.between_machines(load)?)?);
+            }
+        }
+        let figure = Figure::new(name, load.unit, beside, apart);
+        print(figure.beside("flood in another network"))?;
+    }
+    Ok(())
 }
 
 fn all(bench: &Bench, host: &Host, peer: Peer, print: &mut Print<'_>) -> Result<()> {
@@ -172,11 +201,32 @@ impl Host {
         let place = bench.place();
         let daemon = Daemon::start(&place)?;
         place.run(&["network", "create", NETWORK])?;
+        place.run(&["network", "create", OTHER_NETWORK])?;
         Ok(Self {
             place,
             _daemon: daemon,
             kernel: bench.guest().display().to_string(),
         })
+    }
+
+    /// A machine that floods `network`, and its victim, if it is not everybody.
+    fn flood(&self, network: &str, is_storm: bool) -> Result<[Machine<'_>; 2]> {
+        let net = format!("network={network},tenant=flood");
+        let victim = format!("{net},mac={VICTIM}");
+        let victim = self.machine_in("victim", "mode=idle", &[&victim])?;
+        let mac = if is_storm {
+            "ff:ff:ff:ff:ff:ff"
+        } else {
+            VICTIM
+        };
+        let flood = format!("{FLOOD} mac={mac} seconds={FLOOD_S}");
+        let floods = self.machine_in("floods", &flood, &[&net])?;
+        let until = Instant::now() + PATIENCE;
+        while floods.record("bench-net.flood")?.is_none() {
+            ensure!(Instant::now() < until, "the guest does not flood");
+            sleep(POLL);
+        }
+        Ok([floods, victim])
     }
 
     /// The sender's last record.
@@ -200,8 +250,13 @@ impl Host {
 
     fn machine(&self, name: &str, cmdline: &str, cards: usize) -> Result<Machine<'_>> {
         let net = format!("network={NETWORK}");
+        self.machine_in(name, cmdline, &vec![net.as_str(); cards])
+    }
+
+    /// A machine with these cards.
+    fn machine_in(&self, name: &str, cmdline: &str, cards: &[&str]) -> Result<Machine<'_>> {
         let about = ["create", "--name", name, "--kernel", &self.kernel];
-        let nets = ["--net", &net].repeat(cards);
+        let nets: Vec<&str> = cards.iter().flat_map(|&net| ["--net", net]).collect();
         let machine = Machine {
             place: &self.place,
             name: name.to_owned(),
