@@ -98,6 +98,48 @@ fn switch_reaches_its_ports_and_nothing_else() {
     assert!(!differences(&wrong, &policies).is_empty());
 }
 
+#[test]
+fn inspect_measures_the_switches_of_a_machines_networks() {
+    let daemon = Daemon::start();
+    for network in ["lab", "other", "third"] {
+        daemon.good(&["network", "create", network]);
+    }
+    let cards = ["--net", "network=lab", "--net", "network=third"];
+    daemon.create_and_start("web", "mode=idle", &cards);
+    daemon.create_and_start("db", "mode=idle", &["--net", "network=other"]);
+    for name in ["web", "db"] {
+        daemon.until_output(name, "BH idle");
+    }
+    let pid = |network: &str| daemon.json(&["network", "show", network])["pid"].clone();
+    let report = loop {
+        // A process that is not locked yet differs.
+        let report = daemon.run(&["inspect", "web", "--authority", "--json"]);
+        if report.code == 0 {
+            break report;
+        }
+        assert!(!report.errors.contains("switch"), "{report:?}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    };
+    let report: serde_json::Value = serde_json::from_str(&report.output).unwrap();
+    let processes = report["processes"].as_array().unwrap();
+    let switches = processes
+        .iter()
+        .filter(|process| process["name"].as_str().unwrap().starts_with("switch"));
+    let measured: Vec<_> = switches
+        .map(|switch| (switch["name"].as_str().unwrap(), switch["pid"].clone()))
+        .collect();
+    let expected = [("switch0.1", pid("lab")), ("switch1.1", pid("third"))];
+    assert_eq!(measured, expected);
+    // It is what connects them.
+    let things = report["graph"]["things"].as_array().unwrap();
+    let shared = things.iter().any(|thing| {
+        let reached = thing["reached_by"].as_array().unwrap();
+        let by = |name: &str| reached.iter().any(|reach| reach["process"] == name);
+        by("net0.1") && by("switch0.1")
+    });
+    assert!(shared, "{report}");
+}
+
 /// The machine's processes and its broker, as they are to be measured.
 fn subjects(machine: &Machine) -> Vec<Subject> {
     let pid = |pid: u32| i32::try_from(pid).unwrap();

@@ -1,5 +1,6 @@
 //! Virtual networks as the API tells of them.
 
+use crate::launch::users::UserRange;
 use crate::network::spec::NetworkSpec;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -59,6 +60,10 @@ pub struct NetworkDetails {
     pub spec: NetworkSpec,
     /// Pid of its switch.
     pub pid: Option<i32>,
+    /// The range of which its user is the first id plus its pid, as `FIRST-LAST`; absent of one that has
+    /// no user of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub users: Option<UserRange>,
     /// Which of its switches that is.
     pub generation: u32,
     /// How often a switch that was dead has been replaced since the daemon's start.

@@ -5,7 +5,8 @@ use super::failure::{Failure, START, USAGE, print, print_json};
 use super::machine_commands::Names;
 use super::paths::{PathOptions, Paths};
 use super::show_commands;
-use crate::api::Details;
+use crate::api::client::ClientError;
+use crate::api::{Code, Details, NetworkDetails, NetworkSummary};
 use crate::authority::compare::{Difference, differences};
 use crate::authority::graph::Graph;
 use crate::authority::{Authority, Subject, measure, svg, table};
@@ -17,7 +18,8 @@ use serde::Serialize;
 /// Show everything that is known of machines
 ///
 /// With `--authority`, shows what each process of one machine can reach: its files, devices, shared
-/// memory and doorbells, what it may ask of the kernel, and what surrounds it. All of this is measured
+/// memory and doorbells, what it may ask of the kernel, and what surrounds it. The switches of the virtual
+/// networks that the machine is in are measured with them. All of this is measured
 /// from the kernel, and compared with what the policies grant. Any difference is an error.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
@@ -59,13 +61,26 @@ pub(super) fn run(args: &InspectArgs, options: &PathOptions) -> Result<u8, Failu
         return show_commands::inspect(&args.names, options);
     }
     let name = args.names.only("--authority")?;
-    let vm: Details = args.names.client.talk(options, async |client| {
-        Ok(client.get(&format!("/v1/vms/{name}")).await?)
+    let (vm, networks) = args.names.client.talk(options, async |client| {
+        let vm: Details = client.get(&format!("/v1/vms/{name}")).await?;
+        let all: Vec<NetworkSummary> = client.get("/v1/networks").await?;
+        let mut networks: Vec<NetworkDetails> = Vec::new();
+        for network in all.iter().filter(|network| network.ports > 0) {
+            let path = format!("/v1/networks/{}", network.name);
+            match client.get(&path).await {
+                Ok(network) => networks.push(network),
+                // It was removed meanwhile.
+                Err(ClientError::Api(error)) if error.code == Code::NotFound => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok((vm, networks))
     })?;
-    let subjects = subjects(&vm);
+    let mut subjects = subjects(&vm);
     if subjects.is_empty() {
         return Err(Failure::new(START, format!("{name} has no processes")));
     }
+    subjects.extend(switches(name, &networks));
     let paths = Paths::new(options)?;
     let policies = Compiled::fresh(paths.policies().as_deref(), true)
         .map_err(|error| Failure::because(USAGE, "policy", &error))?;
@@ -111,4 +126,23 @@ fn subjects(vm: &Details) -> Vec<Subject> {
         })
     };
     vm.processes.iter().filter_map(subject).collect()
+}
+
+/// The switches of the networks that machine `name` is in, with numbers in the order of the networks: each is the only one
+/// of its own.
+fn switches(name: &str, networks: &[NetworkDetails]) -> Vec<Subject> {
+    let is_in = |network: &&NetworkDetails| network.cards.iter().any(|card| card.machine == name);
+    let subject = |(index, network): (u16, &NetworkDetails)| {
+        Some(Subject {
+            id: Some(ProcId {
+                kind: ProcKind::Switch,
+                index,
+                generation: network.generation,
+            }),
+            pid: network.pid?,
+            users: network.users,
+        })
+    };
+    let own = networks.iter().filter(is_in);
+    (0..).zip(own).filter_map(subject).collect()
 }

@@ -567,6 +567,7 @@ mod tests {
             },
             spec: NetworkSpec::new("lab"),
             pid: Some(7),
+            users: None,
             generation: 2,
             restarts: 1,
             failure: None,

@@ -55,7 +55,7 @@ enum Step {
 /// The device. What it would have to save is configuration (the link's state and limits, which the broker keeps)
 /// and buffers that the gate's journal knows; frames that wait here are lost, as on a wire.
 #[derive(Debug)]
-pub(crate) struct Net {
+pub struct Net {
     wire: Box<dyn Backend>,
     inboxes: Vec<Inbox>,
     /// Receive buffers of each pair that nothing has come for, oldest first. The gate has no more

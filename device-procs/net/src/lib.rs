@@ -20,8 +20,10 @@ mod stream;
 #[cfg(test)]
 mod stream_tests;
 
+pub use device::Net;
+
 /// Runs the process from its birth to its end.
 #[must_use]
 pub fn run() -> std::process::ExitCode {
-    bulkhead_runtime::run::<device::Net>()
+    bulkhead_runtime::run::<Net>()
 }

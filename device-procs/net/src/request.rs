@@ -7,9 +7,9 @@ pub const HEADER_BYTES: usize = NET_HEADER_BYTES as usize;
 /// Where in it the number of buffers is.
 pub(crate) const BUFFERS_AT: u32 = 10;
 /// Shortest frame: what Ethernet puts in front.
-pub(crate) const FRAME_BYTES_MIN: usize = 14;
+pub const FRAME_BYTES_MIN: usize = 14;
 /// Longest frame: 64 KiB of IP behind what Ethernet puts in front, with two VLAN tags.
-pub(crate) const FRAME_BYTES_MAX: usize = 65_535 + 14 + 8;
+pub const FRAME_BYTES_MAX: usize = 65_535 + 14 + 8;
 
 /// Feature bits (virtio 1.2, section 5.1.3).
 pub mod feature {

@@ -40,7 +40,7 @@ pub mod wires;
 pub use bulkhead_ipc::protocol::birth::Rate;
 pub use counters::{Cause, Counters};
 pub use leases::Lease;
-pub use process::run;
+pub use process::{Server, live, run};
 pub use settings::{
     Guard, Isolation, Limits, NetworkSettings, PortSettings, Role, SettingsError, Subnet, Vlan,
 };

@@ -15,12 +15,12 @@ use crate::settings::{NetworkSettings, PortSettings, Role};
 use crate::switch::{PortId, Switch};
 use crate::terms;
 use crate::wires::Wires;
-use bulkhead_ipc::channel::ChannelError;
+use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::port::{Port, PortEnd};
 use bulkhead_ipc::protocol::birth::KindConfig;
 use bulkhead_ipc::protocol::switch::{
-    FromSwitch, LEASES_MAX, LeaseTerms, PORT_FDS, PortReport, PortTerms, ToSwitch,
+    FromSwitch, LEASES_MAX, LeaseTerms, PORT_FDS, PortReport, PortTerms, SwitchConfig, ToSwitch,
 };
 use bulkhead_ipc::shared::Doorbell;
 use bulkhead_runtime::adoption::Adoption;
@@ -50,6 +50,12 @@ pub fn run() -> ExitCode {
     live_out(Newborn::receive(ProcKind::Switch), bear)
 }
 
+/// Runs a process that has received its birth message.
+#[must_use]
+pub fn live(newborn: Newborn) -> ExitCode {
+    live_out(Ok(newborn), bear)
+}
+
 fn bear(mut newborn: Newborn) -> Result<i32, Stillbirth> {
     let prepared = prepare(&newborn);
     let (switch, waiter) = match prepared {
@@ -59,21 +65,12 @@ fn bear(mut newborn: Newborn) -> Result<i32, Stillbirth> {
     let adoption = newborn.take_adoption();
     let (control, id) = newborn.lock()?;
     tracing::debug!(%id, "locked");
-    let mut server = Server {
-        switch,
-        wires: Wires::default(),
-        watcher: waiter.watcher(),
-        waiter,
-        told: Told {
-            control,
-            behind: false,
-            broken: BTreeSet::new(),
-        },
-        adoption,
-        links: BTreeMap::new(),
-        sink: None,
-    };
-    Ok(server.serve())
+    let mut server = Server::of(switch, waiter, control, adoption);
+    loop {
+        if let Some(status) = server.turn(None) {
+            return Ok(status);
+        }
+    }
 }
 
 fn prepare(newborn: &Newborn) -> Result<(Switch, Waiter), Stillbirth> {
@@ -147,7 +144,9 @@ fn held(switch: &Switch, now: Instant) -> Vec<Lease> {
     leases
 }
 
-struct Server {
+/// A switch that serves.
+#[derive(Debug)]
+pub struct Server {
     switch: Switch,
     wires: Wires,
     waiter: Waiter,
@@ -156,35 +155,62 @@ struct Server {
     adoption: Option<Adoption>,
     links: BTreeMap<PortId, Link>,
     sink: Option<Sink>,
+    passes: u32,
 }
 
 impl Server {
-    /// Serves until it is told to end. Returns the exit status.
-    fn serve(&mut self) -> i32 {
-        let mut passes = 0u32;
-        loop {
-            let now = Instant::now();
-            let told = &mut self.told;
-            self.wires
-                .pass_and(&mut self.switch, now, |switch| told.leases(switch, now));
-            self.tell_faults();
-            self.write_capture(now);
-            let within = self.patience(now);
-            passes = passes.wrapping_add(1);
-            let busy = within == Some(Duration::ZERO);
-            if busy && !passes.is_multiple_of(PASSES_BETWEEN_LOOKS) {
-                continue;
-            }
-            match self.waiter.sleep(within) {
-                Ok(woken) => {
-                    if !self.attend(&woken) {
-                        return 0;
-                    }
-                }
-                Err(errno) => {
-                    tracing::error!(%errno, "the switch cannot wait");
-                    return EXIT_FAULT;
-                }
+    /// Of a process that was not born and that no later broker can find: its broker has the other end of
+    /// `channel`.
+    ///
+    /// # Errors
+    /// Why it cannot be.
+    pub fn unborn(config: &SwitchConfig, channel: Channel) -> Result<Self, String> {
+        let switch = Switch::new(NetworkSettings::from(config)).map_err(|e| e.to_string())?;
+        let waiter = Waiter::new().map_err(|errno| errno.to_string())?;
+        let watched = waiter.watch(&channel, TOKEN_CONTROL);
+        watched.map_err(|errno| errno.to_string())?;
+        Ok(Self::of(switch, waiter, channel.into(), None))
+    }
+
+    fn of(switch: Switch, waiter: Waiter, control: Control, adoption: Option<Adoption>) -> Self {
+        Self {
+            switch,
+            wires: Wires::default(),
+            watcher: waiter.watcher(),
+            waiter,
+            told: Told {
+                control,
+                behind: false,
+                broken: BTreeSet::new(),
+            },
+            adoption,
+            links: BTreeMap::new(),
+            sink: None,
+            passes: 0,
+        }
+    }
+
+    /// Passes once over the ports and, if there is nothing to do or it is time to look, sleeps until there is something,
+    /// for at most `longest` if given. Returns the exit status when it is told to end, or cannot go on.
+    #[must_use]
+    pub fn turn(&mut self, longest: Option<Duration>) -> Option<i32> {
+        let now = Instant::now();
+        let told = &mut self.told;
+        self.wires
+            .pass_and(&mut self.switch, now, |switch| told.leases(switch, now));
+        self.tell_faults();
+        self.write_capture(now);
+        let within = self.patience(now);
+        self.passes = self.passes.wrapping_add(1);
+        let busy = within == Some(Duration::ZERO);
+        if busy && !self.passes.is_multiple_of(PASSES_BETWEEN_LOOKS) {
+            return None;
+        }
+        match self.waiter.sleep(within.into_iter().chain(longest).min()) {
+            Ok(woken) => (!self.attend(&woken)).then_some(0),
+            Err(errno) => {
+                tracing::error!(%errno, "the switch cannot wait");
+                Some(EXIT_FAULT)
             }
         }
     }
@@ -499,3 +525,7 @@ enum Heard {
 fn expected(count: usize, got: usize) -> String {
     format!("came with {got} descriptors, expected {count}")
 }
+
+#[cfg(test)]
+#[path = "process_tests.rs"]
+mod tests;

@@ -207,10 +207,13 @@ impl Port {
     /// Maps a port of whichever generation it is now.
     ///
     /// # Errors
-    /// [`PortError`] when the memory is not sealed, or no port's.
+    /// [`PortError`] when the memory is not sealed, or, at the switch's end, no port's.
     pub fn find(fd: OwnedFd, end: PortEnd) -> Result<Self, PortError> {
         let memory = SharedMemory::map(fd, PORT_BYTES)?;
-        if memory.load::<u32>(OFFSET_MAGIC, Ordering::Acquire) != MAGIC {
+        // A card is given its port by the broker alone, at its birth. A switch that was taken over could otherwise keep it
+        // from being born.
+        let is_stamped = memory.load::<u32>(OFFSET_MAGIC, Ordering::Acquire) == MAGIC;
+        if end == PortEnd::Switch && !is_stamped {
             return Err(PortError::Blank);
         }
         Ok(Self::over(memory, end))

@@ -23,6 +23,7 @@ use std::time::Duration;
 use tempfile::{NamedTempFile, TempDir};
 
 mod calls;
+mod network;
 mod paused;
 
 const METHODS: [&str; 8] = [

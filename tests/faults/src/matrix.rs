@@ -160,6 +160,7 @@ fn scenario(name: String, phase: Phase, kind: Option<ProcKind>, fault: Fault) ->
             host: None,
             workload: Work::Blocks,
             cpus: None,
+            network: None,
             disk: None,
             expect: Expect::Unharmed,
         }],

@@ -7,6 +7,7 @@
 use bulkhead_ipc::protocol::adopt::{Adopt, Adopted};
 use bulkhead_ipc::protocol::birth::{Birth, Born};
 use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
+use bulkhead_ipc::protocol::switch::{FromSwitch, ToSwitch};
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, ToVcpu};
 use serde::de::DeserializeOwned;
 
@@ -25,6 +26,10 @@ pub enum Boundary {
     ToDevice,
     /// A device process to the broker.
     FromDevice,
+    /// Broker to the switch of a network.
+    ToSwitch,
+    /// The switch of a network to the broker.
+    FromSwitch,
     /// A new broker to a process that lives: its datagram.
     Adopt,
     /// The process's answer.
@@ -33,13 +38,15 @@ pub enum Boundary {
 
 impl Boundary {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Birth,
         Self::Born,
         Self::ToVcpu,
         Self::FromVcpu,
         Self::ToDevice,
         Self::FromDevice,
+        Self::ToSwitch,
+        Self::FromSwitch,
         Self::Adopt,
         Self::Adopted,
     ];
@@ -54,6 +61,8 @@ impl Boundary {
             Self::FromVcpu => FROM_VCPU,
             Self::ToDevice => TO_DEVICE,
             Self::FromDevice => FROM_DEVICE,
+            Self::ToSwitch => TO_SWITCH,
+            Self::FromSwitch => FROM_SWITCH,
             Self::Adopt => ADOPT,
             Self::Adopted => ADOPTED,
         }
@@ -69,6 +78,8 @@ impl Boundary {
             Self::FromVcpu => ("vcpu", "broker"),
             Self::ToDevice => ("broker", "device"),
             Self::FromDevice => ("device", "broker"),
+            Self::ToSwitch => ("broker", "switch"),
+            Self::FromSwitch => ("switch", "broker"),
         }
     }
 
@@ -88,6 +99,8 @@ impl Boundary {
             Self::FromVcpu => decode(bytes).map(|message| from_vcpu(&message)),
             Self::ToDevice => decode(bytes).map(|message| to_device(&message)),
             Self::FromDevice => decode(bytes).map(|message| from_device(&message)),
+            Self::ToSwitch => decode(bytes).map(|message| to_switch(&message)),
+            Self::FromSwitch => decode(bytes).map(|message| from_switch(&message)),
             Self::Adopt => decode(bytes).map(|message| adopt(&message)),
             Self::Adopted => decode(bytes).map(|message| adopted(&message)),
         }
@@ -162,6 +175,25 @@ names!(FROM_DEVICE, from_device, FromDevice,
     FromDevice::Dial { .. } => "from-device.dial",
     FromDevice::Traffic(_) => "from-device.traffic",
 );
+names!(TO_SWITCH, to_switch, ToSwitch,
+    ToSwitch::Shutdown => "to-switch.shutdown",
+    ToSwitch::Ping(_) => "to-switch.ping",
+    ToSwitch::Restore(_) => "to-switch.restore",
+    ToSwitch::SetPort { .. } => "to-switch.set-port",
+    ToSwitch::SetUplink { .. } => "to-switch.set-uplink",
+    ToSwitch::RemovePort(_) => "to-switch.remove-port",
+    ToSwitch::Capture { .. } => "to-switch.capture",
+    ToSwitch::EndCapture => "to-switch.end-capture",
+    ToSwitch::Report => "to-switch.report",
+);
+names!(FROM_SWITCH, from_switch, FromSwitch,
+    FromSwitch::Pong(_) => "from-switch.pong",
+    FromSwitch::Leased(_) => "from-switch.leased",
+    FromSwitch::Refused { .. } => "from-switch.refused",
+    FromSwitch::Broke { .. } => "from-switch.broke",
+    FromSwitch::Ports(_) => "from-switch.ports",
+    FromSwitch::Captured { .. } => "from-switch.captured",
+);
 names!(ADOPT, adopt, Adopt, Adopt { .. } => "adoption.adopt");
 names!(ADOPTED, adopted, Adopted, Adopted { .. } => "adoption.adopted");
 
@@ -208,6 +240,8 @@ mod tests {
             ("vcpu.rs", "FromVcpu", "from-vcpu"),
             ("device.rs", "ToDevice", "to-device"),
             ("device.rs", "FromDevice", "from-device"),
+            ("switch.rs", "ToSwitch", "to-switch"),
+            ("switch.rs", "FromSwitch", "from-switch"),
         ] {
             let found = variants(&read(file), name);
             assert!(found.len() > 1, "{name}: {found:?}");
@@ -217,9 +251,8 @@ mod tests {
         let points: BTreeSet<String> = points.map(|&name| name.to_owned()).collect();
         assert_eq!(points, expected);
         // A file that is added is a boundary that nobody here knows. Work on images has nothing to do with
-        // machines: whoever asked for it sees it fail. A switch belongs to no machine, and hosts of faults have
-        // networks of their own. An agent is inside a guest, and its messages
-        // cross no boundary of a host's processes.
+        // machines: whoever asked for it sees it fail. An agent is inside a guest, and its messages cross no
+        // boundary of a host's processes.
         let mut files: Vec<_> = std::fs::read_dir(protocol)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -102,6 +102,18 @@ pub fn can_be_short(call: &str) -> bool {
     TRANSFERS.contains(&call)
 }
 
+/// Kinds of process that a scenario has: those of machines, and the switches of their networks.
+const KINDS: [ProcKind; 9] = [
+    ProcKind::Vcpu,
+    ProcKind::Legacy,
+    ProcKind::Console,
+    ProcKind::Blk,
+    ProcKind::Rng,
+    ProcKind::Net,
+    ProcKind::Vsock,
+    ProcKind::Fs,
+    ProcKind::Switch,
+];
 /// Kinds of process that have a window, or a page like one.
 const WITH_WINDOW: [ProcKind; 7] = [
     ProcKind::Blk,
@@ -112,6 +124,12 @@ const WITH_WINDOW: [ProcKind; 7] = [
     ProcKind::Vsock,
     ProcKind::Legacy,
 ];
+
+/// The kind with this name, of those that a scenario has.
+#[must_use]
+pub fn kind_named(name: &str) -> Option<ProcKind> {
+    KINDS.into_iter().find(|kind| kind.name() == name)
+}
 
 /// Every point.
 #[must_use]
@@ -139,7 +157,7 @@ pub fn all() -> Vec<Listed> {
             points.push(listed(format!("{name}:{when}"), "broker", step));
         }
     }
-    let kinds = ProcKind::OF_MACHINES.map(|kind| (kind.name(), granted(kind)));
+    let kinds = KINDS.map(|kind| (kind.name(), granted(kind)));
     let brokers = [("broker", BROKER_CALLS.to_vec())];
     for (kind, calls) in kinds.into_iter().chain(brokers) {
         for call in calls {
@@ -157,7 +175,7 @@ pub fn all() -> Vec<Listed> {
             }
         }
     }
-    for kind in ProcKind::OF_MACHINES {
+    for kind in KINDS {
         points.push(listed(
             format!("process.{kind}"),
             kind.name(),
@@ -171,11 +189,7 @@ pub fn all() -> Vec<Listed> {
             "what it shares with vcpu",
         ));
     }
-    for kind in ProcKind::OF_MACHINES
-        .map(ProcKind::name)
-        .into_iter()
-        .chain(["broker"])
-    {
+    for kind in KINDS.map(ProcKind::name).into_iter().chain(["broker"]) {
         points.push(listed(format!("clock.{kind}"), kind, "its time of day"));
     }
     points.push(listed(
@@ -203,12 +217,6 @@ pub fn all() -> Vec<Listed> {
         ));
     }
     points
-}
-
-fn kind_named(name: &str) -> Option<ProcKind> {
-    ProcKind::OF_MACHINES
-        .into_iter()
-        .find(|kind| kind.name() == name)
 }
 
 impl Point {
@@ -315,8 +323,17 @@ mod tests {
     }
 
     #[test]
+    fn every_kind_of_a_machine_is_one_of_a_scenario() {
+        assert!(
+            ProcKind::OF_MACHINES
+                .iter()
+                .all(|kind| KINDS.contains(kind))
+        );
+    }
+
+    #[test]
     fn every_call_of_every_policy_is_a_point() {
-        for kind in ProcKind::OF_MACHINES {
+        for kind in KINDS {
             let policy = bulkhead_policies::load(kind, None, false).unwrap();
             for permit in policy.locked.iter().flat_map(|thread| &thread.permits) {
                 let name = format!("call.{kind}.{}:before", permit.name);

@@ -123,6 +123,7 @@ fn vm(name: &str, on: DiskPlace) -> Vm {
         host: None,
         workload: Work::Blocks,
         cpus: None,
+        network: None,
         disk: Some(Disk {
             size: "16MiB".to_owned(),
             on,

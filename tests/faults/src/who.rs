@@ -12,12 +12,12 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// A process of a machine.
+/// A process of a machine, or the switch of a network.
 #[derive(Debug, Clone)]
 pub struct Known {
     /// Its host.
     pub host: usize,
-    /// Its machine.
+    /// Its machine or network.
     pub vm: String,
     /// Which of the machine's processes.
     pub id: ProcId,
@@ -168,12 +168,22 @@ impl Directory {
 
 /// What the records below `runtime` say of the process with this token.
 fn on_record(runtime: &Path, token: &[u8; 32]) -> Option<ProcessRecord> {
-    let machines = fs::read_dir(runtime.join("vms")).ok()?;
-    machines.flatten().find_map(|machine| {
-        let record = Record::read(&machine.path()).ok()?;
-        let mut processes = record.processes.into_iter();
-        processes.find(|process| process.token == *token)
-    })
+    let entries = |of: &str| {
+        fs::read_dir(runtime.join(of))
+            .into_iter()
+            .flatten()
+            .flatten()
+    };
+    let of_machines = entries("vms").flat_map(|machine| {
+        let record = Record::read(&machine.path()).ok();
+        record.map_or_else(Vec::new, |record| record.processes)
+    });
+    let of_networks = entries("networks").filter_map(|network| {
+        let record = fs::read(network.path().join("switch")).ok()?;
+        serde_json::from_slice(&record).ok()
+    });
+    let mut all = of_machines.chain(of_networks);
+    all.find(|process| process.token == *token)
 }
 
 /// The inode of the socket that is descriptor `fd` of a process; `None` for anything else.

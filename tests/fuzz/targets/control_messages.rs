@@ -5,6 +5,7 @@ use bulkhead_ipc::channel::{Channel, MESSAGE_BYTES_MAX};
 use bulkhead_ipc::protocol::adopt::{Adopt, Adopted};
 use bulkhead_ipc::protocol::birth::{Birth, Born};
 use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
+use bulkhead_ipc::protocol::switch::{FromSwitch, ToSwitch};
 use bulkhead_ipc::protocol::vcpu::{FromVcpu, ToVcpu};
 use libfuzzer_sys::fuzz_target;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -13,7 +14,7 @@ fuzz_target!(|data: &[u8]| {
     let (peer, channel) = Channel::pair().unwrap();
     let peer: OwnedFd = peer.into();
     let data = &data[..data.len().min(MESSAGE_BYTES_MAX)];
-    for kind in 0..8 {
+    for kind in 0..10 {
         let sent = nix::sys::socket::send(
             peer.as_raw_fd(),
             data,
@@ -30,6 +31,8 @@ fuzz_target!(|data: &[u8]| {
             4 => drop(channel.try_recv::<ToVcpu>()),
             5 => drop(channel.try_recv::<FromVcpu>()),
             6 => drop(channel.try_recv::<Adopt>()),
+            7 => drop(channel.try_recv::<ToSwitch>()),
+            8 => drop(channel.try_recv::<FromSwitch>()),
             _ => drop(channel.try_recv_from::<Adopted>()),
         }
     }

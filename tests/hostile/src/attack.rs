@@ -70,7 +70,7 @@ impl Method {
 pub(crate) fn run(
     method: Method,
     call: Option<&Attempt>,
-    prey: &Prey,
+    prey: &mut Prey,
     channel: &Channel,
     prng: &mut Prng,
 ) -> ! {
@@ -93,6 +93,7 @@ pub(crate) fn run(
         calls::attempt(call)
     }
     loop {
+        port(method, prey, prng);
         match method {
             Method::Scribble => scribble(prey, prng),
             Method::Rings => rings(prey, prng),
@@ -121,6 +122,22 @@ pub(crate) fn burn() {
     (0..1_000_000).for_each(|n| {
         std::hint::black_box(n);
     });
+}
+
+/// The port of a network card, if it has one.
+fn port(method: Method, prey: &mut Prey, prng: &mut Prng) {
+    let Some(port) = &mut prey.port else {
+        return;
+    };
+    match method {
+        Method::Scribble => port.scribble(prng),
+        Method::Rings => {
+            port.forge(prng);
+            port.lie(prng);
+        }
+        Method::Publish => port.forge(prng),
+        _ => {}
+    }
 }
 
 fn scribble(prey: &Prey, prng: &mut Prng) {

@@ -5,6 +5,7 @@
 //! is tested is what is left to a process *after* that. Then it attacks everything it holds, by the
 //! method that the VM's name says: `hostile-METHOD-SEED`.
 //!
+//! A switch's network has such a name, and so has the machine of a hostile network card; those of others are honest.
 //! Of several disks only the first one's process is hostile; the others are what they should be. The legacy
 //! process is honest until it is killed for the first time when it is to try system calls
 //! (`hostile-calls-FIRST-COUNT`), and when it has tried them all, since a guest needs its console.
@@ -14,6 +15,7 @@ mod attack;
 mod calls;
 mod edges;
 mod host;
+mod port;
 mod prey;
 #[allow(
     dead_code,
@@ -23,6 +25,7 @@ mod prey;
 )]
 #[path = "../../guests/src/prng.rs"]
 mod prng;
+mod switch;
 
 use attack::Method;
 use bulkhead_ipc::ident::ProcKind;
@@ -41,11 +44,38 @@ fn main() {
             let _never = bulkhead_runtime::live::<bulkhead_blk::Blk>(newborn);
             leave(EXIT_STILLBORN)
         }
+        // Of one network or machine among others.
+        Ok(newborn) if is_honest(&newborn) => honest(newborn),
         received => received,
     };
     let Err(cause) = newborn.and_then(|newborn| live(newborn, &denied));
     log::line(&cause.to_string());
     leave(EXIT_STILLBORN)
+}
+
+/// Of switches and cards only those are hostile whose network or machine says so, and where it says `once`, only the first one.
+fn is_honest(newborn: &Newborn) -> bool {
+    let is_among_others = matches!(newborn.id.kind, ProcKind::Switch | ProcKind::Net);
+    let is_next = newborn.id.generation > 1 && newborn.vm.ends_with("-once");
+    is_among_others && (is_next || method(&newborn.vm).is_none())
+}
+
+fn honest(newborn: Newborn) -> ! {
+    match newborn.id.kind {
+        ProcKind::Switch => {
+            let _never = bulkhead_switch::live(newborn);
+        }
+        _ => {
+            let _never = bulkhead_runtime::live::<bulkhead_net::Net>(newborn);
+        }
+    }
+    leave(EXIT_STILLBORN)
+}
+
+/// The method that a name says.
+fn method(name: &str) -> Option<Method> {
+    let rest = name.strip_prefix("hostile-")?;
+    Method::named(rest.split('-').next().unwrap_or_default())
 }
 
 /// The kind in whose place it was started: its name, as the launcher gives it.
@@ -58,6 +88,7 @@ fn kind(name: &str) -> ProcKind {
         ProcKind::Fs,
         ProcKind::Vcpu,
         ProcKind::Vsock,
+        ProcKind::Switch,
     ];
     let named = |kind: &ProcKind| name.ends_with(&format!("-{kind}"));
     kinds.into_iter().find(named).unwrap_or(ProcKind::Legacy)
@@ -65,13 +96,16 @@ fn kind(name: &str) -> ProcKind {
 
 fn live(mut newborn: Newborn, denied: &[Attempt]) -> Result<std::convert::Infallible, Stillbirth> {
     let name = newborn.vm.clone();
-    let mut words = name.split('-').skip(1);
-    let method = words.next().and_then(Method::named);
+    let mut words = name.split('-').skip(2);
+    let method = method(&name);
     let method =
         method.ok_or_else(|| Stillbirth::setup("the VM is not named hostile-METHOD-SEED"))?;
     let mut number = || words.next().and_then(|seed| seed.parse().ok());
     let seed = number().unwrap_or(1);
     let mut prng = Prng::new(seed ^ u64::from(newborn.id.generation) << 32);
+    if newborn.id.kind == ProcKind::Switch {
+        return switch::run(method, newborn, &mut prng);
+    }
     let call = match method {
         Method::Calls => call(&newborn, denied, seed, number().unwrap_or(u64::MAX)),
         _ => None,
@@ -85,9 +119,9 @@ fn live(mut newborn: Newborn, denied: &[Attempt]) -> Result<std::convert::Infall
         let _never = bulkhead_legacy::live(newborn);
         leave(EXIT_STILLBORN)
     }
-    let prey = Prey::take(&mut newborn)?;
+    let mut prey = Prey::take(&mut newborn)?;
     let (control, _id) = newborn.lock()?;
-    attack::run(method, call, &prey, control.channel(), &mut prng)
+    attack::run(method, call, &mut prey, control.channel(), &mut prng)
 }
 
 /// What this life is for: the `count` calls from `first` on, counted from 1, one after the other.

@@ -1,7 +1,9 @@
 //! What the process holds, laid open: mappings of everything shared, and every doorbell.
 
+use crate::port::PortPrey;
 use bulkhead_ipc::input_ring::INPUT_RING_BYTES;
 use bulkhead_ipc::legacy_page::LEGACY_PAGE_BYTES;
+use bulkhead_ipc::port::PortEnd;
 use bulkhead_ipc::protocol::birth::{FdRole, KindConfig};
 use bulkhead_ipc::shared::{Doorbell, SharedMemory};
 use bulkhead_ipc::window::{Window, WindowLayout};
@@ -39,6 +41,8 @@ pub(crate) struct Prey {
     pub(crate) config: Vec<u8>,
     /// The legacy page or the input ring.
     pub(crate) pages: Vec<SharedMemory>,
+    /// A network card's end of the port to its switch.
+    pub(crate) port: Option<PortPrey>,
     pub(crate) bells: Vec<Doorbell>,
     pub(crate) waiter: Waiter,
     /// Its resource. Held, as a device would.
@@ -67,13 +71,22 @@ impl Prey {
             }
         }
         let waiter = Waiter::new().map_err(Stillbirth::setup)?;
-        let mut bells = Vec::new();
+        let (mut bells, mut files) = (Vec::new(), Vec::new());
         for role in BELLS {
             if grants.has(role, 0) {
                 bells.push(Doorbell::from(grants.take(role, 0)?));
             }
         }
-        let mut files = Vec::new();
+        let mut port = None;
+        if grants.has(FdRole::Port, 0) {
+            let bell = Doorbell::from(grants.take(FdRole::PortKick, 0)?);
+            bells.push(bell.try_clone().map_err(Stillbirth::setup)?);
+            let memory = grants.take(FdRole::Port, 0)?;
+            let taken = PortPrey::take(memory, PortEnd::Device, bell);
+            port = Some(taken.map_err(Stillbirth::setup)?);
+            // What wakes it is held, as a card would.
+            files.push(File::from(grants.take(FdRole::PortCall, 0)?));
+        }
         for role in FILES {
             if grants.has(role, 0) {
                 let mut file = File::from(grants.take(role, 0)?);
@@ -88,6 +101,7 @@ impl Prey {
             features,
             config,
             pages,
+            port,
             bells,
             waiter,
             _files: files,

@@ -926,6 +926,7 @@ impl Actor {
             summary: Self::summary(&self.record, view),
             spec: self.spec().clone(),
             pid: self.life.as_ref().map(|life| life.launched.pid),
+            users: self.life.as_ref().and_then(|life| life.launched.users),
             generation: self.generation,
             restarts: self.restarts,
             failure: self.failure.clone(),

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The programs of a host.
-const PROGRAMS: [&str; 9] = [
+const PROGRAMS: [&str; 10] = [
     "bulkhead",
     "bulkhead-vcpu",
     "bulkhead-legacy",
@@ -24,6 +24,7 @@ const PROGRAMS: [&str; 9] = [
     "bulkhead-net",
     "bulkhead-vsock",
     "bulkhead-fs",
+    "bulkhead-switch",
 ];
 /// How long a broker may take until it serves.
 const SERVING: Duration = Duration::from_secs(30);

@@ -19,6 +19,7 @@ use crate::random::Planned;
 use crate::scenario::{Fault, Scenario, Who};
 use crate::timeline::Timeline;
 use crate::who::{Directory, Known, socket_inode};
+use bulkhead_ipc::ident::ProcKind;
 use bulkhead_ipc::protocol::adopt::Adopt;
 use bulkhead_ipc::protocol::birth::Birth;
 use bulkhead_policies::syscalls;
@@ -187,7 +188,8 @@ impl Engine {
         }
         if let Some(known) = self.directory.at(inode) {
             let boundary = match known.id.kind {
-                bulkhead_ipc::ident::ProcKind::Vcpu => Boundary::ToVcpu,
+                ProcKind::Vcpu => Boundary::ToVcpu,
+                ProcKind::Switch => Boundary::ToSwitch,
                 _ => Boundary::ToDevice,
             };
             return Some((boundary, known));
@@ -212,7 +214,8 @@ impl Engine {
             Some(control) if control != inode => Boundary::Adopted,
             Some(_) if !known.is_locked => Boundary::Born,
             Some(_) => match known.id.kind {
-                bulkhead_ipc::ident::ProcKind::Vcpu => Boundary::FromVcpu,
+                ProcKind::Vcpu => Boundary::FromVcpu,
+                ProcKind::Switch => Boundary::FromSwitch,
                 _ => Boundary::FromDevice,
             },
         };

@@ -21,7 +21,7 @@ use crate::verdict::Outcome;
 use crate::workload::{Guests, Workload, WorkloadError};
 use bulkhead_ipc::output_ring::OutputReader;
 use keeper::Keeper;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
@@ -322,6 +322,13 @@ impl Run {
         setting: &Setting,
         keeper: &Keeper<'_>,
     ) -> Vec<(String, u64)> {
+        for (host, network) in self.networks() {
+            let created = self.command(host, &["network", "create", network]);
+            if !created.is_good() {
+                let why = created.errors.trim();
+                self.error(format!("network create {network}: {why}"));
+            }
+        }
         for machine in &self.machines {
             self.create(machine, setting);
         }
@@ -403,13 +410,32 @@ impl Run {
         }
     }
 
+    /// The virtual networks of the hosts, each once.
+    fn networks(&self) -> impl Iterator<Item = (&Host, &str)> {
+        let named = self.machines.iter().filter_map(|machine| {
+            let network = machine.vm.network.as_deref()?;
+            Some((machine.host, network))
+        });
+        let named: BTreeSet<_> = named.collect();
+        let host = |(host, network)| Some((self.hosts.get(host)?, network));
+        named.into_iter().filter_map(host)
+    }
+
     /// Creates a machine and starts it.
     fn create(&self, machine: &Machine, setting: &Setting) {
         let Some(host) = self.host_of(machine) else {
             return;
         };
         let workload = Workload::from(machine.vm.workload);
-        let work = workload.arguments(self.scenario.seconds, self.seed, &setting.guests);
+        let server = self.scenario.server_of(&machine.vm);
+        let server = server.zip(machine.vm.network.as_deref());
+        let server = server.map(|(vm, network)| format!("{}.{network}.internal", vm.name));
+        let work = workload.arguments(
+            self.scenario.seconds,
+            self.seed,
+            &setting.guests,
+            server.as_deref(),
+        );
         let work = work.unwrap_or_else(|error| {
             self.error(error.to_string());
             Vec::new()
@@ -429,6 +455,11 @@ impl Run {
         let mut arguments = vec!["create", "--name", name, "--disk", &disk, "--cpus", &cpus];
         arguments.push("--vsock");
         arguments.extend(["--share", &folder]);
+        let card = machine.vm.network.as_ref();
+        let card = card.map(|network| format!("network={network}"));
+        if let Some(card) = &card {
+            arguments.extend(["--net", card]);
+        }
         arguments.extend(work.iter().map(String::as_str));
         let created = self.command(host, &arguments);
         if !created.is_good() && !created.errors.contains("already") {

@@ -131,7 +131,11 @@ impl Run {
     fn look(&self, host: &Host, vm: &str) -> Done {
         let _listed = self.command(host, &["list", "--json"]);
         let _used = self.command(host, &["stats", vm]);
-        self.command(host, &["inspect", vm, "--json"])
+        let about = self.command(host, &["inspect", vm, "--json"]);
+        match self.machine(Some(vm)).and_then(|m| m.vm.network.as_deref()) {
+            Some(network) if about.is_good() => self.command(host, &["network", "show", network]),
+            _ => about,
+        }
     }
 
     fn judge(&self, machine: &Machine, step: &Step, done: &Done, began: Instant) {

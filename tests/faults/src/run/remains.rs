@@ -25,6 +25,13 @@ impl Run {
                 let _forced = host.run(&["rm", "--force", name], PATIENCE);
             }
         }
+        for (host, network) in self.networks() {
+            let removed = host.run(&["network", "rm", network], PATIENCE);
+            if !removed.is_good() {
+                let why = removed.errors.trim();
+                self.error(format!("network rm {network}: {why}"));
+            }
+        }
         for host in &self.hosts {
             keeper.compare(host);
             self.end_broker(host);

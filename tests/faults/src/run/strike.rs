@@ -9,6 +9,7 @@ use crate::points::Point;
 use crate::random::Planned;
 use crate::scenario::{Action, Fault, Who};
 use crate::who::Known;
+use bulkhead_ipc::ident::ProcKind;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io;
@@ -124,8 +125,13 @@ impl Run {
     /// The newest process of a machine that a fault is about; one that is being replaced is waited for.
     fn process(&self, machine: &Machine, kind: &str, fault: &Fault) -> io::Result<Known> {
         let until = Instant::now() + MISSING;
+        let owner = match kind == ProcKind::Switch.name() {
+            true => machine.vm.network.as_deref(),
+            false => Some(machine.vm.name.as_str()),
+        };
+        let owner = owner.ok_or_else(|| io::Error::other("the machine is in no network"))?;
         loop {
-            let alive = self.engine.directory.alive(Some(&machine.vm.name), None);
+            let alive = self.engine.directory.alive(Some(owner), Some(machine.host));
             let mut wanted = alive.into_iter().filter(|known| {
                 known.id.kind.name() == kind
                     && known.is_locked

@@ -1,8 +1,8 @@
 //! What a scenario may say. Every error names file, line and key.
 
-use super::schema::{Action, Disk, DiskPlace, Expect, Fault, Link, Scenario, Vm, Who};
+use super::schema::{Action, Disk, DiskPlace, Expect, Fault, Link, Scenario, Vm, Who, Work};
 use crate::network::HOSTS_MAX;
-use crate::points::{Point, can_be_short};
+use crate::points::{Point, can_be_short, kind_named};
 use bulkhead_ipc::ident::ProcKind;
 use nix::errno::Errno;
 use std::collections::BTreeSet;
@@ -138,10 +138,25 @@ impl Scenario {
             return Err(("name", format!("`{}` is there twice", vm.name)));
         }
         self.check_name("host", vm.host.as_deref())?;
+        if vm.network.is_none() && matches!(vm.workload, Work::Serve | Work::Take) {
+            return Err(("network", "this workload needs one".to_owned()));
+        }
+        if vm.workload == Work::Take && self.server_of(vm).is_none() {
+            let what = "expected a machine with workload = \"serve\" there".to_owned();
+            return Err(("network", what));
+        }
         match &vm.disk {
             Some(disk) => disk.bytes().map(|_| ()),
             None => Ok(()),
         }
+    }
+
+    /// The machine that serves in a machine's network.
+    #[must_use]
+    pub fn server_of(&self, vm: &Vm) -> Option<&Vm> {
+        let same = |other: &&Vm| (&other.host, &other.network) == (&vm.host, &vm.network);
+        let mut others = self.vm.iter().filter(same);
+        others.find(|other| other.workload == Work::Serve)
     }
 
     fn check_name(&self, key: &'static str, name: Option<&str>) -> Result<(), Wrong> {
@@ -275,8 +290,7 @@ impl Scenario {
 fn check_process(name: &str) -> Result<(), Wrong> {
     let digits = name.trim_start_matches(|c: char| c.is_ascii_alphabetic());
     let kind = name.strip_suffix(digits).unwrap_or(name);
-    let known =
-        ProcKind::OF_MACHINES.iter().any(|k| k.name() == kind) && digits.parse::<u16>().is_ok();
+    let known = kind_named(kind).is_some() && digits.parse::<u16>().is_ok();
     match known {
         true => Ok(()),
         false => Err((

@@ -77,6 +77,9 @@ pub struct Vm {
     /// Number of virtual processors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus: Option<u8>,
+    /// The virtual network of its host that it has a card in, which is made for the scenario.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
     /// Its disk; 16 MiB in memory by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<Disk>,
@@ -99,6 +102,10 @@ pub enum Work {
     Transcript,
     /// Files that the small Linux creates, renames and synchronises.
     Files,
+    /// Serves data in its network, for longer than the others work.
+    Serve,
+    /// Leases an address and takes verified data from the machine of its network that serves, again and again.
+    Take,
 }
 
 /// What the faults may do to a guest.

@@ -3,6 +3,7 @@
 mod blocks;
 mod clock;
 mod files;
+mod frames;
 mod memory;
 mod record;
 mod transcript;
@@ -10,6 +11,7 @@ mod transcript;
 pub use blocks::Blocks;
 pub use clock::Clock;
 pub use files::{Files, Tree};
+pub use frames::{Serving, Taking};
 pub use memory::Memory;
 pub use transcript::Transcript;
 
@@ -20,6 +22,11 @@ use std::time::Duration;
 
 /// Memory that [`Workload::Memory`] works on.
 const MEMORY_BYTES: u64 = 8 << 20;
+
+/// What a machine sends to another at once.
+const STREAM_BYTES: u64 = 256 << 10;
+/// How much longer a machine serves than others ask it, in seconds.
+const SERVES_LONGER_S: u64 = 6;
 
 /// Where the guests are.
 #[derive(Debug, Clone)]
@@ -137,16 +144,22 @@ pub enum Workload {
     /// Files in an ext4 of the small Linux, created, renamed and synchronised. Needs the disk that
     /// [`Workload::disk`] makes.
     Files,
+    /// Data for another machine.
+    Serve,
+    /// Data from another machine.
+    Take,
 }
 
 impl Workload {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 7] = [
         Self::Blocks,
         Self::Memory,
         Self::Clock,
         Self::Transcript,
         Self::Files,
+        Self::Serve,
+        Self::Take,
     ];
 
     /// Whether the machine needs a disk, and the checker its image.
@@ -167,7 +180,7 @@ impl Workload {
     }
 
     /// Arguments of `bulkhead create` but for the name and the disk: a guest that works for so long after it
-    /// has booted.
+    /// has booted. One that takes data does so from the machine `server`.
     ///
     /// # Errors
     /// When the guest is missing.
@@ -176,12 +189,22 @@ impl Workload {
         seconds: u64,
         seed: u64,
         guests: &Guests,
+        server: Option<&str>,
     ) -> Result<Vec<OsString>, WorkloadError> {
+        let mut seconds = seconds;
         let mode = match self {
             Self::Blocks => "blocks interval=10".to_owned(),
             Self::Memory => format!("counter interval=250 size={MEMORY_BYTES}"),
             Self::Clock => "clock interval=50".to_owned(),
             Self::Transcript => "serial interval=10".to_owned(),
+            Self::Serve => {
+                seconds += SERVES_LONGER_S;
+                format!("net ip=dhcp offload=1 size={STREAM_BYTES}")
+            }
+            Self::Take => {
+                let server = server.unwrap_or_default();
+                format!("net-peer ip=dhcp offload=1 peer={server}")
+            }
             Self::Files => return files::arguments(seconds, seed, guests),
         };
         let cmdline = format!("mode={mode} seconds={seconds} seed={seed} timeout=100");
@@ -200,6 +223,8 @@ impl Workload {
             Self::Clock => Box::new(Clock::new()),
             Self::Transcript => Box::new(Transcript::new(seed)),
             Self::Files => Box::new(Files::new(seed)),
+            Self::Serve => Box::new(Serving::new(STREAM_BYTES)),
+            Self::Take => Box::new(Taking::new(STREAM_BYTES)),
         }
     }
 }
@@ -213,6 +238,8 @@ impl From<crate::scenario::Work> for Workload {
             Work::Clock => Self::Clock,
             Work::Transcript => Self::Transcript,
             Work::Files => Self::Files,
+            Work::Serve => Self::Serve,
+            Work::Take => Self::Take,
         }
     }
 }
