@@ -21,7 +21,7 @@ use nix::sys::stat::FileStat;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use zerocopy::IntoBytes;
 
 /// Whether the guest may change the folder.
@@ -383,13 +383,33 @@ impl Server {
             .locate(&self.nodes.path(node)?, self.nodes.identity(node)?);
         match found {
             Ok((_, stat)) => Ok(stat),
-            Err(Errno::ESTALE) => {
-                let open = self.handles.values().filter(|h| h.opened.node == node);
-                let file = open.filter_map(|h| h.file.as_ref()).next();
-                nix::sys::stat::fstat(file.ok_or(Errno::ESTALE)?)
-            }
+            Err(Errno::ESTALE) => nix::sys::stat::fstat(self.open_file(node)?),
             Err(error) => Err(error),
         }
+    }
+
+    /// Does something with the node, which is found by its name, or else by what is open.
+    fn reach(
+        &self,
+        node: u64,
+        act: impl FnOnce(BorrowedFd<'_>) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        let found = self
+            .folder
+            .locate(&self.nodes.path(node)?, self.nodes.identity(node)?);
+        match found {
+            Ok((fd, _)) => act(fd.as_fd()),
+            Err(Errno::ESTALE) => act(self.open_file(node)?.as_fd()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A file that the guest has open as the node; ESTALE when there is none.
+    fn open_file(&self, node: u64) -> Result<&File, Errno> {
+        let open = self.handles.values().filter(|h| h.opened.node == node);
+        open.filter_map(|h| h.file.as_ref())
+            .next()
+            .ok_or(Errno::ESTALE)
     }
 
     /// Tells the guest what is at `name` in `parent`.
