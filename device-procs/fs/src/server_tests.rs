@@ -565,7 +565,7 @@ fn only_what_a_program_appends_goes_to_the_end() {
     fs::write(&file, "0123").unwrap();
     let mut guest = Client::new(folder.path());
     let node = guest.lookup(1, "f").unwrap().node;
-    let mut write = |guest: &mut Client, handle, write_flags, flags, data: &[u8]| {
+    let write = |guest: &mut Client, handle, write_flags, flags, data: &[u8]| {
         let asked = wire::WriteIn {
             handle,
             offset: 1,
