@@ -555,6 +555,30 @@ fn file_that_is_opened_to_read_is_truncated_if_asked() {
     assert_eq!(guest.read(handle, 10).unwrap(), b"");
     assert!(guest.write(handle, 0, b"x").is_err());
     assert_eq!(fs::read(folder.path().join("f")).unwrap(), b"");
+    // As Linux does it, after it has opened.
+    fs::write(folder.path().join("f"), "data").unwrap();
+    let asked = wire::SetattrIn {
+        valid: 1 << 3 | 1 << 6,
+        handle,
+        ..Default::default()
+    };
+    guest.ask(op::SETATTR, node, asked.as_bytes()).unwrap();
+    assert_eq!(fs::read(folder.path().join("f")).unwrap(), b"");
+}
+
+#[test]
+fn linux_is_not_to_truncate_before_it_knows_that_it_may() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Client::new(folder.path());
+    let init = wire::InitIn {
+        major: 7,
+        minor: 38,
+        flags: u32::MAX,
+        ..Default::default()
+    };
+    let told = guest.ask(op::INIT, 0, init.as_bytes()).unwrap();
+    let told = wire::InitOut::read_from_bytes(&told).unwrap();
+    assert_eq!(told.flags & 1 << 3, 0);
 }
 
 #[test]

@@ -321,8 +321,12 @@ impl Server {
         let asked: wire::SetattrIn = body.take()?;
         let has = |bit| asked.valid & bit != 0;
         if has(SET_SIZE) {
-            let held = self.handles.get(&asked.handle);
-            let done = match held.is_some_and(|held| held.opened.node == node) {
+            // What was opened to read alone is truncated by its name, as when it is opened with O_TRUNC.
+            let held = self.handles.get(&asked.handle).is_some_and(|held| {
+                let access = open_flags(held.opened.flags) & OFlag::O_ACCMODE;
+                held.opened.node == node && access != OFlag::O_RDONLY
+            });
+            let done = match held {
                 true => self.file(asked.handle)?.set_len(asked.size),
                 false => self.open_node(node, OFlag::O_WRONLY)?.set_len(asked.size),
             };
