@@ -7,7 +7,7 @@
 )]
 
 use bulkhead_tests::pattern::stream_byte;
-use bulkhead_tests::{Daemon, Machine, is_alive, kill};
+use bulkhead_tests::{Daemon, Machine, RamDisk, is_alive, kill};
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -324,50 +324,12 @@ fn brokers_come_and_go_and_both_sides_find_each_other() {
     until("its socket stays", || !socket.exists());
 }
 
-/// An archive with one program, as Linux takes it behind another one in an initial RAM disk.
-fn archive(name: &str, program: &[u8]) -> Vec<u8> {
-    let mut all = Vec::new();
-    let mut add = |name: &str, mode: u32, content: &[u8]| {
-        let fields = [
-            1,
-            mode,
-            0,
-            0,
-            1,
-            0,
-            u32::try_from(content.len()).unwrap(),
-            0,
-            0,
-            0,
-            0,
-            u32::try_from(name.len() + 1).unwrap(),
-            0,
-        ];
-        all.extend(b"070701");
-        all.extend(
-            fields
-                .iter()
-                .flat_map(|field| format!("{field:08x}").into_bytes()),
-        );
-        for part in [&[name.as_bytes(), &[0]].concat(), content] {
-            all.extend(part);
-            all.resize(all.len().next_multiple_of(4), 0);
-        }
-    };
-    add(name, 0o100_755, program);
-    add("TRAILER!!!", 0, &[]);
-    all
-}
-
 #[test]
 fn linux_talks_both_ways() {
     let dir = tempfile::tempdir().unwrap();
-    let probe = fs::read(env!("CARGO_BIN_EXE_vsock-probe")).unwrap();
-    let mut ram_disk = fs::read(bulkhead_tests::path("BULKHEAD_TEST_LINUX_INITRD")).unwrap();
-    ram_disk.resize(ram_disk.len().next_multiple_of(512), 0);
-    ram_disk.extend(archive("vsock-probe", &probe));
     let initrd = dir.path().join("initrd");
-    fs::write(&initrd, ram_disk).unwrap();
+    let probe = Path::new(env!("CARGO_BIN_EXE_vsock-probe"));
+    RamDisk::linux().copy("vsock-probe", probe).write(&initrd);
     let path = dir.path().join("web.sock");
     let _bytes = echo(UnixListener::bind(dir.path().join("web.sock_5000")).unwrap());
     let kernel = bulkhead_tests::path("BULKHEAD_TEST_LINUX_BZIMAGE");

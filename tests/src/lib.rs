@@ -27,6 +27,7 @@ pub mod pattern;
 #[path = "../guests/src/prng.rs"]
 pub mod prng;
 mod programs;
+mod ram_disk;
 mod restart;
 mod small_disk;
 mod spoil;
@@ -38,6 +39,7 @@ pub use held_file::HeldFile;
 pub use intruder::{Fate, Intruder};
 pub use machine::{Ended, Machine, Processes, bulkhead, is_alive};
 pub use programs::{Programs, with_version};
+pub use ram_disk::RamDisk;
 pub use restart::Restart;
 pub use small_disk::SmallDisk;
 pub use spoil::{kill, signal_process, window_of};

@@ -114,16 +114,23 @@ impl Folder {
         } else {
             path
         };
+        let open = |flags| {
+            let flags = flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+            let fd = Self::open_below(&self.0, path, flags, Mode::empty())?;
+            match identity(&fstat(&fd)?) == expected {
+                true => Ok(File::from(fd)),
+                false => Err(Errno::ESTALE),
+            }
+        };
         // Truncation waits until the file is known to be the right one.
-        let truncate = flags.contains(OFlag::O_TRUNC);
-        let flags = (flags - OFlag::O_TRUNC) | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-        let fd = Self::open_below(&self.0, path, flags, Mode::empty())?;
-        if identity(&fstat(&fd)?) != expected {
-            return Err(Errno::ESTALE);
-        }
-        let file = File::from(fd);
-        if truncate {
-            file.set_len(0).map_err(|e| errno(&e))?;
+        let file = open(flags - OFlag::O_TRUNC)?;
+        if flags.contains(OFlag::O_TRUNC) {
+            // What is opened to read alone cannot be truncated by that.
+            let writer = match flags & OFlag::O_ACCMODE == OFlag::O_RDONLY {
+                true => &open(OFlag::O_WRONLY)?,
+                false => &file,
+            };
+            writer.set_len(0).map_err(|e| errno(&e))?;
         }
         Ok(file)
     }

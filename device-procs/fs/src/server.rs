@@ -21,7 +21,7 @@ use nix::sys::stat::FileStat;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use zerocopy::IntoBytes;
 
 /// Whether the guest may change the folder.
@@ -342,10 +342,11 @@ impl Server {
     }
 
     fn init(&mut self, body: &mut Body<'_>, answer: &mut Vec<u8>) -> Result<(), Errno> {
-        /// What the guest's kernel may do: read several pages at a time, truncate while it opens, write
-        /// more than a page, notice by the time of a change that its pages are old, read directories
-        /// together with what their entries are, look names up side by side, and use large requests.
-        const WANTED: u32 = 1 | 1 << 3 | 1 << 5 | 1 << 12 | 1 << 13 | 1 << 14 | 1 << 18 | 1 << 22;
+        /// What the guest's kernel may do: read several pages at a time, write more than a page, notice by the
+        /// time of a change that its pages are old, read directories together with what their entries are, look
+        /// names up side by side, and use large requests. Not to truncate while it opens (1 << 3): Linux does so
+        /// before it finds that a file is executed, which may not be truncated.
+        const WANTED: u32 = 1 | 1 << 5 | 1 << 12 | 1 << 13 | 1 << 14 | 1 << 18 | 1 << 22;
         let asked: wire::InitIn = body.take()?;
         if asked.major < wire::MAJOR || (asked.major == wire::MAJOR && asked.minor < wire::MINOR) {
             return Err(Errno::EPROTO);
@@ -383,13 +384,33 @@ impl Server {
             .locate(&self.nodes.path(node)?, self.nodes.identity(node)?);
         match found {
             Ok((_, stat)) => Ok(stat),
-            Err(Errno::ESTALE) => {
-                let open = self.handles.values().filter(|h| h.opened.node == node);
-                let file = open.filter_map(|h| h.file.as_ref()).next();
-                nix::sys::stat::fstat(file.ok_or(Errno::ESTALE)?)
-            }
+            Err(Errno::ESTALE) => nix::sys::stat::fstat(self.open_file(node)?),
             Err(error) => Err(error),
         }
+    }
+
+    /// Does something with the node, which is found by its name, or else by what is open.
+    fn reach(
+        &self,
+        node: u64,
+        act: impl FnOnce(BorrowedFd<'_>) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        let found = self
+            .folder
+            .locate(&self.nodes.path(node)?, self.nodes.identity(node)?);
+        match found {
+            Ok((fd, _)) => act(fd.as_fd()),
+            Err(Errno::ESTALE) => act(self.open_file(node)?.as_fd()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A file that the guest has open as the node; ESTALE when there is none.
+    fn open_file(&self, node: u64) -> Result<&File, Errno> {
+        let open = self.handles.values().filter(|h| h.opened.node == node);
+        open.filter_map(|h| h.file.as_ref())
+            .next()
+            .ok_or(Errno::ESTALE)
     }
 
     /// Tells the guest what is at `name` in `parent`.

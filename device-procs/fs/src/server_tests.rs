@@ -493,3 +493,122 @@ proptest! {
         prop_assert!(answer.is_empty() || answer.len() >= 16);
     }
 }
+
+/// Asks for permissions and times by the node alone, as Linux does also of what is open.
+fn set_by_node(guest: &mut Client, node: u64, mode: u32, mtime: u64) -> Answer {
+    let asked = wire::SetattrIn {
+        valid: 1 | 1 << 5,
+        mode,
+        mtime,
+        ..Default::default()
+    };
+    guest.ask(op::SETATTR, node, asked.as_bytes())
+}
+
+#[test]
+fn attributes_of_open_files_are_set_when_their_name_is_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Client::new(folder.path());
+    let (node, handle) = guest.create(1, "f", 0o644).unwrap();
+    guest.named(op::UNLINK, 1, &[], &["f"]).unwrap();
+    // Another of that name is another.
+    fs::write(folder.path().join("f"), "other").unwrap();
+    let told = set_by_node(&mut guest, node, 0o604, 5).unwrap();
+    let attr = wire::AttrOut::read_from_bytes(&told).unwrap().attr;
+    assert_eq!((attr.mode & 0o7777, attr.mtime), (0o604, 5));
+    assert_eq!(attr.nlink, 0);
+    let other = fs::metadata(folder.path().join("f")).unwrap();
+    assert_ne!((other.mode() & 0o777, other.mtime()), (0o604, 5));
+    let asked = wire::HandleIn {
+        handle,
+        ..Default::default()
+    };
+    guest.ask(op::RELEASE, node, asked.as_bytes()).unwrap();
+    let refused = set_by_node(&mut guest, node, 0o600, 6);
+    assert_eq!(refused, Err(Errno::ESTALE));
+}
+
+#[test]
+fn link_that_is_left_is_changed_and_linked() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Client::new(folder.path());
+    let (node, _) = guest.create(1, "f", 0o644).unwrap();
+    let link = |guest: &mut Client, name| guest.named(op::LINK, 1, node.as_bytes(), &[name]);
+    link(&mut guest, "l").unwrap();
+    guest.named(op::UNLINK, 1, &[], &["f"]).unwrap();
+    set_by_node(&mut guest, node, 0o604, 5).unwrap();
+    let left = fs::metadata(folder.path().join("l")).unwrap();
+    assert_eq!((left.mode() & 0o777, left.mtime()), (0o604, 5));
+    // ESTALE, and not ENOENT: Linux looks the other name up then.
+    assert_eq!(link(&mut guest, "m"), Err(Errno::ESTALE));
+    assert_eq!(guest.lookup(1, "l").unwrap().node, node);
+    link(&mut guest, "m").unwrap();
+}
+
+#[test]
+fn file_that_is_opened_to_read_is_truncated_if_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("f"), "data").unwrap();
+    let mut guest = Client::new(folder.path());
+    let node = guest.lookup(1, "f").unwrap().node;
+    let handle = guest.open(node, libc_flags::TRUNC).unwrap();
+    assert_eq!(guest.read(handle, 10).unwrap(), b"");
+    assert!(guest.write(handle, 0, b"x").is_err());
+    assert_eq!(fs::read(folder.path().join("f")).unwrap(), b"");
+    // As Linux does it, after it has opened.
+    fs::write(folder.path().join("f"), "data").unwrap();
+    let asked = wire::SetattrIn {
+        valid: 1 << 3 | 1 << 6,
+        handle,
+        ..Default::default()
+    };
+    guest.ask(op::SETATTR, node, asked.as_bytes()).unwrap();
+    assert_eq!(fs::read(folder.path().join("f")).unwrap(), b"");
+}
+
+#[test]
+fn linux_is_not_to_truncate_before_it_knows_that_it_may() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Client::new(folder.path());
+    let init = wire::InitIn {
+        major: 7,
+        minor: 38,
+        flags: u32::MAX,
+        ..Default::default()
+    };
+    let told = guest.ask(op::INIT, 0, init.as_bytes()).unwrap();
+    let told = wire::InitOut::read_from_bytes(&told).unwrap();
+    assert_eq!(told.flags & 1 << 3, 0);
+}
+
+#[test]
+fn only_what_a_program_appends_goes_to_the_end() {
+    const APPEND: u32 = 0o2000;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("f");
+    fs::write(&file, "0123").unwrap();
+    let mut guest = Client::new(folder.path());
+    let node = guest.lookup(1, "f").unwrap().node;
+    let write = |guest: &mut Client, handle, write_flags, flags, data: &[u8]| {
+        let asked = wire::WriteIn {
+            handle,
+            offset: 1,
+            size: u32::try_from(data.len()).unwrap(),
+            write_flags,
+            flags,
+            ..Default::default()
+        };
+        let body = [asked.as_bytes(), data].concat();
+        guest.ask(op::WRITE, node, &body).unwrap();
+        fs::read(&file).unwrap()
+    };
+    let appender = APPEND.cast_signed() | libc_flags::RDWR;
+    let appender = guest.open(node, appender).unwrap();
+    assert_eq!(write(&mut guest, appender, 0, APPEND, b"4"), b"01234");
+    // A page of a map, and a file whose program has stopped to append.
+    assert_eq!(write(&mut guest, appender, 1, APPEND, b"a"), b"0a234");
+    assert_eq!(write(&mut guest, appender, 0, 0, b"b"), b"0b234");
+    // And one whose program has begun to.
+    let other = guest.open(node, libc_flags::RDWR).unwrap();
+    assert_eq!(write(&mut guest, other, 0, APPEND, b"5"), b"0b2345");
+}

@@ -121,9 +121,14 @@ impl Guest {
     }
 
     fn write(&mut self, handle: u64, offset: u64, data: &[u8]) -> Answer {
+        self.write_as(handle, offset, 0, data)
+    }
+
+    fn write_as(&mut self, handle: u64, offset: u64, flags: u32, data: &[u8]) -> Answer {
         let asked = wire::WriteIn {
             handle,
             offset,
+            flags,
             size: u32::try_from(data.len()).unwrap(),
             ..Default::default()
         };
@@ -305,15 +310,15 @@ fn data_are_appended_once() {
     const APPEND: u32 = 0o2001;
     let mut guest = Guest::new();
     let (_, handle) = guest.create("log", APPEND | 0o100).unwrap();
-    guest.write(handle, 0, b"one ").unwrap();
+    guest.write_as(handle, 0, APPEND, b"one ").unwrap();
     let before = guest.counted();
-    guest.write(handle, 0, b"two ").unwrap();
+    guest.write_as(handle, 0, APPEND, b"two ").unwrap();
     guest.die_in_the_middle(before);
     assert!(guest.serve().is_ok());
     assert_eq!(fs::read(guest.path("log")).unwrap(), b"one two ");
     // Not made: it is made. In part: nobody knows.
     let before = guest.counted();
-    guest.write(handle, 0, b"three ").unwrap();
+    guest.write_as(handle, 0, APPEND, b"three ").unwrap();
     let log = fs::OpenOptions::new()
         .write(true)
         .open(guest.path("log"))
@@ -323,7 +328,7 @@ fn data_are_appended_once() {
     assert!(guest.serve().is_ok());
     assert_eq!(fs::read(guest.path("log")).unwrap(), b"one two three ");
     let before = guest.counted();
-    guest.write(handle, 0, b"four ").unwrap();
+    guest.write_as(handle, 0, APPEND, b"four ").unwrap();
     log.set_len(16).unwrap();
     guest.die_in_the_middle(before);
     assert_eq!(guest.serve(), Err(Errno::EIO));

@@ -12,9 +12,12 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::{Gid, LinkatFlags, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat};
 use rustix::fs::{FallocateFlags, RenameFlags, Timespec, Timestamps, renameat_with};
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use zerocopy::IntoBytes;
+
+/// Flag of a write: what is written comes from the guest's cache.
+const WRITE_CACHE: u32 = 1;
 
 const SET_MODE: u32 = 1;
 const SET_UID: u32 = 1 << 1;
@@ -75,7 +78,8 @@ impl Server {
                 let expected = self.nodes.identity(old.node)?;
                 let (parent, old_name) = self.nodes.place(old.node)?;
                 let (from, old_name) = (self.directory(parent)?, old_name.to_owned());
-                if folder::identity(&Folder::look(&from, &old_name)?) != expected {
+                // By another of its names, the guest finds it when it looks again.
+                if identity_at(&from, &old_name) != Some(expected) {
                     return Err(Errno::ESTALE);
                 }
                 self.make(node, name, answer, |dir| {
@@ -193,9 +197,17 @@ impl Server {
             return Err(Errno::EINVAL);
         }
         let held = self.handles.get(&asked.handle).ok_or(Errno::EBADF)?;
-        let appends = open_flags(held.opened.flags).contains(OFlag::O_APPEND);
+        let (opened, appender) = (held.opened, OFlag::O_APPEND);
+        // Pages that were changed in a map have their place, and whether a program appends can change while it
+        // has the file open.
+        let from_cache = asked.write_flags & WRITE_CACHE != 0;
+        let appends = open_flags(asked.flags).contains(appender) && !from_cache;
         let written = if appends {
             self.append(asked.handle, transfer, size)?
+        } else if open_flags(opened.flags).contains(appender) {
+            // With O_APPEND the host knows no other place than the end.
+            let file = self.open_node(opened.node, OFlag::O_WRONLY)?;
+            transfer.drain(&file, asked.offset, size)?
         } else {
             transfer.drain(self.file(asked.handle)?, asked.offset, size)?
         };
@@ -307,11 +319,14 @@ impl Server {
         answer: &mut Vec<u8>,
     ) -> Result<(), Errno> {
         let asked: wire::SetattrIn = body.take()?;
-        let (path, expected) = (self.nodes.path(node)?, self.nodes.identity(node)?);
         let has = |bit| asked.valid & bit != 0;
         if has(SET_SIZE) {
-            let held = self.handles.get(&asked.handle);
-            let done = match held.is_some_and(|held| held.opened.node == node) {
+            // What was opened to read alone is truncated by its name, as when it is opened with O_TRUNC.
+            let held = self.handles.get(&asked.handle).is_some_and(|held| {
+                let access = open_flags(held.opened.flags) & OFlag::O_ACCMODE;
+                held.opened.node == node && access != OFlag::O_RDONLY
+            });
+            let done = match held {
                 true => self.file(asked.handle)?.set_len(asked.size),
                 false => self.open_node(node, OFlag::O_WRONLY)?.set_len(asked.size),
             };
@@ -325,37 +340,26 @@ impl Server {
         let group = owner(SET_GID, asked.gid, &self.terms.ids.groups)?.map(Gid::from_raw);
         let times = SET_ATIME | SET_MTIME;
         if asked.valid & (SET_MODE | SET_UID | SET_GID | times) != 0 {
-            let (fd, _) = self.folder.locate(&path, expected)?;
-            if user.is_some() || group.is_some() {
-                fchownat(
-                    &fd,
-                    "",
-                    user,
-                    group,
-                    AtFlags::AT_EMPTY_PATH | AtFlags::AT_SYMLINK_NOFOLLOW,
-                )?;
-            }
-            if has(SET_MODE) {
-                bulkhead_runtime::change_mode(fd.as_fd(), mode(asked.mode, 0).bits())?;
-            }
-            if asked.valid & times != 0 {
-                let times = Timestamps {
-                    last_access: time(
-                        has(SET_ATIME),
-                        has(SET_ATIME_NOW),
-                        asked.atime,
-                        asked.atime_ns,
-                    ),
-                    last_modification: time(
-                        has(SET_MTIME),
-                        has(SET_MTIME_NOW),
-                        asked.mtime,
-                        asked.mtime_ns,
-                    ),
-                };
-                rustix::fs::utimensat(&fd, "", &times, rustix::fs::AtFlags::EMPTY_PATH)
-                    .map_err(raw)?;
-            }
+            self.reach(node, |fd| {
+                if user.is_some() || group.is_some() {
+                    let flags = AtFlags::AT_EMPTY_PATH | AtFlags::AT_SYMLINK_NOFOLLOW;
+                    fchownat(fd, "", user, group, flags)?;
+                }
+                if has(SET_MODE) {
+                    bulkhead_runtime::change_mode(fd, mode(asked.mode, 0).bits())?;
+                }
+                if asked.valid & times != 0 {
+                    let (access, change) =
+                        ((asked.atime, asked.atime_ns), (asked.mtime, asked.mtime_ns));
+                    let times = Timestamps {
+                        last_access: time(has(SET_ATIME), has(SET_ATIME_NOW), access),
+                        last_modification: time(has(SET_MTIME), has(SET_MTIME_NOW), change),
+                    };
+                    let flags = rustix::fs::AtFlags::EMPTY_PATH;
+                    rustix::fs::utimensat(fd, "", &times, flags).map_err(raw)?;
+                }
+                Ok(())
+            })?;
         }
         let stat = self.stat(node)?;
         self.tell_attr(&stat, answer);
@@ -363,7 +367,7 @@ impl Server {
     }
 }
 
-const fn time(set: bool, now: bool, seconds: u64, ns: u32) -> Timespec {
+const fn time(set: bool, now: bool, (seconds, ns): (u64, u32)) -> Timespec {
     match (set, now) {
         (false, _) => Timespec {
             tv_sec: 0,

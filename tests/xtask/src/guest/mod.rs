@@ -8,6 +8,7 @@ mod debian;
 mod disk;
 mod initramfs;
 mod linux;
+mod pjdfstest;
 mod stock;
 mod test_guest;
 
@@ -56,6 +57,8 @@ pub(crate) enum Image {
     StockInitrd,
     /// A disk with a Debian root file system (ext4, raw) that holds its own kernel.
     DebianDisk,
+    /// No image, but a program for Linux guests: the suite pjdfstest.
+    Pjdfstest,
 }
 
 impl Image {
@@ -68,8 +71,13 @@ impl Image {
     ];
     /// The images of the stock Debian kernel.
     pub(crate) const STOCK: [Self; 2] = [Self::StockKernel, Self::StockInitrd];
-    /// What only the slow suites boot: everything from Debian's packages.
-    pub(crate) const SLOW: [Self; 3] = [Self::StockKernel, Self::StockInitrd, Self::DebianDisk];
+    /// What only the slow suites use: everything from Debian's packages, and what is built from crates.io.
+    pub(crate) const SLOW: [Self; 4] = [
+        Self::StockKernel,
+        Self::StockInitrd,
+        Self::DebianDisk,
+        Self::Pjdfstest,
+    ];
 
     /// The path of the image, which is built first when it is missing.
     pub(crate) fn path(self) -> Result<PathBuf> {
@@ -81,6 +89,7 @@ impl Image {
             Self::StockKernel => stock::fetch()?.join("vmlinuz"),
             Self::StockInitrd => stock::fetch()?.join("initrd.cpio"),
             Self::DebianDisk => debian::build()?,
+            Self::Pjdfstest => pjdfstest::build()?,
         })
     }
 
@@ -94,6 +103,7 @@ impl Image {
             Self::StockKernel => "BULKHEAD_TEST_STOCK_KERNEL",
             Self::StockInitrd => "BULKHEAD_TEST_STOCK_INITRD",
             Self::DebianDisk => "BULKHEAD_TEST_DEBIAN_DISK",
+            Self::Pjdfstest => "BULKHEAD_TEST_PJDFSTEST",
         }
     }
 }
