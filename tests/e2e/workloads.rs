@@ -31,7 +31,7 @@ fn guests() -> Guests {
 }
 
 fn arguments(work: Workload, seconds: u64, disk: Option<&FaultyDisk>) -> Vec<String> {
-    let all = work.arguments(seconds, SEED, &guests()).unwrap();
+    let all = work.arguments(seconds, SEED, &guests(), None).unwrap();
     let mut all: Vec<String> = all.into_iter().map(|a| a.into_string().unwrap()).collect();
     if let Some(disk) = disk {
         all.push("--disk".into());

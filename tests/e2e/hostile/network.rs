@@ -174,7 +174,7 @@ fn taken_over_card_costs_its_own_port_alone() {
         peers_go_on(&daemon, "lab", switch, before);
         nobody_grows(method, &daemon, kib, switch);
         // Its guest may have ended by itself.
-        daemon.run(&["kill", &name]);
+        let _ended_or_not = daemon.run(&["kill", &name]);
         daemon.good(&["rm", "--force", &name]);
         log_is_sound(method, &daemon);
     }
