@@ -152,7 +152,6 @@ mod tests {
     use bulkhead_ipc::input_ring::{INPUT_RING_BYTES, InputWriter};
     use bulkhead_ipc::output_ring::{self, OutputReader};
     use bulkhead_ipc::protocol::birth::{DeviceConfig, UringGrant};
-    use bulkhead_ipc::ring::{RequestLayout, Span};
     use bulkhead_ipc::shared::sealed_memfd;
     use bulkhead_runtime::testing::Rig;
     use proptest::prelude::*;
@@ -337,12 +336,8 @@ mod tests {
         ) {
             let mut desk = desk();
             for (queue, spans) in requests {
-                let mut layout = RequestLayout::default();
-                for (offset, len, writable) in spans {
-                    let offset = offset.max(desk.rig.window.layout.data);
-                    layout.push(Span { offset, len: len % 70_000 + 1, writable });
-                }
-                desk.rig.submit_raw(queue, &layout);
+                let spans = spans.into_iter().map(|(at, len, writable)| (at, len % 70_000, writable));
+                desk.rig.submit_any(queue, None, spans.collect());
             }
             desk.keys(b"keys");
             desk.rig.run().unwrap();

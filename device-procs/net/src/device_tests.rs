@@ -9,7 +9,6 @@ use bulkhead_ipc::protocol::birth::{
     DeviceConfig, DeviceOwn, DiskLimits, FdRole, Rate, UringGrant,
 };
 use bulkhead_ipc::protocol::device::Direction;
-use bulkhead_ipc::ring::{RequestLayout, Span};
 use bulkhead_runtime::Device;
 use bulkhead_runtime::testing::Rig;
 use nix::errno::Errno;
@@ -409,12 +408,8 @@ proptest! {
     ) {
         let mut desk = desk_of(2, features, DiskLimits::default());
         for (queue, spans) in requests {
-            let mut layout = RequestLayout::default();
-            for (offset, len, writable) in spans {
-                let offset = offset.max(desk.rig.window.layout.data);
-                layout.push(Span { offset, len: len % 70_000 + 1, writable });
-            }
-            desk.rig.submit_raw(queue, &layout);
+            let spans = spans.into_iter().map(|(at, len, writable)| (at, len % 70_000, writable));
+            desk.rig.submit_any(queue, None, spans.collect());
         }
         for message in messages {
             desk.comes(&message);

@@ -1,7 +1,6 @@
 use super::*;
 use crate::packet::{HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_SEND, TYPE_STREAM};
 use bulkhead_ipc::protocol::birth::{DeviceConfig, UringGrant};
-use bulkhead_ipc::ring::{RequestLayout, Span};
 use bulkhead_runtime::testing::Rig;
 use proptest::prelude::*;
 use std::io::{ErrorKind, Read, Write};
@@ -319,12 +318,8 @@ proptest! {
         let mut client = bench.client();
         client.write_all(b"CONNECT 1\nand so on").unwrap();
         for (queue, spans) in requests {
-            let mut layout = RequestLayout::default();
-            for (offset, len, writable) in spans {
-                let offset = offset.max(bench.rig.window.layout.data);
-                layout.push(Span { offset, len: len % 70_000 + 1, writable });
-            }
-            bench.rig.submit_raw(queue, &layout);
+            let spans = spans.into_iter().map(|(at, len, writable)| (at, len % 70_000, writable));
+            bench.rig.submit_any(queue, None, spans.collect());
         }
         bench.rig.run().unwrap();
         bench.rig.reset_driver();

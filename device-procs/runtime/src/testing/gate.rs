@@ -191,6 +191,32 @@ impl Gate {
         driver.submit(&self.window.memory, layout)
     }
 
+    /// Puts a request into a queue as a gate could make it of these: offsets into the data area, lengths, and whether
+    /// the device writes. `front` comes before them.
+    pub fn submit_any(
+        &mut self,
+        queue: usize,
+        front: Option<Span>,
+        mut spans: Vec<(usize, u32, bool)>,
+    ) -> u16 {
+        let data = self.window.layout.data;
+        let room = self.window.layout.bytes - data;
+        spans.sort_by_key(|&(.., writable)| writable);
+        let mut layout = RequestLayout::default();
+        front.into_iter().for_each(|span| layout.push(span));
+        for (at, len, writable) in spans {
+            let at = at % room;
+            let len = len.clamp(1, u32::try_from(room - at).unwrap());
+            let offset = data + at;
+            layout.push(Span {
+                offset,
+                len,
+                writable,
+            });
+        }
+        self.submit_raw(queue, &layout)
+    }
+
     /// Rings the kick doorbell if the device asked for it. Returns whether it did.
     pub fn announce(&mut self, queue: usize) -> bool {
         let needed = self

@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     fn verified(mut checker: Box<dyn Checker>, lines: &[&str]) -> Verified {
-        for line in lines {
+        for line in ["BH hello version=1 mode=net"].iter().chain(lines) {
             checker.record(Duration::ZERO, line);
         }
         checker.finish()
