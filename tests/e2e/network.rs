@@ -44,18 +44,6 @@ fn ask_in(daemon: &Daemon, network: &str, name: &str, more: &str) {
     daemon.create_and_start(name, &cmdline, &["--net", &net]);
 }
 
-fn switch_of(daemon: &Daemon, network: &str) -> u32 {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let shown = daemon.json(&["network", "show", network]);
-        if let (Some(pid), "serving") = (shown["pid"].as_u64(), shown["state"].as_str().unwrap()) {
-            return u32::try_from(pid).unwrap();
-        }
-        assert!(Instant::now() < deadline, "{shown}: {}", daemon.log());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 fn card<'a>(shown: &'a Value, machine: &str) -> &'a Value {
     let cards = shown["cards"].as_array().unwrap();
     let card = cards.iter().find(|card| card["machine"] == machine);
@@ -178,7 +166,7 @@ fn tenants_and_vlans_of_one_network_are_apart() {
     assert_eq!(card(&shown, "red")["tenant"], "red");
     assert_eq!(card(&shown, "red")["addresses"][0], "10.87.0.50");
     // The next switch is told the same.
-    kill(switch_of(&daemon, "lab"));
+    kill(daemon.switch_of("lab"));
     assert!(reaches(&daemon, "lab,tenant=red", "another-friend", ask));
     assert!(!reaches(
         &daemon,
@@ -243,7 +231,7 @@ fn transfer_outlives_switch_and_card() {
         &format!("ip=dhcp peer={db} offload=1 rounds=2"),
     );
     daemon.until_output("web", "net.lease");
-    let first = switch_of(&daemon, "lab");
+    let first = daemon.switch_of("lab");
     let mut deaths = 0;
     let mut last = first;
     while !daemon.output_of("web").contains("net-peer result=ok") {
@@ -252,7 +240,7 @@ fn transfer_outlives_switch_and_card() {
             0 | 1 => {
                 kill(last);
                 let deadline = Instant::now() + PATIENCE;
-                while switch_of(&daemon, "lab") == last {
+                while daemon.switch_of("lab") == last {
                     assert!(
                         Instant::now() < deadline,
                         "no other switch: {}",
@@ -260,7 +248,7 @@ fn transfer_outlives_switch_and_card() {
                     );
                     std::thread::sleep(Duration::from_millis(10));
                 }
-                last = switch_of(&daemon, "lab");
+                last = daemon.switch_of("lab");
                 assert!(!is_alive(first));
             }
             _ => kill(daemon.process("db", "net")),
@@ -291,12 +279,12 @@ fn network_outlives_its_daemon() {
     let ask = format!("ip=dhcp peer={db} offload=1");
     ask_in(&daemon, "lab", "web", &ask);
     daemon.until_output("web", "net.lease");
-    let old = switch_of(&daemon, "lab");
+    let old = daemon.switch_of("lab");
     daemon.crash();
     std::thread::sleep(Duration::from_millis(300));
     assert!(is_alive(old), "it ended with its daemon");
     daemon.serve();
-    assert_ne!(switch_of(&daemon, "lab"), old);
+    assert_ne!(daemon.switch_of("lab"), old);
     assert!(!is_alive(old));
     for machine in ["db", "web"] {
         daemon.until_state(machine, "running");
@@ -361,7 +349,7 @@ fn uplink_leads_to_the_host_and_what_passes_is_captured() {
     let seen = bytes.windows(pattern.len()).filter(|part| *part == pattern);
     assert!(seen.count() >= 4, "asked and answered, in and out");
     // The next switch has the same way out.
-    kill(switch_of(&daemon, "lan"));
+    kill(daemon.switch_of("lan"));
     network::echo("10.0.0.2", 500);
     assert!(
         network
@@ -399,7 +387,7 @@ fn garbage_in_the_ports_of_a_network_harms_no_other() {
         "peer",
         &format!("ip=dhcp peer={other} offload=1 rounds=2"),
     );
-    let (red, blue) = (switch_of(&daemon, "red"), switch_of(&daemon, "blue"));
+    let (red, blue) = (daemon.switch_of("red"), daemon.switch_of("blue"));
     // What a switch could do to its cards, and a card to its switch: positions, generations and lengths of anything.
     let memory = std::fs::File::options()
         .write(true)
@@ -424,7 +412,7 @@ fn garbage_in_the_ports_of_a_network_harms_no_other() {
     }
     assert_eq!(told(&daemon, "peer", "BH net-peer result", "reached"), "2");
     assert_eq!(told(&daemon, "peer", "net.peer ", "wrong"), "0");
-    assert_eq!(switch_of(&daemon, "blue"), blue);
+    assert_eq!(daemon.switch_of("blue"), blue);
     for machine in ["victim", "other"] {
         assert_eq!(daemon.state_of(machine), "running");
     }

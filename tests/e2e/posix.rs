@@ -8,7 +8,7 @@
 )]
 
 use bulkhead_tests::{Machine, RamDisk};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
@@ -150,21 +150,16 @@ fn a_shared_folder_is_what_posix_demands_of_a_file_system() {
     assert_eq!(ended.code, 0, "{ended:?}");
     assert_eq!(fs::read_dir(&work).unwrap().count(), 0);
 
-    let failed: BTreeSet<&str> = lines
-        .iter()
-        .filter_map(|line| line.strip_prefix("FAILED ")?.split(": ").next())
-        .collect();
-    for (name, why) in MISSING {
-        assert!(failed.contains(name), "{name} is there, in spite of: {why}");
-    }
-    let unexpected = |line: &&String| {
-        let name = line
-            .strip_prefix("FAILED ")
-            .and_then(|l| l.split(": ").next());
-        name.is_some_and(|name| !MISSING.iter().any(|(missing, _)| *missing == name))
+    let named = |line: &'_ String| {
+        let name = line.strip_prefix("FAILED ")?.split(": ").next()?;
+        Some((name.to_owned(), line.clone()))
     };
-    let unexpected: Vec<&String> = lines.iter().filter(unexpected).collect();
-    assert!(unexpected.is_empty(), "{unexpected:#?}");
+    let mut failed: BTreeMap<String, String> = lines.iter().filter_map(named).collect();
+    for (name, why) in MISSING {
+        let is_missing = failed.remove(*name).is_some();
+        assert!(is_missing, "{name} is there, in spite of: {why}");
+    }
+    assert!(failed.is_empty(), "{failed:#?}");
     let summary = pjdfstest.last().unwrap();
     assert!(summary.starts_with("Summary: 0 failed"), "{pjdfstest:#?}");
 }

@@ -20,15 +20,6 @@ const CUT_BYTES: usize = 64 << 10;
 /// One that no program has.
 const OTHER: &str = "9.8.7";
 
-/// A daemon whose machines are made of `programs`.
-fn daemon_of(programs: &Programs) -> Daemon {
-    let mut daemon = Daemon::start();
-    daemon.end(Signal::SIGTERM);
-    daemon.serve_with(&["--libexec-dir", programs.argument()]);
-    daemon.serve();
-    daemon
-}
-
 fn device(daemon: &Daemon, name: &str) -> Value {
     let list = daemon.json(&["device", "list", "web"]);
     let devices = list["devices"].as_array().unwrap();
@@ -116,7 +107,7 @@ fn devices_are_listed_and_restarted_by_name_and_the_guest_sees_no_error() {
 #[test]
 fn device_is_upgraded_under_load_to_the_program_on_disk_and_to_no_other() {
     let programs = Programs::copied();
-    let daemon = daemon_of(&programs);
+    let daemon = Daemon::of(&programs);
     let image = disk(4 << 20);
     guest_under_load(&daemon, image.path().to_str().unwrap());
 
@@ -160,7 +151,7 @@ fn device_is_upgraded_under_load_to_the_program_on_disk_and_to_no_other() {
 #[test]
 fn devices_are_listed_and_upgraded_by_a_daemon_that_has_taken_the_machine_over() {
     let programs = Programs::copied();
-    let mut daemon = daemon_of(&programs);
+    let mut daemon = Daemon::of(&programs);
     let image = disk(4 << 20);
     guest_under_load(&daemon, image.path().to_str().unwrap());
     let before = device(&daemon, "disk0");
@@ -183,7 +174,7 @@ fn devices_are_listed_and_upgraded_by_a_daemon_that_has_taken_the_machine_over()
 #[test]
 fn program_that_does_not_start_is_given_up_and_the_one_before_it_serves() {
     let programs = Programs::copied();
-    let daemon = daemon_of(&programs);
+    let daemon = Daemon::of(&programs);
     let image = disk(4 << 20);
     guest_under_load(&daemon, image.path().to_str().unwrap());
     for (name, kind) in [("disk0", "blk"), ("rng", "rng"), ("legacy", "legacy")] {

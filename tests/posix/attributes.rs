@@ -1,7 +1,7 @@
 //! What is told of a file besides its data: permissions, owners, times, extended attributes.
 
 use crate::place::{
-    ALICE, Check, Outcome, Place, fails, mode, nap, ok, open, open_as, same, stat, want,
+    ALICE, Check, Failure, Outcome, Place, fails, mode, nap, ok, open, open_as, same, stat, want,
 };
 use rustix::fs::{
     AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, XattrFlags, chmod,
@@ -163,7 +163,7 @@ fn set(path: &Path, access: Timespec, change: Timespec) -> Outcome {
 type Moments = ((i64, u64), (i64, u64), (i64, u64));
 
 /// Of access, of the data's change, of the status's change.
-fn times(path: &Path) -> Result<Moments, crate::place::Failure> {
+fn times(path: &Path) -> Result<Moments, Failure> {
     let s = stat(path)?;
     Ok((
         (s.st_atime, s.st_atime_nsec),
@@ -273,21 +273,26 @@ fn access_time(p: &Place) -> Outcome {
     Ok(())
 }
 
-fn write_times(p: &Place) -> Outcome {
-    let f = p.file("f", b"data")?;
-    let file = ok!(open(&f, OFlags::RDWR));
-    let mut before = times(&f)?;
-    let mut next = |what: &str| -> Outcome {
-        let after = times(&f)?;
+/// What finds out, each time it is called, whether the content's and the attributes' times have moved on since the call before.
+fn later_each_time(path: &Path) -> Result<impl FnMut(&str) -> Outcome, Failure> {
+    let mut before = times(path)?;
+    Ok(move |what: &str| {
+        let after = times(path)?;
         if after.1 <= before.1 || after.2 <= before.2 {
-            return Err(crate::place::Failure::Failed(format!(
+            return Err(Failure::Failed(format!(
                 "{what}: {before:?} and then {after:?}"
             )));
         }
         before = after;
         nap();
         Ok(())
-    };
+    })
+}
+
+fn write_times(p: &Place) -> Outcome {
+    let f = p.file("f", b"data")?;
+    let file = ok!(open(&f, OFlags::RDWR));
+    let mut next = later_each_time(&f)?;
     nap();
     ok!(rustix::io::write(&file, b"x"));
     next("write")?;
@@ -342,18 +347,7 @@ fn status_change(p: &Place) -> Outcome {
 
 fn directory_times(p: &Place) -> Outcome {
     let (d, e) = (p.dir("d")?, p.dir("e")?);
-    let mut before = times(&d)?;
-    let mut next = |what: &str| -> Outcome {
-        let after = times(&d)?;
-        if after.1 <= before.1 || after.2 <= before.2 {
-            return Err(crate::place::Failure::Failed(format!(
-                "{what}: {before:?} and then {after:?}"
-            )));
-        }
-        before = after;
-        nap();
-        Ok(())
-    };
+    let mut next = later_each_time(&d)?;
     nap();
     ok!(fs::write(d.join("f"), b""));
     next("create")?;
@@ -371,9 +365,9 @@ fn directory_times(p: &Place) -> Outcome {
     next("mkdir")?;
     ok!(fs::remove_dir(d.join("sub")));
     next("rmdir")?;
+    let before = times(&d)?;
     ok!(fs::write(d.join("f"), b"data"));
-    let after = times(&d)?;
-    same!(after.1, before.1);
+    same!(times(&d)?.1, before.1);
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! A `bulkhead serve` of a test's own, and the commands that talk to it.
 
 use super::machine::{as_user, bulkhead, install_for, is_alive, pid};
+use super::programs::Programs;
 use bulkhead::vm::adopt::orphans;
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
@@ -42,6 +43,16 @@ impl Daemon {
     #[must_use]
     pub fn start() -> Self {
         Self::configured("")
+    }
+
+    /// Starts a daemon whose machines and networks are made of `programs`.
+    #[must_use]
+    pub fn of(programs: &Programs) -> Self {
+        let mut daemon = Self::start();
+        daemon.end(Signal::SIGTERM);
+        daemon.serve_with(&["--libexec-dir", programs.argument()]);
+        daemon.serve();
+        daemon
     }
 
     /// Starts a daemon whose `bulkhead.toml` is `config`.
@@ -243,6 +254,23 @@ impl Daemon {
     pub fn create_and_start(&self, name: &str, cmdline: &str, more: &[&str]) {
         self.create(name, cmdline, more);
         self.good(&["start", name]);
+    }
+
+    /// The pid of the switch of `network`, once it serves.
+    ///
+    /// # Panics
+    /// When it does not within a minute.
+    #[must_use]
+    pub fn switch_of(&self, network: &str) -> u32 {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let shown = self.json(&["network", "show", network]);
+            if let (Some(pid), Some("serving")) = (shown["pid"].as_u64(), shown["state"].as_str()) {
+                return u32::try_from(pid).expect("a pid");
+            }
+            assert!(Instant::now() < deadline, "{shown}: {}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// What `inspect` says of a machine.

@@ -2,6 +2,7 @@
 
 use crate::vm::spec::is_network_name;
 use bulkhead_ipc::protocol::switch::VlanTerms;
+pub use bulkhead_switch::settings::is_vlan;
 use bulkhead_switch::settings::{ADDRESSES_MAX, TRUNK_VLANS_MAX};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -63,12 +64,6 @@ impl CardVlan {
             Self::Network | Self::Access(_) => None,
         }
     }
-}
-
-/// Whether VLANs may have these numbers.
-#[must_use]
-pub fn is_vlan(vlan: u16) -> bool {
-    (1..=4094).contains(&vlan)
 }
 
 /// Whether a trunk may have these VLANs.

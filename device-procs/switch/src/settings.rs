@@ -161,6 +161,12 @@ pub fn is_label(text: &str) -> bool {
         && !text.ends_with('-')
 }
 
+/// Whether a VLAN can have this number.
+#[must_use]
+pub fn is_vlan(vlan: u16) -> bool {
+    (1..=4094).contains(&vlan)
+}
+
 /// What a port leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -285,10 +291,11 @@ impl PortSettings {
             "addresses",
             "at most 16",
         )?;
-        let good = |vlan: &u16| (1..=4094).contains(vlan);
         let vlans_are_good = match &self.vlan {
-            Vlan::Access(vlan) => *vlan == 0 || good(vlan),
-            Vlan::Trunk(vlans) => vlans.len() <= TRUNK_VLANS_MAX && vlans.iter().all(good),
+            Vlan::Access(vlan) => *vlan == 0 || is_vlan(*vlan),
+            Vlan::Trunk(vlans) => {
+                vlans.len() <= TRUNK_VLANS_MAX && vlans.iter().all(|vlan| is_vlan(*vlan))
+            }
         };
         ensure(vlans_are_good, "vlan", "numbers from 1 to 4094")?;
         let rates = [self.limits.bytes, self.limits.frames];

@@ -4,7 +4,6 @@
 
 use super::{GROWTH_KIB, METHODS, resident_kib};
 use bulkhead_tests::{Daemon, Programs, is_alive, kill};
-use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
@@ -15,15 +14,6 @@ const ATTACK: Duration = Duration::from_secs(2);
 const FOUND_OUT: [&str; 3] = ["flood", "lie", "silent"];
 /// Private memory of a switch with few ports at most, in KiB.
 const SWITCH_KIB_MAX: u64 = 16_384;
-
-/// A daemon whose machines and networks are made of `programs`.
-fn daemon_of(programs: &Programs) -> Daemon {
-    let mut daemon = Daemon::start();
-    daemon.end(Signal::SIGTERM);
-    daemon.serve_with(&["--libexec-dir", programs.argument()]);
-    daemon.serve();
-    daemon
-}
 
 fn until<T>(daemon: &Daemon, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
@@ -38,16 +28,6 @@ fn until<T>(daemon: &Daemon, what: &str, mut look: impl FnMut() -> Option<T>) ->
 
 fn show(daemon: &Daemon, network: &str) -> Value {
     daemon.json(&["network", "show", network])
-}
-
-/// The switch of a network that serves.
-fn switch_of(daemon: &Daemon, network: &str) -> u32 {
-    until(daemon, network, || {
-        let shown = show(daemon, network);
-        let serves = shown["state"] == "serving";
-        let pid = shown["pid"].as_u64().filter(|_| serves);
-        pid.map(|pid| u32::try_from(pid).unwrap())
-    })
 }
 
 /// Two machines that are nobody's enemy: one takes verified data from the other for as long as they live.
@@ -88,7 +68,7 @@ fn peers_go_on(daemon: &Daemon, network: &str, switch: u32, before: usize) {
     for machine in ["other", "peer"] {
         assert_eq!(daemon.state_of(machine), "running");
     }
-    assert_eq!(switch_of(daemon, network), switch);
+    assert_eq!(daemon.switch_of(network), switch);
     assert_eq!(show(daemon, network)["restarts"], 0);
 }
 
@@ -117,10 +97,10 @@ fn remove(daemon: &Daemon, machine: &str) {
 #[test]
 fn taken_over_switch_harms_nobody_else_and_its_successor_serves() {
     let programs = Programs::with("switch", "bulkhead-hostile");
-    let daemon = daemon_of(&programs);
+    let daemon = Daemon::of(&programs);
     daemon.good(&["network", "create", "blue"]);
     peers_in(&daemon, "blue");
-    let blue = switch_of(&daemon, "blue");
+    let blue = daemon.switch_of("blue");
     let kib = resident_kib(daemon.pid()).unwrap();
     for (method, seed) in METHODS.into_iter().zip(1..) {
         let network = format!("hostile-{method}-{seed}-once");
@@ -136,7 +116,7 @@ fn taken_over_switch_harms_nobody_else_and_its_successor_serves() {
                 (shown["restarts"].as_u64() > Some(0)).then_some(())
             });
         } else {
-            let hostile = switch_of(&daemon, &network);
+            let hostile = daemon.switch_of(&network);
             std::thread::sleep(ATTACK);
             assert!(is_alive(hostile), "{method}: {}", daemon.log());
             kill(hostile);
@@ -160,10 +140,10 @@ fn taken_over_switch_harms_nobody_else_and_its_successor_serves() {
 #[test]
 fn taken_over_card_costs_its_own_port_alone() {
     let programs = Programs::with("net", "bulkhead-hostile");
-    let daemon = daemon_of(&programs);
+    let daemon = Daemon::of(&programs);
     daemon.good(&["network", "create", "lab"]);
     peers_in(&daemon, "lab");
-    let switch = switch_of(&daemon, "lab");
+    let switch = daemon.switch_of("lab");
     let kib = resident_kib(daemon.pid()).unwrap();
     for (method, seed) in METHODS.into_iter().zip(1..) {
         let name = format!("hostile-{method}-{seed}");
