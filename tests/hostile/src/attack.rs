@@ -6,10 +6,11 @@ use crate::prey::Prey;
 use crate::prng::Prng;
 use bulkhead_ipc::channel::{Channel, ChannelError};
 use bulkhead_ipc::protocol::birth::Born;
-use bulkhead_ipc::protocol::device::FromDevice;
+use bulkhead_ipc::protocol::device::{FromDevice, ToDevice};
 use bulkhead_ipc::shared::{Doorbell, SharedMemory};
 use bulkhead_ipc::window::{DeviceState, QueueLayout, Window};
 use bulkhead_policies::denied::Attempt;
+use bulkhead_runtime::wait::Waiter;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -114,6 +115,13 @@ pub(crate) fn run(
             // A descriptor that rings by itself cuts it short, which is as good.
             let _woken = prey.waiter.sleep(Some(pause));
         }
+    }
+}
+
+/// Until the broker asks for a sign of life, as it does of everything that serves.
+pub(crate) fn await_ping(channel: &Channel, waiter: &Waiter) {
+    while let Ok(None) = channel.try_recv::<ToDevice>() {
+        let _woken = waiter.sleep(Some(PAUSE));
     }
 }
 

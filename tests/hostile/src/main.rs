@@ -120,7 +120,12 @@ fn live(mut newborn: Newborn, denied: &[Attempt]) -> Result<std::convert::Infall
         leave(EXIT_STILLBORN)
     }
     let mut prey = Prey::take(&mut newborn)?;
+    let is_first = newborn.id.generation == 1;
     let (control, _id) = newborn.lock()?;
+    if is_first && prey.window.is_none() {
+        // What it does before its broker counts it among those that serve is a start that fails.
+        attack::await_ping(control.channel(), &prey.waiter);
+    }
     attack::run(method, call, &mut prey, control.channel(), &mut prng)
 }
 
