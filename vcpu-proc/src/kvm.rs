@@ -162,6 +162,19 @@ impl Vm {
             .map_err(named("KVM_IRQFD"))
     }
 
+    /// An edge on line `gsi`, now: KVM hands one that comes through an irqfd to a kernel thread when the line is one of an
+    /// I/O APIC (KVM API, section 4.25 `KVM_IRQ_LINE`).
+    ///
+    /// # Errors
+    /// KVM's errno.
+    pub fn pulse(&self, gsi: u32) -> Result<(), KvmError> {
+        for level in [true, false] {
+            let set = self.0.set_irq_line(gsi, level);
+            set.map_err(named("KVM_IRQ_LINE"))?;
+        }
+        Ok(())
+    }
+
     /// Makes each 32-bit guest write of `value` to `address` ring `doorbell` instead of an exit.
     ///
     /// # Errors

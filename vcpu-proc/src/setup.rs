@@ -342,7 +342,7 @@ fn connect_local_interrupts(lapic: &mut kvm_lapic_state) {
 }
 
 fn connect_devices(
-    vm: &Vm,
+    vm: &Arc<Vm>,
     memory: &GuestMemoryMmap,
     slots: Vec<bulkhead_ipc::protocol::birth::VirtioSlot>,
     fds: Vec<SlotFds>,
@@ -356,6 +356,7 @@ fn connect_devices(
     }
     let devices = slots.into_iter().zip(fds).collect();
     let (bus, gates) = virtio::build(memory.clone(), devices, cpus)?;
+    bus.connect_lines(vm);
     for wiring in bus.wiring() {
         vm.connect_interrupt(&wiring.interrupt, wiring.gsi)?;
         let base = VIRTIO_MMIO_BASE + u64::from(wiring.slot) * VIRTIO_MMIO_STRIDE;

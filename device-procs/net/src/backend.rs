@@ -1,6 +1,6 @@
 //! The wire: where frames of the guest go to and those for it come from.
 
-use crate::request::HEADER_BYTES;
+use crate::request::{HEADER_BYTES, feature};
 use bulkhead_runtime::{Queues, Span};
 use nix::errno::Errno;
 use std::fmt::Debug;
@@ -22,8 +22,10 @@ pub(crate) struct Offloads {
 /// What there was on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Received {
-    /// So many bytes, a header of [`HEADER_BYTES`] first.
+    /// So many bytes, a header of [`HEADER_BYTES`] first: in the spans and, what they have no room for, in the rest.
     Frame(usize),
+    /// The same, whole in the rest: as it is it may be nothing for the driver.
+    Unfit(usize),
     /// Nothing; whoever waits is woken by [`Backend::watched`] when there is.
     Nothing,
 }
@@ -39,12 +41,16 @@ pub(crate) trait Backend: Debug {
     /// What it takes of the guest.
     fn takes(&self) -> Offloads;
 
-    /// What it may deliver.
-    fn delivers(&self) -> Offloads;
-
-    /// Takes the next frame with its header: into the spans and, what they have no room for, into `rest`, which
-    /// has room for the largest.
-    fn receive(&mut self, queue: usize, to: &[Span], rest: &mut [u8], window: &Queues) -> Received;
+    /// Takes the next frame with its header, for a driver with `features`: into the spans and, what they have no room
+    /// for, into `rest`, which has room for the largest.
+    fn receive(
+        &mut self,
+        queue: usize,
+        features: u64,
+        to: &[Span],
+        rest: &mut [u8],
+        window: &Queues,
+    ) -> Received;
 
     /// Sends a frame. Returns whether it is on its way; one that is not is lost.
     fn send(
@@ -127,16 +133,18 @@ impl Backend for Tap {
         }
     }
 
-    fn delivers(&self) -> Offloads {
-        Offloads {
-            checksum: true,
-            tso4: true,
-            tso6: true,
-            uso: false,
-        }
-    }
-
-    fn receive(&mut self, queue: usize, to: &[Span], rest: &mut [u8], window: &Queues) -> Received {
+    fn receive(
+        &mut self,
+        queue: usize,
+        features: u64,
+        to: &[Span],
+        rest: &mut [u8],
+        window: &Queues,
+    ) -> Received {
+        // What comes is known when it is there, and the kernel sends all of these.
+        let all = feature::GUEST_CSUM | feature::GUEST_TSO4 | feature::GUEST_TSO6;
+        let fits = features & all == all;
+        let to = if fits { to } else { &[] };
         let Some(fd) = self.queues.get(queue) else {
             return Received::Nothing;
         };
@@ -144,7 +152,11 @@ impl Backend for Tap {
             Ok(0) => Received::Nothing,
             Ok(n) => {
                 self.gone = false;
-                Received::Frame(n)
+                if fits {
+                    Received::Frame(n)
+                } else {
+                    Received::Unfit(n)
+                }
             }
             Err(errno) => {
                 self.failed(errno);

@@ -25,6 +25,8 @@ pub(crate) const PAIRS_MAX: usize = 8;
 const FRAMES_PER_TURN: u32 = 64;
 /// Most buffers that the wire delivers into at once. What a frame has beyond them is copied.
 const BUFFERS_MAX: usize = 62;
+/// With as many buffers at hand, nobody has to say that there are more: they are seen when the next frame comes.
+const BUFFERS_KEPT: usize = 64;
 const STATUS_LINK_UP: u16 = 1;
 const CONFIG_BYTES: usize = 12;
 const STATUS_AT: usize = 6;
@@ -208,7 +210,11 @@ impl Device for Net {
         }
         for tap in 0..self.inboxes.len() {
             for _ in 0..FRAMES_PER_TURN {
-                match self.receive(tap, queues)? {
+                let step = self.receive(tap, queues)?;
+                if let Some(inbox) = self.inboxes.get_mut(tap) {
+                    inbox.starved = step == Step::Starved;
+                }
+                match step {
                     Step::Done => busy = true,
                     Step::Empty | Step::Starved | Step::Limited => break,
                 }
@@ -286,6 +292,14 @@ impl Device for Net {
 
     fn is_at_once(&self) -> bool {
         true
+    }
+
+    fn wants_kicks(&self, queue: usize) -> bool {
+        let Role::Receive(pair) = self.role(queue) else {
+            return true;
+        };
+        let few = |buffers: &VecDeque<Chain>| buffers.len() < BUFFERS_KEPT;
+        self.buffers.get(pair).is_none_or(few) || self.inboxes.iter().any(|inbox| inbox.starved)
     }
 }
 
@@ -468,27 +482,24 @@ impl Net {
         if self.buffers.get(pair).is_none_or(VecDeque::is_empty) {
             return Ok(Step::Starved);
         }
-        let delivers = self.wire.delivers();
-        let takes = |needed: bool, bit| !needed || self.features & bit != 0;
-        if takes(delivers.checksum, feature::GUEST_CSUM)
-            && takes(delivers.tso4, feature::GUEST_TSO4)
-            && takes(delivers.tso6, feature::GUEST_TSO6)
-            && !delivers.uso
-        {
-            return self.receive_straight(tap, pair, queues);
-        }
-        match self.wire.receive(tap, &[], &mut inbox.packet, queues) {
-            Received::Nothing => {
-                inbox.readable = false;
-                Ok(Step::Empty)
+        self.receive_next(tap, pair, queues)
+    }
+
+    /// A frame that the driver does not take as it is.
+    fn admit(
+        &mut self,
+        tap: usize,
+        pair: usize,
+        bytes: usize,
+        queues: &mut Queues,
+    ) -> Result<Step, DeviceFault> {
+        let inbox = self.inboxes.get_mut(tap);
+        match inbox.map(|inbox| inbox.admit(bytes, self.features)) {
+            Some(Fit::Ready) => self.deliver(tap, pair, queues),
+            Some(Fit::Unsound) | None => {
+                count(&mut self.traffic.received, None);
+                Ok(Step::Done)
             }
-            Received::Frame(bytes) => match inbox.admit(bytes, self.features) {
-                Fit::Ready => self.deliver(tap, pair, queues),
-                Fit::Unsound => {
-                    count(&mut self.traffic.received, None);
-                    Ok(Step::Done)
-                }
-            },
         }
     }
 
@@ -503,12 +514,12 @@ impl Net {
         if !inbox.readable {
             return Step::Empty;
         }
-        match self.wire.receive(tap, &[], &mut inbox.packet, queues) {
+        match self.wire.receive(tap, 0, &[], &mut inbox.packet, queues) {
             Received::Nothing => {
                 inbox.readable = false;
                 Step::Empty
             }
-            Received::Frame(_) => {
+            Received::Frame(_) | Received::Unfit(_) => {
                 count(&mut self.traffic.received, None);
                 Step::Done
             }
@@ -517,7 +528,7 @@ impl Net {
 
     /// From the wire into the guest's buffers. They are as many as the last frame has needed: naming more to the
     /// kernel costs time with each frame.
-    fn receive_straight(
+    fn receive_next(
         &mut self,
         tap: usize,
         pair: usize,
@@ -538,11 +549,13 @@ impl Net {
             named += 1;
         }
         let spans = spans.get(..named).unwrap_or_default();
-        let bytes = match self.wire.receive(tap, spans, &mut inbox.packet, queues) {
+        let (features, packet) = (self.features, &mut inbox.packet);
+        let bytes = match self.wire.receive(tap, features, spans, packet, queues) {
             Received::Nothing => {
                 inbox.readable = false;
                 return Ok(Step::Empty);
             }
+            Received::Unfit(bytes) => return self.admit(tap, pair, bytes, queues),
             Received::Frame(bytes) => bytes,
         };
         if bytes <= HEADER_BYTES {

@@ -9,9 +9,7 @@
 //! queue of the wire meanwhile.
 
 use crate::offload::{Cutter, fill_checksum};
-use crate::request::{
-    FRAME_BYTES_MAX, FRAME_BYTES_MIN, GSO_TCPV4, GSO_TCPV6, HEADER_BYTES, Header, feature,
-};
+use crate::request::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES, Header};
 
 /// Room for the largest frame with its header.
 const ROOM_BYTES: usize = HEADER_BYTES + FRAME_BYTES_MAX + 31;
@@ -30,6 +28,8 @@ pub(crate) enum Fit {
 pub(crate) struct Inbox {
     /// There may be something on the wire.
     pub(crate) readable: bool,
+    /// The guest had too few buffers for what comes next.
+    pub(crate) starved: bool,
     /// Buffers that the next frame is expected to need.
     pub(crate) expected: usize,
     /// As it came from the wire.
@@ -45,6 +45,7 @@ impl Inbox {
         let room = || vec![0; ROOM_BYTES].into_boxed_slice();
         Self {
             readable: true,
+            starved: false,
             expected: 1,
             packet: room(),
             taken: 0,
@@ -108,20 +109,14 @@ impl Inbox {
         }
         let header = Header::parse(head);
         self.taken = bytes;
-        let takes = |bit| features & (feature::GUEST_CSUM | bit) == feature::GUEST_CSUM | bit;
-        let as_it_is = match header.gso_type {
-            GSO_TCPV4 => takes(feature::GUEST_TSO4),
-            GSO_TCPV6 => takes(feature::GUEST_TSO6),
-            _ => !header.is_large(),
-        };
-        if !as_it_is {
+        if header.is_large() && !header.suits(features) {
             self.cutter = Cutter::new(&header, frame);
             return match self.cutter {
                 Some(_) => Fit::Ready,
                 None => Fit::Unsound,
             };
         }
-        if header.needs_checksum() && !takes(0) {
+        if header.needs_checksum() && !header.suits(features) {
             if fill_checksum(&header, frame).is_none() {
                 return Fit::Unsound;
             }
@@ -140,6 +135,7 @@ impl Inbox {
 mod tests {
     use super::*;
     use crate::offload::tests::{is_whole, tcp};
+    use crate::request::feature;
 
     const ALL: u64 = feature::GUEST_CSUM | feature::GUEST_TSO4 | feature::GUEST_TSO6;
 

@@ -81,8 +81,14 @@ impl Switched {
         self.believe(found, false)
     }
 
-    /// The next record, into the spans and the rest of it into `rest`; `None` for one that is no frame.
-    fn take(&mut self, to: &[Span], rest: &mut [u8], window: &Queues) -> Option<usize> {
+    /// The next record, as [`Backend::receive`]; `None` for one that is no frame.
+    fn take(
+        &mut self,
+        features: u64,
+        to: &[Span],
+        rest: &mut [u8],
+        window: &Queues,
+    ) -> Option<Received> {
         let Port { memory, reader, .. } = &mut self.port;
         let len = reader.peek(memory);
         let len = self.believe(len, None)?;
@@ -92,6 +98,8 @@ impl Switched {
         let frame = len.saturating_sub(HEADER_BYTES);
         let taken = Header::parse(&header).checked(frame, UNDERSTOOD);
         let taken = taken.ok().map(|header| {
+            let fits = header.suits(features);
+            let to = if fits { to } else { &[] };
             let header = header.bytes();
             let mut put = Put {
                 header: &header,
@@ -102,7 +110,11 @@ impl Switched {
                 put.fill_span(span, reader, memory, window);
             }
             put.fill_rest(rest, reader, memory);
-            put.at
+            if fits {
+                Received::Frame(put.at)
+            } else {
+                Received::Unfit(put.at)
+            }
         });
         reader.take();
         taken
@@ -167,20 +179,17 @@ impl Backend for Switched {
         TCP
     }
 
-    fn delivers(&self) -> Offloads {
-        TCP
-    }
-
     fn receive(
         &mut self,
         _queue: usize,
+        features: u64,
         to: &[Span],
         rest: &mut [u8],
         window: &Queues,
     ) -> Received {
         while self.is_there() && self.has_record() {
-            if let Some(bytes) = self.take(to, rest, window) {
-                return Received::Frame(bytes);
+            if let Some(received) = self.take(features, to, rest, window) {
+                return received;
             }
         }
         Received::Nothing

@@ -185,6 +185,30 @@ fn segments_are_cut_for_a_driver_that_takes_none_and_large_datagrams_are_not_off
 }
 
 #[test]
+fn driver_gets_each_frame_as_it_can_take_it() {
+    let mut desk = desk(ALL & !feature::GUEST_TSO6);
+    desk.offer(16, 70_000);
+    let (header, v4) = tcp(false, false, &[7; 5000]);
+    let whole = with_header(&header, &v4);
+    desk.comes(&whole);
+    assert_eq!(desk.received(), [with_one_buffer(whole)]);
+    let (header, v6) = tcp(true, false, &[7; 5000]);
+    desk.comes(&with_header(&header, &v6));
+    assert_eq!(desk.received().len(), 5);
+}
+
+#[test]
+fn new_buffers_need_no_kick_while_there_are_many_and_no_frame_waits_for_them() {
+    let mut desk = desk(ALL);
+    assert!(desk.rig.device().wants_kicks(RECEIVE), "it has none");
+    desk.offer(64, 60);
+    assert!(!desk.rig.device().wants_kicks(RECEIVE));
+    assert!(desk.rig.device().wants_kicks(TRANSMIT));
+    desk.comes(&plain(&frame(5000)));
+    assert!(desk.rig.device().wants_kicks(RECEIVE), "they are too small");
+}
+
+#[test]
 fn header_of_a_switch_is_believed_no_more_than_a_drivers() {
     let mut desk = desk(ALL);
     desk.offer(8, 2000);

@@ -144,6 +144,19 @@ impl Header {
         self.gso_type != GSO_NONE
     }
 
+    /// Whether a driver with `features` takes a frame with this header as it is.
+    #[must_use]
+    pub const fn suits(&self, features: u64) -> bool {
+        let needed = match self.gso_type {
+            GSO_NONE if self.needs_checksum() => feature::GUEST_CSUM,
+            GSO_NONE => 0,
+            GSO_TCPV4 => feature::GUEST_CSUM | feature::GUEST_TSO4,
+            GSO_TCPV6 => feature::GUEST_CSUM | feature::GUEST_TSO6,
+            _ => return false,
+        };
+        features & needed == needed
+    }
+
     /// Whether the two bytes of the checksum lie in a frame of `len` bytes.
     #[must_use]
     pub fn checksum_is_inside(&self, len: usize) -> bool {

@@ -190,13 +190,10 @@ impl Backend for Stream {
         Offloads::default()
     }
 
-    fn delivers(&self) -> Offloads {
-        Offloads::default()
-    }
-
     fn receive(
         &mut self,
         _queue: usize,
+        _features: u64,
         to: &[Span],
         rest: &mut [u8],
         window: &Queues,

@@ -285,6 +285,13 @@ pub trait Device: Sized {
         false
     }
 
+    /// Whether the device, which is about to sleep, has to be woken by the next request of a queue. Without it, that
+    /// request is found when something else wakes the device.
+    fn wants_kicks(&self, queue: usize) -> bool {
+        let _all_of_them = queue;
+        true
+    }
+
     /// Whether [`Device::settle`] would find something new. Called while looking for work before
     /// going to sleep, so it must be cheap.
     fn has_news(&self) -> bool {

@@ -313,13 +313,14 @@ impl Queues {
         })
     }
 
-    /// Asks the gate for a kick at the next request. Returns whether there is one already.
+    /// Asks the gate for a kick at the next request of the queues that are wanted. Returns whether there is one already.
     ///
     /// # Errors
     /// As [`Queues::call_needed`].
-    pub fn ask_for_kicks(&mut self) -> Result<bool, DeviceFault> {
+    pub fn ask_for_kicks(&mut self, wanted: impl Fn(usize) -> bool) -> Result<bool, DeviceFault> {
         let mut waiting = false;
-        for (index, queue) in self.queues.iter_mut().enumerate() {
+        let queues = self.queues.iter_mut().enumerate();
+        for (index, queue) in queues.filter(|(index, _)| wanted(*index)) {
             waiting |= queue
                 .enable_notification(&self.memory)
                 .map_err(|cause| DeviceFault::Ring { index, cause })?;

@@ -239,7 +239,8 @@ impl<D: Device> Server<D> {
 
     /// Returns whether there is something to do, so that the loop must not sleep.
     fn ask_for_kicks(&mut self) -> Result<bool, DeviceFault> {
-        let waiting = self.queues.ask_for_kicks()? && !self.draining;
+        let wanted = |queue| self.device.wants_kicks(queue);
+        let waiting = self.queues.ask_for_kicks(wanted)? && !self.draining;
         Ok(waiting || self.device.has_news() || self.window.driver().epoch != self.epoch)
     }
 

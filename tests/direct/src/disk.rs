@@ -150,7 +150,7 @@ pub(crate) fn serve(boundary: &Ungated, mut grants: Grants, memory_bytes: u32) -
         if pass(&mut blk, &mut queues, boundary)? || look(&blk, &queues, &spin) {
             continue;
         }
-        if !queues.ask_for_kicks()? && !blk.has_news() {
+        if !queues.ask_for_kicks(|_| true)? && !blk.has_news() {
             let asleep = Instant::now();
             waiter.sleep(None)?;
             spin.slept(asleep.elapsed());

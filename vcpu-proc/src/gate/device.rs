@@ -436,7 +436,7 @@ impl Gate {
             wanted | queue.wants_interrupt(memory)
         });
         if wanted {
-            self.link.raise(INTERRUPT_VRING);
+            self.link.raise_at_once(INTERRUPT_VRING);
         }
     }
 

@@ -36,6 +36,8 @@ pub(crate) struct Entry {
     pub(crate) epoch: u64,
     /// Whether the slot is in use.
     pub(crate) in_flight: bool,
+    /// Whether the guest has its answer already: only slot and pages are waited for.
+    pub(crate) answered: bool,
     /// Place among all requests of the device, in the order in which the guest put them.
     pub(crate) order: u64,
     /// Device processes that died with it in their hands.
@@ -51,5 +53,6 @@ impl Entry {
         self.writable_bytes = 0;
         self.pages = None;
         self.in_flight = false;
+        self.answered = false;
     }
 }

@@ -1,9 +1,10 @@
 //! What vCPU threads, the control thread and the gate thread share about one device: a few atomics,
 //! the configuration image, and how far its process is. Locks are only ever held for a copy.
 
+use crate::kvm::Vm;
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -55,6 +56,13 @@ pub(crate) struct ConfigImage {
     pub(crate) resets_done: u64,
 }
 
+/// An interrupt line of a machine's.
+#[derive(Debug)]
+pub(crate) struct Line {
+    pub(crate) vm: Arc<Vm>,
+    pub(crate) gsi: u32,
+}
+
 /// What the threads share about one device.
 #[derive(Debug)]
 pub(crate) struct GateLink {
@@ -62,8 +70,10 @@ pub(crate) struct GateLink {
     pub(crate) interrupt_status: AtomicU32,
     /// Nonzero when the device needs a reset by the driver.
     pub(crate) needs_reset: AtomicU32,
-    /// The irqfd.
+    /// The irqfd, for whoever may do no more than write.
     pub(crate) interrupt: EventFd,
+    /// The line that it leads to, for the gate thread.
+    line: OnceLock<Line>,
     config: Mutex<ConfigImage>,
     changed: Condvar,
     attachment: Mutex<Attachment>,
@@ -84,6 +94,7 @@ impl GateLink {
             interrupt_status: AtomicU32::new(0),
             needs_reset: AtomicU32::new(0),
             interrupt,
+            line: OnceLock::new(),
             config: Mutex::new(config),
             changed: Condvar::new(),
             attachment: Mutex::new(Attachment {
@@ -142,6 +153,20 @@ impl GateLink {
         self.attachment
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Names the interrupt line, once.
+    pub(crate) fn connect(&self, line: Line) {
+        let _it_has_one = self.line.set(line);
+    }
+
+    /// As [`GateLink::raise`], without the kernel thread in between. Of the gate thread alone, which may do that.
+    pub(super) fn raise_at_once(&self, bits: u32) {
+        self.interrupt_status.fetch_or(bits, Ordering::AcqRel);
+        let line = self.line.get();
+        if line.is_none_or(|line| line.vm.pulse(line.gsi).is_err()) {
+            let _already_pending = self.interrupt.write(1);
+        }
     }
 
     pub(super) fn raise(&self, bits: u32) {

@@ -24,7 +24,7 @@ pub(crate) mod thread;
 mod ungated;
 
 pub(crate) use device::{DeviceChannel, Gate};
-pub(crate) use link::{Attachment, ConfigImage, GateLink, Phase};
+pub(crate) use link::{Attachment, ConfigImage, GateLink, Line, Phase};
 pub(crate) use rings::RingAccount;
 pub use succession::Successor;
 pub use thread::GateThread;

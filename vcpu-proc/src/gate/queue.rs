@@ -4,6 +4,10 @@
 //! round. A guest reset ends the guest's interest in its entries at once, but their window pages
 //! stay taken until the device has returned them, since it may still be writing there.
 //!
+//! What counts as done when its device process dies, counts as done as soon as the device may have it: a frame that is
+//! sent is in the window then, and the guest's buffer is nobody's concern any more. Its slot comes back when
+//! somebody looks, and nobody is woken for it while there are others.
+//!
 //! When the device process has died, [`GateQueue::retire`] takes its requests back, and they are the
 //! first that its successor is given.
 
@@ -103,6 +107,8 @@ pub(crate) struct GateQueue {
     pub(super) held: bool,
     spare: Entry,
     used_added: bool,
+    /// Requests in the hands of the device that the guest has its answer to.
+    pub(super) answered: u16,
     /// Where the guest's used ring was when it was last asked whether it wants an interrupt.
     told: u16,
     /// Used elements that the guest is to see in one step.
@@ -141,6 +147,7 @@ impl GateQueue {
             held: false,
             spare: Entry::default(),
             used_added: false,
+            answered: 0,
             told: 0,
             together: Vec::with_capacity(layout.slots.into()),
             pages_held: 0,
@@ -365,8 +372,14 @@ impl GateQueue {
             (self.journal.get_mut(usize::from(slot)), self.waiting.take())
         {
             entry.in_flight = true;
+            entry.answered = self.droppable && entry.writable_bytes == 0;
+            let early = entry.answered.then_some(entry.head);
             std::mem::swap(place, &mut entry);
             self.spare = entry;
+            if let Some(head) = early {
+                self.answered += 1;
+                self.put_used(backing.memory, head, 0);
+            }
         }
         Ok(true)
     }
@@ -414,7 +427,9 @@ impl GateQueue {
                 Some(place) => std::mem::take(place),
                 None => continue,
             };
-            if entry.epoch == backing.epoch && self.guest.is_some() {
+            if entry.answered {
+                self.answered = self.answered.saturating_sub(1);
+            } else if entry.epoch == backing.epoch && self.guest.is_some() {
                 let head_at = self.shadow.head_offset(completion.slot);
                 let written = usize::try_from(completion.written).unwrap_or(0);
                 self.answer(backing, &entry, head_at, written);
@@ -520,10 +535,11 @@ impl GateQueue {
             let mut entry = std::mem::take(place);
             release(&mut self.pages_held, backing.pages, &mut entry);
             entry.in_flight = false;
-            if entry.epoch == backing.epoch {
+            if entry.epoch == backing.epoch && !entry.answered {
                 self.fail_or_keep(backing.memory, entry);
             }
         }
+        self.answered = 0;
         let mut kept = std::mem::take(&mut self.suspects);
         kept.append(&mut self.replay);
         kept.extend(self.waiting.take());
@@ -613,7 +629,7 @@ impl GateQueue {
 
     /// Asks guest and device to ring again. Returns whether something is there already.
     pub(crate) fn listen(&mut self, memory: &GuestMemoryMmap, window: &SharedMemory) -> bool {
-        let completions = self.shadow.enable_calls(window);
+        let completions = self.waits_for_completions() && self.shadow.enable_calls(window);
         if self.is_blocked() {
             // Requests wait for completions; a kick would tell nothing new.
             return completions;
@@ -623,6 +639,11 @@ impl GateQueue {
             None => false,
         };
         completions || requests
+    }
+
+    /// Whether a completion would change anything for the guest.
+    fn waits_for_completions(&self) -> bool {
+        self.is_blocked() || self.guest.is_none() || self.answered < self.in_flight()
     }
 
     /// Whether nothing can be taken before something is completed.

@@ -187,8 +187,8 @@ impl GateQueue {
             }
             let mut entry = std::mem::take(place);
             (entry.in_flight, entry.pages) = (false, None);
-            if entry.epoch != epoch || self.guest.is_none() {
-                // A leftover of before the guest's reset.
+            if entry.epoch != epoch || self.guest.is_none() || entry.answered {
+                // A leftover of before the guest's reset, or nobody waits for it.
                 continue;
             }
             if self.droppable {
@@ -205,6 +205,7 @@ impl GateQueue {
         back.extend(self.waiting.take());
         back.sort_by_key(|entry| entry.order);
         self.shadow = ShadowDriver::new(self.layout);
+        self.answered = 0;
         self.pages_held = 0;
         let mut condemned = Vec::new();
         for entry in back {

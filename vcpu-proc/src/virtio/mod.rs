@@ -8,7 +8,8 @@ mod mmio;
 mod tests;
 
 use crate::gate::thread::{COMMANDS_MAX, Command, CommandSender, FAULTS_MAX, Served};
-use crate::gate::{Attachment, DeviceChannel, Gate, GateLink, GateThread, Successor};
+use crate::gate::{Attachment, DeviceChannel, Gate, GateLink, GateThread, Line, Successor};
+use crate::kvm::Vm;
 use bulkhead_ipc::platform;
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
@@ -260,6 +261,16 @@ impl VirtioBus {
     #[must_use]
     pub fn wiring(&self) -> &[SlotWiring] {
         &self.wiring
+    }
+
+    /// Tells the gates their interrupt lines.
+    pub(crate) fn connect_lines(&self, vm: &Arc<Vm>) {
+        for (wiring, (_, _, link)) in self.wiring.iter().zip(&self.shared) {
+            link.connect(Line {
+                vm: Arc::clone(vm),
+                gsi: wiring.gsi,
+            });
+        }
     }
 
     /// The device process in `slot` is dead: everything is made ready for `successor`, as

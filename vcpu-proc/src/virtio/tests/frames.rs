@@ -85,6 +85,27 @@ fn buffers_stay_with_a_device_that_is_lost_until_it_has_a_process_again() {
 }
 
 #[test]
+fn frame_is_done_as_soon_as_the_device_may_have_it_and_waits_where_there_is_no_slot() {
+    let mut m = running(TRANSMIT);
+    let slots = m.window.layout.queues[usize::from(TRANSMIT)].slots;
+    for n in 0..slots {
+        m.offer_frame(n);
+        assert_eq!(m.used(), (n.into(), 0), "the device has done nothing");
+    }
+    m.offer_frame(0);
+    std::thread::sleep(Duration::from_millis(30));
+    assert_eq!(m.used_index(), slots, "the device has all slots");
+    for _ in 0..slots {
+        let (head, readable, _) = m.device_pop();
+        assert_eq!(readable, [7; 112]);
+        m.device_complete(head, 0);
+    }
+    assert_eq!(m.used(), (0, 0));
+    let _last = m.device_pop();
+    assert_eq!(m.used_index(), slots + 1, "each is done once");
+}
+
+#[test]
 fn frames_in_the_hands_of_a_dead_process_count_as_sent() {
     let mut m = running(TRANSMIT);
     for n in 0..3 {
