@@ -256,7 +256,7 @@ impl Gate {
     fn need_reset(&self) {
         self.link.needs_reset.store(1, Ordering::Release);
         if self.running {
-            self.link.raise(INTERRUPT_CONFIG);
+            self.link.raise_at_once(INTERRUPT_CONFIG);
         }
     }
 
@@ -306,7 +306,7 @@ impl Gate {
             }
         });
         if changed && self.running {
-            self.link.raise(INTERRUPT_CONFIG);
+            self.link.raise_at_once(INTERRUPT_CONFIG);
         }
     }
 
@@ -337,12 +337,14 @@ impl Gate {
     pub(crate) fn arm(&mut self, memory: &GuestMemoryMmap) -> bool {
         let window = &self.channel.window.memory;
         let phase = self.phase;
+        // It may be the pages of another queue that one waits for.
+        let lacks_pages = self.queues.iter().any(GateQueue::has_waiting);
         self.queues.iter_mut().fold(false, |more, queue| {
             let here = match phase {
                 Phase::Lost => queue.listen_guest(memory),
                 // A successor rings when it is there, and everything is looked at then.
                 Phase::Broken | Phase::Prepared => false,
-                Phase::Starting | Phase::Serving => queue.listen(memory, window),
+                Phase::Starting | Phase::Serving => queue.listen(memory, window, lacks_pages),
             };
             more | here
         })

@@ -160,7 +160,8 @@ impl GateLink {
         let _it_has_one = self.line.set(line);
     }
 
-    /// As [`GateLink::raise`], without the kernel thread in between. Of the gate thread alone, which may do that.
+    /// As [`GateLink::raise`], without the kernel thread in between. Of the gate thread alone, which may do that, and for all
+    /// that it raises: KVM takes an edge that comes between the two halves of another for the same one.
     pub(super) fn raise_at_once(&self, bits: u32) {
         self.interrupt_status.fetch_or(bits, Ordering::AcqRel);
         let line = self.line.get();

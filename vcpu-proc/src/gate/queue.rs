@@ -627,9 +627,16 @@ impl GateQueue {
         self.shadow.disable_calls(window);
     }
 
-    /// Asks guest and device to ring again. Returns whether something is there already.
-    pub(crate) fn listen(&mut self, memory: &GuestMemoryMmap, window: &SharedMemory) -> bool {
-        let completions = self.waits_for_completions() && self.shadow.enable_calls(window);
+    /// Asks guest and device to ring again; the device for every completion if some queue `lacks_pages`. Returns whether
+    /// something is there already.
+    pub(crate) fn listen(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        window: &SharedMemory,
+        lacks_pages: bool,
+    ) -> bool {
+        let waits = lacks_pages || self.waits_for_completions();
+        let completions = waits && self.shadow.enable_calls(window);
         if self.is_blocked() {
             // Requests wait for completions; a kick would tell nothing new.
             return completions;
@@ -641,7 +648,12 @@ impl GateQueue {
         completions || requests
     }
 
-    /// Whether a completion would change anything for the guest.
+    /// Whether a request that was taken from the guest has no room in the window yet.
+    pub(crate) const fn has_waiting(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// Whether a completion would change anything for the guest, as far as this queue goes.
     fn waits_for_completions(&self) -> bool {
         self.is_blocked() || self.guest.is_none() || self.answered < self.in_flight()
     }

@@ -128,6 +128,11 @@ impl Machine {
 
     /// A driver's initialisation up to DRIVER_OK, without event index.
     fn start(&mut self) {
+        self.start_with(&[(self.queue, [DESC, AVAIL, USED])]);
+    }
+
+    /// The same with these queues, each with its rings.
+    fn start_with(&mut self, queues: &[(u16, [u64; 3])]) {
         self.set(0x70, 0);
         // The rings are the device's until the reset is done.
         self.wait("the reset", |m| (m.get(0x70) == 0).then_some(()));
@@ -140,12 +145,14 @@ impl Machine {
         self.set(0x20, 1);
         self.set(0x70, 11);
         assert_eq!(self.get(0x70), 11, "features are accepted");
-        self.set(0x30, u32::from(self.queue));
-        self.set(0x38, u32::from(QUEUE));
-        for (offset, address) in [(0x80, DESC), (0x90, AVAIL), (0xa0, USED)] {
-            self.set(offset, u32::try_from(address).unwrap());
+        for (queue, rings) in queues {
+            self.set(0x30, u32::from(*queue));
+            self.set(0x38, u32::from(QUEUE));
+            for (offset, address) in [0x80, 0x90, 0xa0].into_iter().zip(rings) {
+                self.set(offset, u32::try_from(*address).unwrap());
+            }
+            self.set(0x44, 1);
         }
-        self.set(0x44, 1);
         self.set(0x70, 15);
     }
 

@@ -1,7 +1,7 @@
 //! Queues of a network device: buffers of one frame are seen at once, frames to send may get lost.
 
 use super::*;
-use bulkhead_runtime::used::put_together;
+use bulkhead_runtime::used::{put_together, wants_news};
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
@@ -103,6 +103,46 @@ fn frame_is_done_as_soon_as_the_device_may_have_it_and_waits_where_there_is_no_s
     assert_eq!(m.used(), (0, 0));
     let _last = m.device_pop();
     assert_eq!(m.used_index(), slots + 1, "each is done once");
+}
+
+/// Those of other queues were answered already, so that nobody else would ask to be told when they come back.
+#[test]
+fn pages_that_another_queue_gives_back_are_seen_by_the_one_that_waits() {
+    const QUEUES: [u16; 5] = [1, 3, 5, 7, 9];
+    let rings = |n: u64| [0, 0x1000, 0x2000].map(|at| 0x4000 + n * 0x3000 + at);
+    let mut m = Machine::of(VirtioKind::Net, 9);
+    m.publish();
+    let queues: Vec<_> = QUEUES.into_iter().zip((0..).map(rings)).collect();
+    m.start_with(&queues);
+    let bytes = u32::try_from(m.window.layout.request_bytes_max()).unwrap();
+    let used = |m: &Machine, [_, _, used]: [u64; 3]| -> u16 {
+        let at = GuestAddress(used + 2);
+        m.memory.load(at, Ordering::Acquire).unwrap()
+    };
+    for &(queue, [desc, avail, used_ring]) in &queues {
+        m.memory.write_obj(0x20000u64, GuestAddress(desc)).unwrap();
+        m.memory.write_obj(bytes, GuestAddress(desc + 8)).unwrap();
+        let ring: [u16; 3] = [0, 1, 0];
+        m.memory.write_obj(ring, GuestAddress(avail)).unwrap();
+        m.bus.wiring()[0].notify[usize::from(queue)]
+            .write(1)
+            .unwrap();
+        if queue != 9 {
+            let seen = |m: &mut Machine| (used(m, [0, 0, used_ring]) == 1).then_some(());
+            m.wait("a frame", seen);
+        }
+    }
+    let (_, last) = queues[4];
+    std::thread::sleep(Duration::from_millis(30));
+    assert_eq!(used(&m, last), 0, "four quarters are all");
+    let mut first = device_queue(&m.window, 1);
+    let mut told = first.next_used();
+    let chain = first.pop_descriptor_chain(&m.device_memory).unwrap();
+    let head = chain.head_index();
+    first.add_used(&m.device_memory, head, 0).unwrap();
+    assert!(wants_news(&first, &m.device_memory, &mut told).unwrap());
+    m.call.ring();
+    m.wait("the last frame", |m| (used(m, last) == 1).then_some(()));
 }
 
 #[test]
