@@ -397,7 +397,7 @@ fn linux_mounts_a_folder_and_finds_the_semantics_of_a_file_system() {
         "--cmdline",
         &cmdline,
         "-m",
-        "256MiB",
+        "96MiB",
         "--timeout=600s",
         "--share",
         &folder,

@@ -341,7 +341,7 @@ fn linux_talks_both_ways() {
         "--cmdline",
         &bulkhead_tests::linux_cmdline(),
         "-m",
-        "256MiB",
+        "96MiB",
         "--timeout=900s",
         &format!("--vsock={}", path.display()),
     ]);

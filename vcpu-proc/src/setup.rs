@@ -34,10 +34,7 @@ use crate::memory::{self, MemoryError};
 use crate::ports::Ports;
 use crate::quirks::{self, QuirkError, VcpuQuirks};
 use crate::run_loop::VcpuLoop;
-use crate::virtio::{self, Cpus, SlotFds, VirtioBus, VirtioError};
-
-/// Offset of the queue notification register in a virtio-mmio slot.
-const QUEUE_NOTIFY: u64 = 0x50;
+use crate::virtio::{self, Cpus, QUEUE_NOTIFY, SlotFds, VirtioBus, VirtioError};
 
 /// The descriptors that a vCPU process was born with.
 #[derive(Debug)]
@@ -361,7 +358,12 @@ fn connect_devices(
         vm.connect_interrupt(&wiring.interrupt, wiring.gsi)?;
         let base = VIRTIO_MMIO_BASE + u64::from(wiring.slot) * VIRTIO_MMIO_STRIDE;
         for (queue, doorbell) in (0u32..).zip(&wiring.notify) {
-            vm.connect_doorbell(doorbell, base + QUEUE_NOTIFY, queue)?;
+            if !wiring
+                .kind
+                .is_served_at_kick(usize::try_from(queue).unwrap_or(usize::MAX))
+            {
+                vm.connect_doorbell(doorbell, base + QUEUE_NOTIFY, queue)?;
+            }
         }
     }
     Ok((bus, gates))

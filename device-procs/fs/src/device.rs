@@ -4,7 +4,7 @@
 //! was done and not answered when the process dies, and the journal knows of it.
 
 use crate::{Access, Data, Ids, REQUEST_BYTES_MAX, Server, Terms, front_bytes};
-use bulkhead_ipc::device_kind::{POSITION_BYTES, VirtioKind};
+use bulkhead_ipc::device_kind::{FUSE_ANSWER_BYTES, POSITION_BYTES, VirtioKind};
 use bulkhead_ipc::protocol::birth::{DeviceOwn, FdRole};
 use bulkhead_runtime::{Chain, Device, DeviceFault, Queues, Setup, Span, Stillbirth};
 use nix::errno::Errno;
@@ -36,7 +36,7 @@ fn one_id(guest: u32, own: u32) -> Result<crate::IdMap, Stillbirth> {
 /// Bytes of a FUSE request that say what it is.
 const REQUEST_HEADER_BYTES: usize = 40;
 /// Bytes of an answer before its data.
-const ANSWER_HEADER_BYTES: usize = 16;
+const ANSWER_HEADER_BYTES: usize = FUSE_ANSWER_BYTES as usize;
 
 fn bytes_of(spans: &[Span]) -> usize {
     spans.iter().map(|span| span.len() as usize).sum()

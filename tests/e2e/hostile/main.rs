@@ -29,6 +29,8 @@ mod paused;
 const METHODS: [&str; 8] = [
     "scribble", "rings", "publish", "ring", "fill", "flood", "lie", "silent",
 ];
+/// The kinds of devices that are taken over.
+const KINDS: [&str; 7] = ["blk", "console", "rng", "legacy", "vsock", "net", "fs"];
 /// How much more memory gate and broker may use under attack than at its begin, in KiB.
 const GROWTH_KIB: u64 = 4096;
 /// A guest beside an attacker keeps this share at least of the pace that it has beside a process which only
@@ -50,6 +52,14 @@ const MEMORY_BYTES: usize = 64 << 20;
 const FILLED_MIN: f64 = 0.9;
 /// How often it is compared under each attack at least.
 const LOOKS_MIN: usize = 3;
+
+/// The methods that a process of this kind attacks with, each with its seed: every other one, and its neighbour of the next kind
+/// the ones between them, so that each is tried on several kinds. All of them on all in the slow suites.
+fn methods_of(kind: &str) -> impl Iterator<Item = (&'static str, usize)> {
+    let number = KINDS.iter().position(|k| *k == kind).unwrap();
+    let all = METHODS.into_iter().zip(1..);
+    all.filter(move |(_, seed)| bulkhead_tests::slow() || (number + seed).is_multiple_of(2))
+}
 
 thread_local! {
     /// Whether the machines of this test have a network device, which is in a network of the test's own.
@@ -305,7 +315,7 @@ fn attacked_by(kind: &str) {
     }
     // How long a guest goes on that tells nothing: a process of this kind waits for its broker before it attacks.
     let seconds = if kind == "legacy" { 6 } else { 2 };
-    for (method, seed) in METHODS.into_iter().zip(1..) {
+    for (method, seed) in methods_of(kind) {
         let beside = beside_others();
         let what = format!("{kind} {method}");
         let name = format!("hostile-{method}-{seed}");

@@ -52,7 +52,7 @@ impl Guest {
         let cmdline = bulkhead_tests::linux_cmdline();
         let cmdline = format!("{cmdline} bh.mount=/dev/vda bh.run=\"{run}\"");
         let all = ["create", "--name", VM, "--kernel", kernel.to_str().unwrap()];
-        let more = ["--initrd", &initrd, "--cmdline", &cmdline, "-m", "256MiB"];
+        let more = ["--initrd", &initrd, "--cmdline", &cmdline, "-m", "96MiB"];
         daemon.good(&[&all[..], &more, &["--vsock", "--disk", path]].concat());
         daemon.good(&["start", VM]);
         let guest = Self {

@@ -353,7 +353,7 @@ fn guest_that_changes_its_kernel_boots_the_new_one() {
         "--cmdline",
         &cmdline,
         "-m",
-        "256MiB",
+        "96MiB",
         "--timeout=900s",
     ]);
     // Its initial RAM disk came from the disk, too.

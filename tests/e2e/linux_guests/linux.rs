@@ -19,7 +19,7 @@ fn boot(kernel: &str, disk: &Path, arguments: &[&str]) -> Machine {
     let cmdline = bulkhead_tests::linux_cmdline();
     let mut all = vec!["--kernel", kernel.to_str().unwrap()];
     all.extend(["--initrd", initrd.to_str().unwrap(), "--cmdline", &cmdline]);
-    all.extend(["-m", "256MiB", "-c", "2", "--disk", disk.to_str().unwrap()]);
+    all.extend(["-m", "96MiB", "-c", "2", "--disk", disk.to_str().unwrap()]);
     all.extend(arguments);
     Machine::run(all)
 }
@@ -106,7 +106,7 @@ fn elf_kernel_boots_as_well() {
         "--cmdline",
         &cmdline,
         "-m",
-        "256MiB",
+        "96MiB",
         "--timeout=600s",
     ]);
     let ended = machine.wait_within(Duration::from_secs(610));

@@ -23,7 +23,7 @@ fn seen(commands: &str, arguments: &[&str]) -> String {
         "--initrd",
         initrd.to_str().unwrap(),
     ];
-    all.extend(["--cmdline", &cmdline, "-m", "256MiB", "--timeout=280s"]);
+    all.extend(["--cmdline", &cmdline, "-m", "96MiB", "--timeout=280s"]);
     all.extend(arguments);
     let ended = Machine::run(all).wait_within(PATIENCE);
     assert_eq!(ended.code, 0, "{ended:?}");

@@ -1,8 +1,8 @@
 //! One virtio device behind its gates: all its queues, its window, and what its device process has
 //! published.
 //!
-//! Called by the gate thread alone. What other threads need of it is in [`GateLink`]. What happens
-//! when the device process dies is in [`super::succession`].
+//! Called by the gate thread, and at some kicks by the vCPU thread that makes them ([`super::kicked`]). What other threads
+//! need of it is in [`GateLink`]. What happens when the device process dies is in [`super::succession`].
 
 use super::link::{Attachment, ConfigImage, GateLink, INTERRUPT_CONFIG, INTERRUPT_VRING, Phase};
 use super::queue::{Backing, GateQueue, GuestFault};
@@ -21,6 +21,8 @@ use vmm_sys_util::eventfd::EventFd;
 /// Requests and completions that one device may take up in one pass, so that a flood on one device
 /// does not starve the others on the same thread.
 const PASS_BUDGET: u32 = 256;
+/// The same for a vCPU thread, whose guest stands still meanwhile.
+const KICK_BUDGET: u32 = 16;
 
 /// What a pass over a device left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -181,9 +183,9 @@ impl Gate {
         self.link.reset_is_done();
     }
 
-    /// Gives up everything but what it shares with other threads.
-    pub(super) fn into_link(self) -> Arc<GateLink> {
-        self.link
+    /// What it shares with other threads.
+    pub(super) fn link(&self) -> Arc<GateLink> {
+        Arc::clone(&self.link)
     }
 
     /// The guest set DRIVER_OK.
@@ -317,9 +319,7 @@ impl Gate {
         if self.phase == Phase::Lost {
             return self.dead_pass(memory);
         }
-        for queue in &mut self.queues {
-            queue.quiet(memory, &self.channel.window.memory);
-        }
+        self.quiet(memory);
         if !self.is_attached() {
             return Pass::Quiet;
         }
@@ -329,6 +329,25 @@ impl Gate {
             Pass::Again
         } else {
             Pass::Quiet
+        }
+    }
+
+    /// Does on the thread of a vCPU what it has kicked for, and asks everybody to ring again. Returns whether the gate
+    /// thread has to go on: there is more, or something that it is to tell.
+    pub(super) fn kicked(&mut self, memory: &GuestMemoryMmap) -> bool {
+        if !self.running || !self.is_attached() || self.alone {
+            return true;
+        }
+        self.quiet(memory);
+        let mut budget = KICK_BUDGET;
+        while self.turn(memory, &mut budget) && self.is_attached() && budget > 0 {}
+        let left = budget == 0 || !self.is_attached() || self.arm(memory);
+        left || self.news || !self.faults.is_empty()
+    }
+
+    fn quiet(&mut self, memory: &GuestMemoryMmap) {
+        for queue in &mut self.queues {
+            queue.quiet(memory, &self.channel.window.memory);
         }
     }
 

@@ -14,7 +14,8 @@
 use super::copy::{Direction, NotMemory, copy_spans};
 use super::journal::{Entry, GuestSpan};
 use bulkhead_ipc::device_kind::{
-    Failure, Framing, HEAD_SLOT_BYTES, POSITION_BYTES, ReplayClass, TAIL_OFFSET, VirtioKind,
+    FUSE_ANSWER_BYTES, Failure, Framing, HEAD_SLOT_BYTES, POSITION_BYTES, ReplayClass, TAIL_OFFSET,
+    VirtioKind,
 };
 use bulkhead_ipc::ring::{Completion, RequestLayout, RingFault, ShadowDriver, Span, WindowPages};
 use bulkhead_ipc::shared::SharedMemory;
@@ -293,7 +294,7 @@ impl GateQueue {
         let tail_len = usize::from(self.framing.tail_bytes).min(entry.writable_bytes);
         let read_len = entry.readable_bytes - head_len;
         let write_len = entry.writable_bytes - tail_len;
-        let write_offset = read_len.next_multiple_of(DATA_PAGE_BYTES);
+        let write_offset = self.framing.writable_at(read_len);
         let need = if write_len > 0 {
             write_offset + write_len
         } else {
@@ -302,7 +303,7 @@ impl GateQueue {
         if need > 0 && entry.pages.is_none() {
             let pages = need.div_ceil(DATA_PAGE_BYTES);
             if pages > self.pages_limit {
-                // It would wait for ever: reading and writing parts each begin on a page.
+                // It would wait for ever: there may be a gap between what is read and what is written.
                 return Err(GuestFault::TooLarge {
                     head: entry.head,
                     bytes: need,
@@ -689,7 +690,7 @@ impl GateQueue {
 /// would take an empty answer for success. Returns the bytes written: none where there is no room,
 /// since nobody expects an answer then.
 fn fuse_error(memory: &GuestMemoryMmap, entry: &Entry) -> usize {
-    const ANSWER_BYTES: usize = 16;
+    const ANSWER_BYTES: usize = FUSE_ANSWER_BYTES as usize;
     const UNIQUE_AT: usize = 8;
     let mut unique = [0u8; 8];
     let mut skip = UNIQUE_AT;

@@ -16,6 +16,7 @@
 
 use super::Successor;
 use super::device::{Fault, Gate, Pass};
+use super::kicked::SharedGate;
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
 use bulkhead_runtime::spin::Spin;
 use flume::{Receiver, Sender};
@@ -92,7 +93,7 @@ impl CommandSender {
 #[derive(Debug)]
 pub(crate) struct Served {
     pub(crate) slot: u8,
-    pub(crate) gate: Gate,
+    pub(crate) gate: SharedGate,
     pub(crate) notify: Vec<EventFd>,
     pub(crate) ready: bool,
     pub(crate) guest_faults_reported: u32,
@@ -137,7 +138,7 @@ impl GateThread {
         };
         add(&self.command_bell, TOKEN_COMMAND)?;
         for (device, token) in self.devices.iter().zip(0u64..) {
-            add(device.gate.call_bell(), token)?;
+            add(device.gate.lock().call_bell(), token)?;
             for notify in &device.notify {
                 add(notify, TOKEN_GUEST | token)?;
             }
@@ -177,11 +178,14 @@ impl GateThread {
     fn serve(&mut self) -> bool {
         let mut busy = false;
         for device in self.devices.iter_mut().filter(|d| d.ready) {
-            busy |= device.gate.pass(&self.memory) == Pass::Again;
-            if device.gate.take_news() {
+            let mut gate = device.gate.lock();
+            busy |= gate.pass(&self.memory) == Pass::Again;
+            let (news, faults) = (gate.take_news(), gate.take_faults());
+            drop(gate);
+            if news {
                 let _already_rung = self.fault_bell.write(1);
             }
-            for fault in device.gate.take_faults() {
+            for fault in faults {
                 if device.may_report(&fault, self.faults.len())
                     && self.faults.try_send(to_message(device.slot, fault)).is_ok()
                 {
@@ -192,21 +196,24 @@ impl GateThread {
         busy
     }
 
-    /// The devices that rang and whose drivers are likely to be waiting.
-    fn watched(&self) -> impl Iterator<Item = &Gate> {
-        let rang = self.devices.iter().filter(|d| d.ready);
-        rang.map(|d| &d.gate).filter(|gate| gate.is_latency_bound())
+    /// Whether `is` of any of the devices that rang and whose drivers are likely to be waiting.
+    fn any_watched(&self, is: impl Fn(&Gate) -> bool) -> bool {
+        let mut rang = self.devices.iter().filter(|d| d.ready);
+        rang.any(|device| {
+            let gate = device.gate.lock();
+            gate.is_latency_bound() && is(&gate)
+        })
     }
 
     /// Whether a device process is at work that a driver is likely to be waiting for.
     fn waits_for_device(&self) -> bool {
-        self.watched().any(Gate::waits_for_device)
+        self.any_watched(Gate::waits_for_device)
     }
 
     /// Watches the rings for as long as it has paid lately. Returns whether something came.
     fn watch(&self) -> bool {
         let budget = self.spin.budget();
-        if budget.is_zero() || self.watched().next().is_none() {
+        if budget.is_zero() || !self.any_watched(|_| true) {
             return false;
         }
         if !self.parallel && self.waits_for_device() {
@@ -216,7 +223,7 @@ impl GateThread {
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
                 let command = self.commands_wait.load(Ordering::Relaxed);
-                if command || self.watched().any(|gate| gate.has_work(&self.memory)) {
+                if command || self.any_watched(|gate| gate.has_work(&self.memory)) {
                     return true;
                 }
                 spin_loop();
@@ -230,7 +237,7 @@ impl GateThread {
     /// Asks everybody to ring. Returns whether there is something to do already.
     fn arm(&mut self) -> bool {
         for device in self.devices.iter_mut().filter(|d| d.ready) {
-            device.ready = device.gate.arm(&self.memory);
+            device.ready = device.gate.lock().arm(&self.memory);
         }
         self.devices.iter().any(|d| d.ready)
     }
@@ -263,7 +270,7 @@ impl GateThread {
         let Some(device) = index.and_then(|index| self.devices.get_mut(index)) else {
             return false;
         };
-        let worth_it = token & TOKEN_GUEST != 0 || device.gate.rung();
+        let worth_it = token & TOKEN_GUEST != 0 || device.gate.lock().rung();
         device.ready |= worth_it;
         worth_it
     }
@@ -282,17 +289,18 @@ impl GateThread {
                 continue;
             };
             device.ready = true;
+            let mut gate = device.gate.lock();
             match command {
-                Command::Reset { .. } => device.gate.reset(),
+                Command::Reset { .. } => gate.reset(),
                 Command::Activate {
                     features, queues, ..
                 } => {
-                    device.gate.activate(&self.memory, features, queues);
+                    gate.activate(&self.memory, features, queues);
                 }
                 Command::Prepare { successor, .. } => {
-                    device.gate.prepare(&self.memory, successor);
+                    gate.prepare(&self.memory, successor);
                 }
-                Command::Lost { .. } => device.gate.lost(),
+                Command::Lost { .. } => gate.lost(),
                 Command::Stop => return false,
             }
         }

@@ -51,7 +51,7 @@ impl GateThread {
             memory: self.memory,
             notify: first.notify.into_iter().map(Doorbell::from).collect(),
             bell: self.command_bell.try_clone().ok()?.into(),
-            link: first.gate.into_link(),
+            link: first.gate.lock().link(),
             commands: self.commands,
         })
     }

@@ -123,22 +123,21 @@ impl Gate {
         readable: &[u8],
         writable: usize,
     ) -> Option<u16> {
+        let framing = self.kind.framing(queue);
         let Framing {
             head_bytes,
             tail_bytes,
             positioned,
-            waits_for_input: _,
-            answered_together: _,
-            failure: _,
             numbered,
-        } = self.kind.framing(queue);
+            ..
+        } = framing;
         assert_eq!(positioned || numbered, position.is_some());
         let driver = self.drivers.get_mut(queue).unwrap();
         let slot = driver.next_slot()?;
         let (head, data) = readable.split_at(usize::from(head_bytes).min(readable.len()));
         let tail = usize::from(tail_bytes).min(writable);
         let into = writable - tail;
-        let into_at = data.len().next_multiple_of(DATA_PAGE_BYTES);
+        let into_at = framing.writable_at(data.len());
         let need = if into > 0 { into_at + into } else { data.len() };
         let pages = if need > 0 {
             Some(self.pages.take(need)?)

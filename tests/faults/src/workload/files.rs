@@ -77,7 +77,7 @@ pub(super) fn arguments(
     let mut arguments: Vec<OsString> = vec!["--kernel".into(), linux.kernel.clone().into()];
     arguments.extend(["--initrd".into(), linux.initrd.clone().into()]);
     arguments.extend(["--cmdline".into(), cmdline.into()]);
-    arguments.extend(["-m".into(), "128MiB".into()]);
+    arguments.extend(["-m".into(), "96MiB".into()]);
     Ok(arguments)
 }
 
