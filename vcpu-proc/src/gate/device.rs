@@ -86,6 +86,8 @@ pub(crate) struct Gate {
     starting: Option<Vec<Option<Queue>>>,
     pub(super) faults: Vec<Fault>,
     news: bool,
+    /// Bits of the interrupt status register that the guest is to be interrupted for, by the gate thread.
+    owed: u32,
     /// What the device process may still ring for.
     pub(super) rings: RingAccount,
 }
@@ -123,6 +125,7 @@ impl Gate {
             starting: None,
             faults: Vec::new(),
             news: false,
+            owed: 0,
             rings: RingAccount::new(),
         }
     }
@@ -178,6 +181,7 @@ impl Gate {
         self.running = false;
         self.guest_at_fault = false;
         self.starting = None;
+        self.owed = 0;
         self.queues.iter_mut().for_each(GateQueue::detach);
         self.tell_driver();
         self.link.reset_is_done();
@@ -255,10 +259,10 @@ impl Gate {
         self.enter(Phase::Broken);
     }
 
-    fn need_reset(&self) {
+    fn need_reset(&mut self) {
         self.link.needs_reset.store(1, Ordering::Release);
         if self.running {
-            self.link.raise_at_once(INTERRUPT_CONFIG);
+            self.owed |= INTERRUPT_CONFIG;
         }
     }
 
@@ -308,12 +312,18 @@ impl Gate {
             }
         });
         if changed && self.running {
-            self.link.raise_at_once(INTERRUPT_CONFIG);
+            self.owed |= INTERRUPT_CONFIG;
         }
     }
 
-    /// Does what there is to do now, without asking anybody to ring.
+    /// Does what there is to do now, without asking anybody to ring. Of the gate thread alone.
     pub(crate) fn pass(&mut self, memory: &GuestMemoryMmap) -> Pass {
+        let pass = self.pass_over(memory);
+        self.raise_owed();
+        pass
+    }
+
+    fn pass_over(&mut self, memory: &GuestMemoryMmap) -> Pass {
         self.take_publication();
         self.start_if_drained(memory);
         if self.phase == Phase::Lost {
@@ -324,7 +334,9 @@ impl Gate {
             return Pass::Quiet;
         }
         let mut budget = PASS_BUDGET;
-        while self.turn(memory, &mut budget) && self.is_attached() && budget > 0 {}
+        while self.turn(memory, &mut budget) && self.is_attached() && budget > 0 {
+            self.raise_owed();
+        }
         if !self.is_attached() || budget < PASS_BUDGET {
             Pass::Again
         } else {
@@ -333,7 +345,7 @@ impl Gate {
     }
 
     /// Does on the thread of a vCPU what it has kicked for, and asks everybody to ring again. Returns whether the gate
-    /// thread has to go on: there is more, or something that it is to tell.
+    /// thread has to go on: there is more, or somebody to tell.
     pub(super) fn kicked(&mut self, memory: &GuestMemoryMmap) -> bool {
         if !self.running || !self.is_attached() || self.alone {
             return true;
@@ -342,7 +354,7 @@ impl Gate {
         let mut budget = KICK_BUDGET;
         while self.turn(memory, &mut budget) && self.is_attached() && budget > 0 {}
         let left = budget == 0 || !self.is_attached() || self.arm(memory);
-        left || self.news || !self.faults.is_empty()
+        left || self.owed != 0 || self.news || !self.faults.is_empty()
     }
 
     fn quiet(&mut self, memory: &GuestMemoryMmap) {
@@ -440,7 +452,7 @@ impl Gate {
         if kick {
             self.channel.bells.kick.ring();
         }
-        self.raise_if_wanted(memory);
+        self.owe_if_wanted(memory);
         if let Some(fault) = guest_fault {
             self.guest_fault(&fault);
         }
@@ -451,13 +463,21 @@ impl Gate {
         started || *budget != before
     }
 
-    pub(super) fn raise_if_wanted(&mut self, memory: &GuestMemoryMmap) {
+    pub(super) fn owe_if_wanted(&mut self, memory: &GuestMemoryMmap) {
         let queues = self.queues.iter_mut();
         let wanted = queues.fold(false, |wanted, queue| {
             wanted | queue.wants_interrupt(memory)
         });
         if wanted {
-            self.link.raise_at_once(INTERRUPT_VRING);
+            self.owed |= INTERRUPT_VRING;
+        }
+    }
+
+    /// Interrupts the guest if that is owed to it.
+    fn raise_owed(&mut self) {
+        let bits = std::mem::take(&mut self.owed);
+        if bits != 0 {
+            self.link.raise_at_once(bits);
         }
     }
 
@@ -470,7 +490,7 @@ impl Gate {
                 fault = Some(e);
             }
         });
-        self.raise_if_wanted(memory);
+        self.owe_if_wanted(memory);
         if let Some(fault) = fault {
             self.guest_fault(&fault);
         }

@@ -72,7 +72,7 @@ pub(crate) struct GateLink {
     pub(crate) needs_reset: AtomicU32,
     /// The irqfd, for whoever may do no more than write.
     pub(crate) interrupt: EventFd,
-    /// The line that it leads to, for whoever has the gate.
+    /// The line that it leads to, for the gate thread.
     line: OnceLock<Line>,
     config: Mutex<ConfigImage>,
     changed: Condvar,
@@ -160,8 +160,8 @@ impl GateLink {
         let _it_has_one = self.line.set(line);
     }
 
-    /// As [`GateLink::raise`], without the kernel thread in between. Of whoever has the gate, for all that it
-    /// raises: KVM takes an edge that comes between the two halves of another for the same one.
+    /// As [`GateLink::raise`], without the kernel thread in between. Of the gate thread alone, which may do that, and for all
+    /// that it raises: KVM takes an edge that comes between the two halves of another for the same one.
     pub(super) fn raise_at_once(&self, bits: u32) {
         self.interrupt_status.fetch_or(bits, Ordering::AcqRel);
         let line = self.line.get();
