@@ -19,10 +19,10 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Requests and completions that one device may take up in one pass, so that a flood on one device
-/// does not starve the others on the same thread.
+/// does not starve the others on the same thread. Large requests count as several ([`super::queue::BYTES_OF_ONE`]).
 const PASS_BUDGET: u32 = 256;
-/// The same for a vCPU thread, whose guest stands still meanwhile.
-const KICK_BUDGET: u32 = 16;
+/// The same for a vCPU thread, whose guest stands still meanwhile: enough for the largest request.
+const KICK_BUDGET: u32 = 40;
 
 /// What a pass over a device left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -347,7 +347,7 @@ impl Gate {
     /// Does on the thread of a vCPU what it has kicked for, and asks everybody to ring again. Returns whether the gate
     /// thread has to go on: there is more, or somebody to tell.
     pub(super) fn kicked(&mut self, memory: &GuestMemoryMmap) -> bool {
-        if !self.running || !self.is_attached() || self.alone {
+        if !self.is_serving() || self.alone {
             return true;
         }
         self.quiet(memory);
@@ -387,10 +387,9 @@ impl Gate {
         self.is_attached() && self.queues.iter().any(|q| q.has_work(memory, window))
     }
 
-    /// Whether a driver is likely to be waiting for this device's answers, so that looking for its
-    /// next request for a moment pays.
-    pub(crate) const fn is_latency_bound(&self) -> bool {
-        matches!(self.kind, VirtioKind::Blk) && self.running && self.is_attached()
+    /// Whether a driver has requests served by a device process.
+    pub(crate) const fn is_serving(&self) -> bool {
+        self.running && self.is_attached()
     }
 
     /// Whether the device process is working on requests.

@@ -1,31 +1,56 @@
 //! Kicks that the vCPU which makes them serves itself, where the way of a request would otherwise begin with waking the
 //! gate thread ([`VirtioKind::is_served_at_kick`]).
 //!
-//! A gate belongs to whoever has its lock: the gate thread, or one of these. A vCPU never waits for it. When
-//! somebody else has the gate, or when something is left to do, it rings for the gate thread as an ioeventfd would have.
+//! A gate belongs to whoever has its lock: the gate thread, or one of these. A vCPU never waits for it, and does not take
+//! it from the gate thread that waits: several vCPUs could keep it for ever by turns. When it does not get the gate, or
+//! when something is left to do, it rings for the gate thread as an ioeventfd would have.
 
 use super::device::Gate;
 use bulkhead_ipc::device_kind::VirtioKind;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 /// A gate that several threads may serve, one at a time.
 #[derive(Debug, Clone)]
-pub(crate) struct SharedGate(Arc<Mutex<Gate>>);
+pub(crate) struct SharedGate(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// Whether the gate thread waits for it.
+    wanted: AtomicBool,
+    gate: Mutex<Gate>,
+}
 
 impl SharedGate {
     pub(crate) fn new(gate: Gate) -> Self {
-        Self(Arc::new(Mutex::new(gate)))
+        let wanted = AtomicBool::new(false);
+        let gate = Mutex::new(gate);
+        Self(Arc::new(Shared { wanted, gate }))
     }
 
-    /// Waits for whoever has it, which is for no longer than a few requests take.
+    /// For the gate thread alone. Waits for whoever has it, which is for no longer than a few requests take for each vCPU.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Gate> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        let Shared { wanted, gate } = &*self.0;
+        match gate.try_lock() {
+            Ok(gate) => gate,
+            Err(TryLockError::Poisoned(gate)) => gate.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                wanted.store(true, Ordering::Release);
+                let gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
+                wanted.store(false, Ordering::Release);
+                gate
+            }
+        }
     }
 
+    /// For a vCPU thread. None while somebody else has it, or waits for it.
     fn try_lock(&self) -> Option<MutexGuard<'_, Gate>> {
-        match self.0.try_lock() {
+        if self.0.wanted.load(Ordering::Acquire) {
+            return None;
+        }
+        match self.0.gate.try_lock() {
             Ok(gate) => Some(gate),
             Err(TryLockError::Poisoned(gate)) => Some(gate.into_inner()),
             Err(TryLockError::WouldBlock) => None,
@@ -39,7 +64,7 @@ pub(crate) struct Kicks {
     gate: SharedGate,
     memory: GuestMemoryMmap,
     /// What rings for the gate thread, of each queue whose kicks are served here.
-    bells: Vec<Option<EventFd>>,
+    bells: Vec<Option<Arc<EventFd>>>,
 }
 
 impl Kicks {
@@ -47,23 +72,21 @@ impl Kicks {
         kind: VirtioKind,
         gate: SharedGate,
         memory: GuestMemoryMmap,
-        notify: &[EventFd],
-    ) -> std::io::Result<Self> {
-        let bell = |(queue, bell): (usize, &EventFd)| {
-            let here = kind.is_served_at_kick(queue);
-            here.then(|| bell.try_clone()).transpose()
-        };
-        let bells = notify.iter().enumerate().map(bell);
-        Ok(Self {
+        notify: &[Arc<EventFd>],
+    ) -> Self {
+        let bells = notify.iter().enumerate();
+        let bells =
+            bells.map(|(queue, bell)| kind.is_served_at_kick(queue).then(|| Arc::clone(bell)));
+        Self {
             gate,
             memory,
-            bells: bells.collect::<Result<_, _>>()?,
-        })
+            bells: bells.collect(),
+        }
     }
 
     /// The guest kicks a queue. Never waits.
     pub(crate) fn kick(&self, queue: usize) {
-        let Some(bell) = self.bells.get(queue).and_then(Option::as_ref) else {
+        let Some(bell) = self.bells.get(queue).and_then(Option::as_deref) else {
             return;
         };
         let left = match self.gate.try_lock() {

@@ -17,6 +17,7 @@
 use super::Successor;
 use super::device::{Fault, Gate, Pass};
 use super::kicked::SharedGate;
+use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
 use bulkhead_runtime::spin::Spin;
 use flume::{Receiver, Sender};
@@ -80,7 +81,7 @@ pub(crate) struct CommandSender {
 
 impl CommandSender {
     /// Sends a command. Waits while [`COMMANDS_MAX`] are pending, which the gate thread, never
-    /// waiting for anybody itself, soon changes.
+    /// waiting for anybody itself but for a vCPU that has a gate for a moment, soon changes.
     pub(crate) fn send(&self, command: Command) {
         if self.queue.send(command).is_ok() {
             self.waits.store(true, Ordering::Release);
@@ -94,12 +95,19 @@ impl CommandSender {
 pub(crate) struct Served {
     pub(crate) slot: u8,
     pub(crate) gate: SharedGate,
-    pub(crate) notify: Vec<EventFd>,
+    pub(crate) kind: VirtioKind,
+    pub(crate) notify: Vec<Arc<EventFd>>,
     pub(crate) ready: bool,
     pub(crate) guest_faults_reported: u32,
 }
 
 impl Served {
+    /// Whether its driver is likely to be waiting for its answers, so that looking for its next request for a moment pays. No
+    /// vCPU thread takes the gate of such a device, so that a look never waits.
+    const fn is_watched(&self) -> bool {
+        matches!(self.kind, VirtioKind::Blk)
+    }
+
     /// Whether a fault is told to the broker, for which `waiting` ones wait already.
     fn may_report(&mut self, fault: &Fault, waiting: usize) -> bool {
         match fault {
@@ -198,10 +206,12 @@ impl GateThread {
 
     /// Whether `is` of any of the devices that rang and whose drivers are likely to be waiting.
     fn any_watched(&self, is: impl Fn(&Gate) -> bool) -> bool {
-        let mut rang = self.devices.iter().filter(|d| d.ready);
-        rang.any(|device| {
-            let gate = device.gate.lock();
-            gate.is_latency_bound() && is(&gate)
+        let mut devices = self.devices.iter();
+        devices.any(|device| {
+            device.ready && device.is_watched() && {
+                let gate = device.gate.lock();
+                gate.is_serving() && is(&gate)
+            }
         })
     }
 

@@ -51,7 +51,7 @@ pub struct SlotWiring {
     pub interrupt: EventFd,
     /// For each queue what rings for the gate thread. To be registered as ioeventfd where [`SlotWiring::kind`] says that no vCPU
     /// thread serves the kick: a 32-bit write of the queue's number to offset 0x50 of the slot.
-    pub notify: Vec<EventFd>,
+    pub notify: Vec<Arc<EventFd>>,
     /// Kind of the device.
     pub kind: VirtioKind,
 }
@@ -185,20 +185,18 @@ pub fn build(
         let notify = slot
             .queue_sizes
             .iter()
-            .map(|_| eventfd())
+            .map(|_| eventfd().map(Arc::new))
             .collect::<Result<Vec<_>, _>>()?;
         let link = Arc::new(GateLink::new(&slot, interrupt.try_clone()?));
         let gate = Gate::new(&slot, Arc::clone(&channel), Arc::clone(&link));
         let gate = SharedGate::new(gate);
-        let kicks = Kicks::new(slot.kind, gate.clone(), memory.clone(), &notify)?;
+        let kicks = Kicks::new(slot.kind, gate.clone(), memory.clone(), &notify);
         shared.push((slot.slot, channel, Arc::clone(&link)));
         served.push(Served {
             slot: slot.slot,
             gate,
-            notify: notify
-                .iter()
-                .map(EventFd::try_clone)
-                .collect::<Result<_, _>>()?,
+            notify: notify.clone(),
+            kind: slot.kind,
             ready: true,
             guest_faults_reported: 0,
         });

@@ -7,6 +7,15 @@ const REQUESTS: u16 = 1;
 /// Bytes of a request.
 const BYTES: u32 = 64;
 
+/// Set when it goes out of scope, also when a test fails.
+struct AtEnd<'a>(&'a AtomicBool);
+
+impl Drop for AtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 fn folder() -> Machine {
     let mut m = Machine::of(VirtioKind::Fs, REQUESTS);
     m.publish();
@@ -80,6 +89,59 @@ fn kicks_and_completions_at_the_same_time_lose_nothing() {
         answered += 1;
     }
     assert!(m.bus.take_faults().is_empty());
+}
+
+/// What a vCPU finds while it serves its kick is told like what the gate thread finds.
+#[test]
+fn faults_that_a_kick_brings_to_light_are_told() {
+    let mut m = folder();
+    // A chain that ends in the middle.
+    m.describe(0, 0x8000, BYTES, NEXT, QUEUE);
+    m.offer(0);
+    assert!(matches!(
+        m.wait_fault(),
+        FromVcpu::GuestFault { slot: 0, .. }
+    ));
+    m.wait("the bit", |m| (m.get(0x70) & 0x40 != 0).then_some(()));
+    m.start();
+    m.describe_round_trip(0);
+    m.offer(0);
+    let _taken = m.device_pop();
+    // Nothing of the sort is in flight, and the device does not ring for it.
+    m.device.add_used(&m.device_memory, 40, 16).unwrap();
+    m.kick_queue(REQUESTS);
+    assert!(matches!(
+        m.wait_fault(),
+        FromVcpu::DeviceFault { slot: 0, .. }
+    ));
+}
+
+/// Others wait for the gate thread that waits for the gate: it gets its turn between vCPUs that have it all the time.
+#[test]
+fn gate_thread_gets_its_turn_beside_vcpus_that_kick_without_a_pause() {
+    let mut m = folder();
+    let stop = AtomicBool::new(false);
+    let bus = Arc::clone(&m.bus);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let queue = u32::from(REQUESTS).to_le_bytes();
+                    bus.write(BASE + QUEUE_NOTIFY, &queue);
+                }
+            });
+        }
+        let _stops = AtEnd(&stop);
+        for _ in 0..20 {
+            m.describe_round_trip(0);
+            m.offer(0);
+            let (head, ..) = m.device_pop();
+            m.device_complete(head, 16);
+            assert_eq!(m.used(), (0, 16));
+            // Carried out by the gate thread, for which the driver waits.
+            m.start();
+        }
+    });
 }
 
 /// A gate thread that has its hands full, or a device that is gone, is no reason for a kick to get lost.
