@@ -189,18 +189,6 @@ impl VirtioKind {
         }
     }
 
-    /// Whether the vCPU that kicks queue `queue` gives its requests to the device itself. For requests that
-    /// come one by one while somebody waits at the other end; where many are in flight, another thread has them copied
-    /// while the guest goes on.
-    #[must_use]
-    pub const fn is_served_at_kick(self, queue: usize) -> bool {
-        match self {
-            Self::Net => queue % 2 == 1,
-            Self::Fs => true,
-            Self::Blk | Self::Console | Self::Rng | Self::Vsock => false,
-        }
-    }
-
     /// Replay class of the requests of queue `queue`.
     #[must_use]
     pub const fn replay_class(self, queue: usize) -> ReplayClass {

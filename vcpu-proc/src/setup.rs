@@ -34,7 +34,10 @@ use crate::memory::{self, MemoryError};
 use crate::ports::Ports;
 use crate::quirks::{self, QuirkError, VcpuQuirks};
 use crate::run_loop::VcpuLoop;
-use crate::virtio::{self, Cpus, QUEUE_NOTIFY, SlotFds, VirtioBus, VirtioError};
+use crate::virtio::{self, Cpus, SlotFds, VirtioBus, VirtioError};
+
+/// Offset of the queue notification register in a virtio-mmio slot.
+const QUEUE_NOTIFY: u64 = 0x50;
 
 /// The descriptors that a vCPU process was born with.
 #[derive(Debug)]
@@ -358,12 +361,7 @@ fn connect_devices(
         vm.connect_interrupt(&wiring.interrupt, wiring.gsi)?;
         let base = VIRTIO_MMIO_BASE + u64::from(wiring.slot) * VIRTIO_MMIO_STRIDE;
         for (queue, doorbell) in (0u32..).zip(&wiring.notify) {
-            if !wiring
-                .kind
-                .is_served_at_kick(usize::try_from(queue).unwrap_or(usize::MAX))
-            {
-                vm.connect_doorbell(doorbell, base + QUEUE_NOTIFY, queue)?;
-            }
+            vm.connect_doorbell(doorbell, base + QUEUE_NOTIFY, queue)?;
         }
     }
     Ok((bus, gates))

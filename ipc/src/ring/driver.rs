@@ -1,5 +1,5 @@
 //! The driver half of a shadow virtqueue: split rings of virtio 1.2 section 2.7 with event indexes,
-//! in a window. Called by whoever has the gate alone.
+//! in a window. Called by the gate thread alone.
 //!
 //! A request occupies one *slot*: four consecutive descriptors, of which it uses up to four, and one
 //! head slot of 64 bytes. The head descriptor of slot `n` is `4 n`, so there is no descriptor free

@@ -1,8 +1,8 @@
 //! One virtio device behind its gates: all its queues, its window, and what its device process has
 //! published.
 //!
-//! Called by the gate thread, and at some kicks by the vCPU thread that makes them ([`super::kicked`]). What other threads
-//! need of it is in [`GateLink`]. What happens when the device process dies is in [`super::succession`].
+//! Called by the gate thread alone. What other threads need of it is in [`GateLink`]. What happens
+//! when the device process dies is in [`super::succession`].
 
 use super::link::{Attachment, ConfigImage, GateLink, INTERRUPT_CONFIG, INTERRUPT_VRING, Phase};
 use super::queue::{Backing, GateQueue, GuestFault};
@@ -19,10 +19,8 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Requests and completions that one device may take up in one pass, so that a flood on one device
-/// does not starve the others on the same thread. Large requests count as several ([`super::queue::BYTES_OF_ONE`]).
+/// does not starve the others on the same thread.
 const PASS_BUDGET: u32 = 256;
-/// The same for a vCPU thread, whose guest stands still meanwhile: enough for the largest request.
-const KICK_BUDGET: u32 = 40;
 
 /// What a pass over a device left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,8 +84,6 @@ pub(crate) struct Gate {
     starting: Option<Vec<Option<Queue>>>,
     pub(super) faults: Vec<Fault>,
     news: bool,
-    /// Bits of the interrupt status register that the guest is to be interrupted for, by the gate thread.
-    owed: u32,
     /// What the device process may still ring for.
     pub(super) rings: RingAccount,
 }
@@ -125,7 +121,6 @@ impl Gate {
             starting: None,
             faults: Vec::new(),
             news: false,
-            owed: 0,
             rings: RingAccount::new(),
         }
     }
@@ -181,15 +176,14 @@ impl Gate {
         self.running = false;
         self.guest_at_fault = false;
         self.starting = None;
-        self.owed = 0;
         self.queues.iter_mut().for_each(GateQueue::detach);
         self.tell_driver();
         self.link.reset_is_done();
     }
 
-    /// What it shares with other threads.
-    pub(super) fn link(&self) -> Arc<GateLink> {
-        Arc::clone(&self.link)
+    /// Gives up everything but what it shares with other threads.
+    pub(super) fn into_link(self) -> Arc<GateLink> {
+        self.link
     }
 
     /// The guest set DRIVER_OK.
@@ -259,10 +253,10 @@ impl Gate {
         self.enter(Phase::Broken);
     }
 
-    fn need_reset(&mut self) {
+    fn need_reset(&self) {
         self.link.needs_reset.store(1, Ordering::Release);
         if self.running {
-            self.owed |= INTERRUPT_CONFIG;
+            self.link.raise_at_once(INTERRUPT_CONFIG);
         }
     }
 
@@ -312,54 +306,29 @@ impl Gate {
             }
         });
         if changed && self.running {
-            self.owed |= INTERRUPT_CONFIG;
+            self.link.raise_at_once(INTERRUPT_CONFIG);
         }
     }
 
-    /// Does what there is to do now, without asking anybody to ring. Of the gate thread alone.
+    /// Does what there is to do now, without asking anybody to ring.
     pub(crate) fn pass(&mut self, memory: &GuestMemoryMmap) -> Pass {
-        let pass = self.pass_over(memory);
-        self.raise_owed();
-        pass
-    }
-
-    fn pass_over(&mut self, memory: &GuestMemoryMmap) -> Pass {
         self.take_publication();
         self.start_if_drained(memory);
         if self.phase == Phase::Lost {
             return self.dead_pass(memory);
         }
-        self.quiet(memory);
+        for queue in &mut self.queues {
+            queue.quiet(memory, &self.channel.window.memory);
+        }
         if !self.is_attached() {
             return Pass::Quiet;
         }
         let mut budget = PASS_BUDGET;
-        while self.turn(memory, &mut budget) && self.is_attached() && budget > 0 {
-            self.raise_owed();
-        }
+        while self.turn(memory, &mut budget) && self.is_attached() && budget > 0 {}
         if !self.is_attached() || budget < PASS_BUDGET {
             Pass::Again
         } else {
             Pass::Quiet
-        }
-    }
-
-    /// Does on the thread of a vCPU what it has kicked for, and asks everybody to ring again. Returns whether the gate
-    /// thread has to go on: there is more, or somebody to tell.
-    pub(super) fn kicked(&mut self, memory: &GuestMemoryMmap) -> bool {
-        if !self.is_serving() || self.alone {
-            return true;
-        }
-        self.quiet(memory);
-        let mut budget = KICK_BUDGET;
-        while self.turn(memory, &mut budget) && self.is_attached() && budget > 0 {}
-        let left = budget == 0 || !self.is_attached() || self.arm(memory);
-        left || self.owed != 0 || self.news || !self.faults.is_empty()
-    }
-
-    fn quiet(&mut self, memory: &GuestMemoryMmap) {
-        for queue in &mut self.queues {
-            queue.quiet(memory, &self.channel.window.memory);
         }
     }
 
@@ -387,9 +356,10 @@ impl Gate {
         self.is_attached() && self.queues.iter().any(|q| q.has_work(memory, window))
     }
 
-    /// Whether a driver has requests served by a device process.
-    pub(crate) const fn is_serving(&self) -> bool {
-        self.running && self.is_attached()
+    /// Whether a driver is likely to be waiting for this device's answers, so that looking for its
+    /// next request for a moment pays.
+    pub(crate) const fn is_latency_bound(&self) -> bool {
+        matches!(self.kind, VirtioKind::Blk) && self.running && self.is_attached()
     }
 
     /// Whether the device process is working on requests.
@@ -451,7 +421,7 @@ impl Gate {
         if kick {
             self.channel.bells.kick.ring();
         }
-        self.owe_if_wanted(memory);
+        self.raise_if_wanted(memory);
         if let Some(fault) = guest_fault {
             self.guest_fault(&fault);
         }
@@ -462,21 +432,13 @@ impl Gate {
         started || *budget != before
     }
 
-    pub(super) fn owe_if_wanted(&mut self, memory: &GuestMemoryMmap) {
+    pub(super) fn raise_if_wanted(&mut self, memory: &GuestMemoryMmap) {
         let queues = self.queues.iter_mut();
         let wanted = queues.fold(false, |wanted, queue| {
             wanted | queue.wants_interrupt(memory)
         });
         if wanted {
-            self.owed |= INTERRUPT_VRING;
-        }
-    }
-
-    /// Interrupts the guest if that is owed to it.
-    fn raise_owed(&mut self) {
-        let bits = std::mem::take(&mut self.owed);
-        if bits != 0 {
-            self.link.raise_at_once(bits);
+            self.link.raise_at_once(INTERRUPT_VRING);
         }
     }
 
@@ -489,7 +451,7 @@ impl Gate {
                 fault = Some(e);
             }
         });
-        self.owe_if_wanted(memory);
+        self.raise_if_wanted(memory);
         if let Some(fault) = fault {
             self.guest_fault(&fault);
         }

@@ -45,11 +45,6 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// Bytes of the request and its answer.
-    pub(crate) const fn bytes(&self) -> usize {
-        self.readable_bytes.saturating_add(self.writable_bytes)
-    }
-
     /// Forgets the request but keeps the allocations.
     pub(crate) fn clear(&mut self) {
         self.readable.clear();

@@ -6,7 +6,7 @@
 //! guest memory nor an irqfd.
 //!
 //! All gates of a VM run on one thread ([`thread`]), which never waits for a device: it looks at
-//! rings, and sleeps in epoll. Some kicks are served by the vCPU thread that makes them ([`kicked`]). The journal of requests in flight ([`journal`]) is in private memory.
+//! rings, and sleeps in epoll. The journal of requests in flight ([`journal`]) is in private memory.
 //!
 //! A guest that breaks the virtio protocol gets DEVICE_NEEDS_RESET. A device that does, dies, or rings its
 //! doorbell without a cause ([`rings`]) is replaced
@@ -16,7 +16,6 @@
 mod copy;
 mod device;
 mod journal;
-mod kicked;
 mod link;
 mod queue;
 mod rings;
@@ -25,7 +24,6 @@ pub(crate) mod thread;
 mod ungated;
 
 pub(crate) use device::{DeviceChannel, Gate};
-pub(crate) use kicked::{Kicks, SharedGate};
 pub(crate) use link::{Attachment, ConfigImage, GateLink, Line, Phase};
 pub(crate) use rings::RingAccount;
 pub use succession::Successor;

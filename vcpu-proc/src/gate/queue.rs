@@ -33,8 +33,6 @@ const CHAIN_DESCRIPTORS_MAX: usize = 1024;
 /// costs half as much when the pages are still in the cache of a CPU; more requests would not make
 /// such a device faster.
 const HOT_PAGES: usize = 128;
-/// Bytes of a request that are copied in about the time that a request takes by itself.
-pub(super) const BYTES_OF_ONE: usize = 64 << 10;
 const STATUS_IOERR: u8 = 1;
 const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
 
@@ -209,9 +207,7 @@ impl GateQueue {
                 if self.waiting.is_none() {
                     return Ok(());
                 }
-                let bytes = self.waiting.as_ref().map_or(0, Entry::bytes);
-                let more = u32::try_from(bytes / BYTES_OF_ONE).unwrap_or(u32::MAX);
-                *budget = budget.saturating_sub(more.saturating_add(1));
+                *budget -= 1;
             }
             if !self.submit_waiting(backing)? {
                 return Ok(());

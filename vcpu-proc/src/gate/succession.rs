@@ -72,7 +72,7 @@ impl Gate {
             }
         }
         self.pages = WindowPages::new(self.channel.window.layout.data_pages);
-        self.owe_if_wanted(memory);
+        self.raise_if_wanted(memory);
         self.generation = generation;
         self.fields_change = fields_change;
         self.published = false;

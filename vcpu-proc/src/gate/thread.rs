@@ -16,8 +16,6 @@
 
 use super::Successor;
 use super::device::{Fault, Gate, Pass};
-use super::kicked::SharedGate;
-use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
 use bulkhead_runtime::spin::Spin;
 use flume::{Receiver, Sender};
@@ -81,7 +79,7 @@ pub(crate) struct CommandSender {
 
 impl CommandSender {
     /// Sends a command. Waits while [`COMMANDS_MAX`] are pending, which the gate thread, never
-    /// waiting for anybody itself but for a vCPU that has a gate for a moment, soon changes.
+    /// waiting for anybody itself, soon changes.
     pub(crate) fn send(&self, command: Command) {
         if self.queue.send(command).is_ok() {
             self.waits.store(true, Ordering::Release);
@@ -94,20 +92,13 @@ impl CommandSender {
 #[derive(Debug)]
 pub(crate) struct Served {
     pub(crate) slot: u8,
-    pub(crate) gate: SharedGate,
-    pub(crate) kind: VirtioKind,
-    pub(crate) notify: Vec<Arc<EventFd>>,
+    pub(crate) gate: Gate,
+    pub(crate) notify: Vec<EventFd>,
     pub(crate) ready: bool,
     pub(crate) guest_faults_reported: u32,
 }
 
 impl Served {
-    /// Whether its driver is likely to be waiting for its answers, so that looking for its next request for a moment pays. No
-    /// vCPU thread takes the gate of such a device, so that a look never waits.
-    const fn is_watched(&self) -> bool {
-        matches!(self.kind, VirtioKind::Blk)
-    }
-
     /// Whether a fault is told to the broker, for which `waiting` ones wait already.
     fn may_report(&mut self, fault: &Fault, waiting: usize) -> bool {
         match fault {
@@ -146,7 +137,7 @@ impl GateThread {
         };
         add(&self.command_bell, TOKEN_COMMAND)?;
         for (device, token) in self.devices.iter().zip(0u64..) {
-            add(device.gate.lock().call_bell(), token)?;
+            add(device.gate.call_bell(), token)?;
             for notify in &device.notify {
                 add(notify, TOKEN_GUEST | token)?;
             }
@@ -186,14 +177,11 @@ impl GateThread {
     fn serve(&mut self) -> bool {
         let mut busy = false;
         for device in self.devices.iter_mut().filter(|d| d.ready) {
-            let mut gate = device.gate.lock();
-            busy |= gate.pass(&self.memory) == Pass::Again;
-            let (news, faults) = (gate.take_news(), gate.take_faults());
-            drop(gate);
-            if news {
+            busy |= device.gate.pass(&self.memory) == Pass::Again;
+            if device.gate.take_news() {
                 let _already_rung = self.fault_bell.write(1);
             }
-            for fault in faults {
+            for fault in device.gate.take_faults() {
                 if device.may_report(&fault, self.faults.len())
                     && self.faults.try_send(to_message(device.slot, fault)).is_ok()
                 {
@@ -204,26 +192,21 @@ impl GateThread {
         busy
     }
 
-    /// Whether `is` of any of the devices that rang and whose drivers are likely to be waiting.
-    fn any_watched(&self, is: impl Fn(&Gate) -> bool) -> bool {
-        let mut devices = self.devices.iter();
-        devices.any(|device| {
-            device.ready && device.is_watched() && {
-                let gate = device.gate.lock();
-                gate.is_serving() && is(&gate)
-            }
-        })
+    /// The devices that rang and whose drivers are likely to be waiting.
+    fn watched(&self) -> impl Iterator<Item = &Gate> {
+        let rang = self.devices.iter().filter(|d| d.ready);
+        rang.map(|d| &d.gate).filter(|gate| gate.is_latency_bound())
     }
 
     /// Whether a device process is at work that a driver is likely to be waiting for.
     fn waits_for_device(&self) -> bool {
-        self.any_watched(Gate::waits_for_device)
+        self.watched().any(Gate::waits_for_device)
     }
 
     /// Watches the rings for as long as it has paid lately. Returns whether something came.
     fn watch(&self) -> bool {
         let budget = self.spin.budget();
-        if budget.is_zero() || !self.any_watched(|_| true) {
+        if budget.is_zero() || self.watched().next().is_none() {
             return false;
         }
         if !self.parallel && self.waits_for_device() {
@@ -233,7 +216,7 @@ impl GateThread {
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
                 let command = self.commands_wait.load(Ordering::Relaxed);
-                if command || self.any_watched(|gate| gate.has_work(&self.memory)) {
+                if command || self.watched().any(|gate| gate.has_work(&self.memory)) {
                     return true;
                 }
                 spin_loop();
@@ -247,7 +230,7 @@ impl GateThread {
     /// Asks everybody to ring. Returns whether there is something to do already.
     fn arm(&mut self) -> bool {
         for device in self.devices.iter_mut().filter(|d| d.ready) {
-            device.ready = device.gate.lock().arm(&self.memory);
+            device.ready = device.gate.arm(&self.memory);
         }
         self.devices.iter().any(|d| d.ready)
     }
@@ -280,7 +263,7 @@ impl GateThread {
         let Some(device) = index.and_then(|index| self.devices.get_mut(index)) else {
             return false;
         };
-        let worth_it = token & TOKEN_GUEST != 0 || device.gate.lock().rung();
+        let worth_it = token & TOKEN_GUEST != 0 || device.gate.rung();
         device.ready |= worth_it;
         worth_it
     }
@@ -299,18 +282,17 @@ impl GateThread {
                 continue;
             };
             device.ready = true;
-            let mut gate = device.gate.lock();
             match command {
-                Command::Reset { .. } => gate.reset(),
+                Command::Reset { .. } => device.gate.reset(),
                 Command::Activate {
                     features, queues, ..
                 } => {
-                    gate.activate(&self.memory, features, queues);
+                    device.gate.activate(&self.memory, features, queues);
                 }
                 Command::Prepare { successor, .. } => {
-                    gate.prepare(&self.memory, successor);
+                    device.gate.prepare(&self.memory, successor);
                 }
-                Command::Lost { .. } => gate.lost(),
+                Command::Lost { .. } => device.gate.lost(),
                 Command::Stop => return false,
             }
         }

@@ -11,7 +11,6 @@ use flume::Receiver;
 use std::sync::Arc;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::EventFd;
 
 /// One device without a gate.
 #[derive(Debug)]
@@ -48,12 +47,11 @@ impl GateThread {
     #[must_use]
     pub fn ungated(self) -> Option<Ungated> {
         let first = self.devices.into_iter().next()?;
-        let own = |bell: &Arc<EventFd>| Some(bell.try_clone().ok()?.into());
         Some(Ungated {
             memory: self.memory,
-            notify: first.notify.iter().map(own).collect::<Option<_>>()?,
+            notify: first.notify.into_iter().map(Doorbell::from).collect(),
             bell: self.command_bell.try_clone().ok()?.into(),
-            link: first.gate.lock().link(),
+            link: first.gate.into_link(),
             commands: self.commands,
         })
     }

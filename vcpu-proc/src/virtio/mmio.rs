@@ -1,7 +1,7 @@
 //! The register file of one virtio-mmio device (virtio 1.2 section 4.2.2).
 
+use crate::gate::GateLink;
 use crate::gate::thread::{Command, CommandSender};
-use crate::gate::{GateLink, Kicks};
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,9 +14,6 @@ use vm_memory::GuestAddress;
 const MAGIC: u32 = 0x7472_6976; // "virt"
 const VERSION: u32 = 2;
 const VENDOR: u32 = 0x484b_4c42; // "BLKH"
-
-/// Offset of the register that a driver writes a queue's number to (virtio 1.2, section 4.2.2: QueueNotify).
-pub(crate) const QUEUE_NOTIFY: u64 = 0x50;
 
 const STATUS_FEATURES_OK: u32 = 8;
 const STATUS_DRIVER_OK: u32 = 4;
@@ -90,7 +87,6 @@ pub(crate) struct Transport {
     device_id: u32,
     registers: Mutex<Registers>,
     link: Arc<GateLink>,
-    kicks: Kicks,
     commands: CommandSender,
     interrupted: Arc<AtomicBool>,
     born: Instant,
@@ -100,7 +96,6 @@ impl Transport {
     pub(crate) fn new(
         slot: &VirtioSlot,
         link: Arc<GateLink>,
-        kicks: Kicks,
         commands: CommandSender,
         interrupted: Arc<AtomicBool>,
     ) -> Self {
@@ -123,7 +118,6 @@ impl Transport {
             device_id: slot.kind.virtio_id(),
             registers: Mutex::new(registers),
             link,
-            kicks,
             commands,
             interrupted,
             born: Instant::now(),
@@ -226,12 +220,6 @@ impl Transport {
     }
 
     fn write_register(&self, offset: u64, value: u32) {
-        if offset == QUEUE_NOTIFY {
-            // Where the queue has an ioeventfd the gate thread is rung for, and this place not reached.
-            self.kicks
-                .kick(usize::try_from(value).unwrap_or(usize::MAX));
-            return;
-        }
         if offset == 0x64 {
             self.link
                 .interrupt_status
@@ -242,6 +230,7 @@ impl Transport {
             self.write_status(value);
             return;
         }
+        // QueueNotify is an ioeventfd; a write that reaches this place names no queue.
         let mut registers = self.registers();
         let registers = &mut *registers;
         match offset {

@@ -8,18 +8,14 @@ mod mmio;
 mod tests;
 
 use crate::gate::thread::{COMMANDS_MAX, Command, CommandSender, FAULTS_MAX, Served};
-use crate::gate::{
-    Attachment, DeviceChannel, Gate, GateLink, GateThread, Kicks, Line, SharedGate, Successor,
-};
+use crate::gate::{Attachment, DeviceChannel, Gate, GateLink, GateThread, Line, Successor};
 use crate::kvm::Vm;
-use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::platform;
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::protocol::vcpu::FromVcpu;
 use bulkhead_ipc::shared::{Doorbell, SharedError};
 use bulkhead_ipc::window::{Doorbells, LayoutError, Window, WindowLayout};
 use bulkhead_runtime::spin::Spin;
-pub(crate) use mmio::QUEUE_NOTIFY;
 use mmio::Transport;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -49,11 +45,9 @@ pub struct SlotWiring {
     pub gsi: u32,
     /// To be registered as irqfd for `gsi`.
     pub interrupt: EventFd,
-    /// For each queue what rings for the gate thread. To be registered as ioeventfd where [`SlotWiring::kind`] says that no vCPU
-    /// thread serves the kick: a 32-bit write of the queue's number to offset 0x50 of the slot.
-    pub notify: Vec<Arc<EventFd>>,
-    /// Kind of the device.
-    pub kind: VirtioKind,
+    /// For each queue, to be registered as ioeventfd: a 32-bit write of the queue's number to
+    /// offset 0x50 of the slot.
+    pub notify: Vec<EventFd>,
 }
 
 /// Why the virtio devices could not be set up.
@@ -185,18 +179,18 @@ pub fn build(
         let notify = slot
             .queue_sizes
             .iter()
-            .map(|_| eventfd().map(Arc::new))
+            .map(|_| eventfd())
             .collect::<Result<Vec<_>, _>>()?;
         let link = Arc::new(GateLink::new(&slot, interrupt.try_clone()?));
         let gate = Gate::new(&slot, Arc::clone(&channel), Arc::clone(&link));
-        let gate = SharedGate::new(gate);
-        let kicks = Kicks::new(slot.kind, gate.clone(), memory.clone(), &notify);
         shared.push((slot.slot, channel, Arc::clone(&link)));
         served.push(Served {
             slot: slot.slot,
             gate,
-            notify: notify.clone(),
-            kind: slot.kind,
+            notify: notify
+                .iter()
+                .map(EventFd::try_clone)
+                .collect::<Result<_, _>>()?,
             ready: true,
             guest_faults_reported: 0,
         });
@@ -205,12 +199,10 @@ pub fn build(
             gsi: *gsi,
             interrupt,
             notify,
-            kind: slot.kind,
         });
         *place = Some(Transport::new(
             &slot,
             link,
-            kicks,
             sender.clone(),
             Arc::clone(&interrupted),
         ));

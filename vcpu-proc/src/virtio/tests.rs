@@ -2,7 +2,6 @@
 
 mod flood;
 mod frames;
-mod kicks;
 mod succession;
 
 use super::*;
@@ -65,11 +64,8 @@ impl Machine {
     fn of(kind: VirtioKind, queue: u16) -> Self {
         let sizes = vec![QUEUE; usize::from(queue) + 1];
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
-        // A device that keeps something in its window has it besides.
-        let kept = u32::try_from(kind.kept_bytes()).unwrap();
-        let window_bytes = WINDOW_BYTES + kept;
-        let layout = WindowLayout::of(kind, window_bytes as usize, &sizes).unwrap();
-        let fd = sealed_memfd("w", u64::from(window_bytes)).unwrap();
+        let layout = WindowLayout::new(WINDOW_BYTES as usize, &sizes).unwrap();
+        let fd = sealed_memfd("w", u64::from(WINDOW_BYTES)).unwrap();
         let window = Window::map(fd.try_clone().unwrap(), layout.clone()).unwrap();
         let region = Window::map(fd.try_clone().unwrap(), layout)
             .unwrap()
@@ -91,7 +87,7 @@ impl Machine {
             kind,
             generation: 1,
             queue_sizes: sizes,
-            window_bytes,
+            window_bytes: WINDOW_BYTES,
             features: 1 << 9,
             config: vec![0; kind.config_bytes()],
             output_position: 0,
@@ -176,17 +172,8 @@ impl Machine {
         self.memory
             .store(self.avail, GuestAddress(AVAIL + 2), Ordering::Release)
             .unwrap();
-        self.kick_queue(self.queue);
-    }
-
-    /// The driver's kick, as KVM brings it here: by an ioeventfd, or as a write to the register.
-    fn kick_queue(&self, queue: u16) {
-        let wiring = &self.bus.wiring()[0];
-        if wiring.kind.is_served_at_kick(queue.into()) {
-            self.set(QUEUE_NOTIFY, queue.into());
-        } else {
-            wiring.notify[usize::from(queue)].write(1).unwrap();
-        }
+        let queue = usize::from(self.queue);
+        self.bus.wiring()[0].notify[queue].write(1).unwrap();
     }
 
     /// A blk request: 16-byte header, `data` bytes, status.
@@ -621,7 +608,7 @@ proptest! {
         m.memory.write_slice(&rings, GuestAddress(DESC)).unwrap();
         let index = if small { index % (QUEUE + 1) } else { index };
         m.memory.store(index, GuestAddress(AVAIL + 2), Ordering::Release).unwrap();
-        m.kick_queue(0);
+        m.bus.wiring()[0].notify[0].write(1).unwrap();
         for (offset, value) in registers {
             m.set(offset & !3, value);
             m.get(offset & !3);
