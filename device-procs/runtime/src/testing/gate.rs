@@ -4,9 +4,7 @@
 use bulkhead_ipc::device_kind::{Framing, POSITION_BYTES, TAIL_OFFSET, VirtioKind};
 use bulkhead_ipc::ring::{PageRange, RequestLayout, ShadowDriver, Span, WindowPages};
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
-use bulkhead_ipc::window::{
-    DATA_PAGE_BYTES, DeviceState, Doorbells, DriverView, Published, Window, WindowLayout,
-};
+use bulkhead_ipc::window::{DeviceState, Doorbells, DriverView, Published, Window, WindowLayout};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
