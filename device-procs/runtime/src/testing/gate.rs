@@ -125,9 +125,12 @@ impl Gate {
         let Framing {
             head_bytes,
             tail_bytes,
+            answer_bytes: _,
             positioned,
+            waits_for_input: _,
+            answered_together: _,
+            failure: _,
             numbered,
-            ..
         } = framing;
         assert_eq!(positioned || numbered, position.is_some());
         let driver = self.drivers.get_mut(queue).unwrap();
