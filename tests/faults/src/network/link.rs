@@ -35,7 +35,7 @@ pub struct LinkReport {
     pub again: u64,
     /// Datagrams that arrived after a later one.
     pub late: u64,
-    /// Longest time without a datagram.
+    /// Longest time without a datagram: between two of them, or behind the last one until the traffic ended.
     pub silence: Duration,
     /// What was wrong.
     pub errors: Vec<String>,
@@ -45,15 +45,12 @@ pub struct LinkReport {
 #[derive(Debug)]
 pub struct Link {
     is_over: Arc<AtomicBool>,
-    sender: JoinHandle<io::Result<Sent>>,
+    /// Sends records, and returns how many.
+    sender: JoinHandle<io::Result<u64>>,
     receiver: JoinHandle<io::Result<Received>>,
+    /// Sends datagrams, and returns how many. Records wait for those before them, these for nothing.
+    sprinkler: JoinHandle<u64>,
     datagrams: JoinHandle<io::Result<Datagrams>>,
-}
-
-#[derive(Debug, Default)]
-struct Sent {
-    records: u64,
-    datagrams: u64,
 }
 
 #[derive(Debug, Default)]
@@ -69,15 +66,25 @@ struct Datagrams {
     again: u64,
     late: u64,
     silence: Duration,
+    last: Option<Instant>,
 }
 
 impl Datagrams {
-    fn see(&mut self, number: u64) {
+    fn see(&mut self, number: u64, now: Instant) {
+        self.end(now);
+        self.last = Some(now);
         if self.seen.last().is_some_and(|last| number < *last) && !self.seen.contains(&number) {
             self.late += 1;
         }
         if !self.seen.insert(number) {
             self.again += 1;
+        }
+    }
+
+    /// Counts the time since the last datagram as silence.
+    fn end(&mut self, now: Instant) {
+        if let Some(last) = self.last {
+            self.silence = self.silence.max(now.saturating_duration_since(last));
         }
     }
 }
@@ -116,16 +123,17 @@ impl Link {
         listener.set_nonblocking(true)?;
         socket.set_read_timeout(Some(POLL))?;
         let outgoing = from.within(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)))??;
-        let (receiving, listening, sending) = (over(), over(), over());
+        let (receiving, listening, sending, sprinkling) = (over(), over(), over(), over());
         let receiver = std::thread::spawn(move || receive(&listener, seed, &receiving));
         let datagrams = std::thread::spawn(move || listen(&socket, &listening));
+        let sprinkler = std::thread::spawn(move || sprinkle(&outgoing, there, &sprinkling));
         // Whoever connects must be in the namespace.
-        let sender =
-            from.within(|| std::thread::spawn(move || send(there, &outgoing, seed, &sending)))?;
+        let sender = from.within(|| std::thread::spawn(move || send(there, seed, &sending)))?;
         Ok(Self {
             is_over,
             sender,
             receiver,
+            sprinkler,
             datagrams,
         })
     }
@@ -151,20 +159,24 @@ impl Link {
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")));
         let datagrams = datagrams.map_err(|error| failed("receiving datagrams", error));
+        let sprinkled = self
+            .sprinkler
+            .join()
+            .map_err(|_| failed("sending datagrams", io::Error::other("a thread panicked")));
         let (sent, received) = (sent.unwrap_or_default(), received.unwrap_or_default());
         let datagrams = datagrams.unwrap_or_default();
         report.records = received.records;
         report.errors.extend(received.error);
-        if sent.records != received.records {
+        if sent != received.records {
             report.errors.push(format!(
-                "{} records were sent and {} arrived",
-                sent.records, received.records
+                "{sent} records were sent and {} arrived",
+                received.records
             ));
         }
         if received.records == 0 {
             report.errors.push("no record was verified".to_owned());
         }
-        report.sent = sent.datagrams;
+        report.sent = sprinkled.unwrap_or_default();
         report.arrived = u64::try_from(datagrams.seen.len()).unwrap_or(u64::MAX);
         report.again = datagrams.again;
         report.late = datagrams.late;
@@ -173,24 +185,28 @@ impl Link {
     }
 }
 
-/// Sends records and datagrams until all is over, then waits until the last record was confirmed.
-fn send(
-    there: SocketAddr,
-    datagrams: &UdpSocket,
-    seed: u64,
-    is_over: &AtomicBool,
-) -> io::Result<Sent> {
+/// Sends datagrams until all is over.
+fn sprinkle(socket: &UdpSocket, there: SocketAddr, is_over: &AtomicBool) -> u64 {
+    let mut sent: u64 = 0;
+    while !is_over.load(Ordering::SeqCst) {
+        // One that the kernel has no room for is one that is lost.
+        let _lost = socket.send_to(&sent.to_le_bytes(), there);
+        sent += 1;
+        std::thread::sleep(INTERVAL);
+    }
+    sent
+}
+
+/// Sends records until all is over, then waits until the last one was confirmed.
+fn send(there: SocketAddr, seed: u64, is_over: &AtomicBool) -> io::Result<u64> {
     let mut stream = TcpStream::connect_timeout(&there, PATIENCE)?;
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    let mut sent = Sent::default();
+    let mut sent = 0;
     while !is_over.load(Ordering::SeqCst) {
-        stream.write_all(&record(seed, sent.records))?;
-        sent.records += 1;
-        // One that the kernel has no room for is one that is lost.
-        let _lost = datagrams.send_to(&sent.datagrams.to_le_bytes(), there);
-        sent.datagrams += 1;
+        stream.write_all(&record(seed, sent))?;
+        sent += 1;
         std::thread::sleep(INTERVAL);
     }
     stream.shutdown(std::net::Shutdown::Write)?;
@@ -253,24 +269,19 @@ fn receive(listener: &TcpListener, seed: u64, is_over: &AtomicBool) -> io::Resul
 /// Counts datagrams until all is over.
 fn listen(socket: &UdpSocket, is_over: &AtomicBool) -> io::Result<Datagrams> {
     let mut datagrams = Datagrams::default();
-    let mut last: Option<Instant> = None;
     let mut bytes = [0; 16];
     loop {
         match socket.recv(&mut bytes) {
             Ok(8) => {
-                let now = Instant::now();
-                if let Some(last) = last {
-                    datagrams.silence = datagrams.silence.max(now - last);
-                }
-                last = Some(now);
                 if let Some(number) = bytes.first_chunk::<8>() {
-                    datagrams.see(u64::from_le_bytes(*number));
+                    datagrams.see(u64::from_le_bytes(*number), Instant::now());
                 }
             }
             Ok(_) => {}
             // What was delayed may still come: as long as the last look takes.
             Err(error) if is_timeout(&error) => {
                 if is_over.load(Ordering::SeqCst) {
+                    datagrams.end(Instant::now());
                     return Ok(datagrams);
                 }
             }
@@ -287,10 +298,26 @@ mod tests {
     fn datagrams_that_come_late_or_again_are_told_apart() {
         let mut datagrams = Datagrams::default();
         for number in [0, 2, 1, 2, 5] {
-            datagrams.see(number);
+            datagrams.see(number, Instant::now());
         }
         assert_eq!((datagrams.late, datagrams.again), (1, 1));
         assert_eq!(datagrams.seen.len(), 4);
+    }
+
+    #[test]
+    fn silence_is_counted_between_datagrams_and_behind_the_last_one() {
+        let begin = Instant::now();
+        let at = |ms| begin + Duration::from_millis(ms);
+        let mut datagrams = Datagrams::default();
+        datagrams.end(at(9));
+        assert_eq!(datagrams.silence, Duration::ZERO);
+        datagrams.see(0, at(10));
+        datagrams.see(1, at(30));
+        datagrams.see(2, at(35));
+        datagrams.end(at(40));
+        assert_eq!(datagrams.silence, Duration::from_millis(20));
+        datagrams.end(at(735));
+        assert_eq!(datagrams.silence, Duration::from_millis(700));
     }
 
     #[test]
