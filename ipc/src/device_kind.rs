@@ -64,9 +64,9 @@ pub struct Framing {
     /// the bytes that the guest is given, and a request that was in flight when its device died
     /// had nothing to do with that.
     pub waits_for_input: bool,
-    /// What the device completes in one step of its used index is answered in one step: a driver must not
-    /// see a part of it.
-    pub answered_together: bool,
+    /// Requests are buffers for frames, unless the queue turns out to be another one (the control queue): the gate
+    /// offers the device rooms of its own, and deals what comes in them to the guest's buffers.
+    pub frames: bool,
 }
 
 /// How a gate answers a request that failed, so that the guest's driver understands it.
@@ -89,6 +89,12 @@ const VSOCK_HEADER_BYTES: u8 = 44;
 const _: () = assert!(VSOCK_HEADER_BYTES as usize <= HEAD_SLOT_BYTES);
 /// Bytes of the header in front of each frame (virtio 1.2, section 5.1.6): `struct virtio_net_hdr_v1`.
 pub const NET_HEADER_BYTES: u8 = 12;
+/// Where in that header the number of buffers is that the frame has (u16, little endian).
+pub const NET_BUFFERS_AT: usize = 10;
+/// VIRTIO_NET_F_MRG_RXBUF: frames come in as many buffers as they need.
+pub const NET_MRG_RXBUF: u64 = 1 << 15;
+/// VIRTIO_NET_F_MQ: the driver uses several pairs of queues.
+pub const NET_MQ: u64 = 1 << 22;
 /// Bytes of the header in front of an answer to a FUSE request (virtio 1.2, section 5.11.6): `struct fuse_out_header`.
 pub const FUSE_ANSWER_BYTES: u8 = 16;
 /// Largest device configuration in bytes.
@@ -102,7 +108,7 @@ impl Framing {
         answer_bytes: 0,
         positioned: false,
         waits_for_input: false,
-        answered_together: false,
+        frames: false,
         numbered: false,
         failure: Failure::Status,
     };
@@ -183,9 +189,19 @@ impl VirtioKind {
             },
             Self::Net => Framing {
                 waits_for_input: true,
-                answered_together: true,
+                frames: true,
                 ..Framing::PLAIN
             },
+        }
+    }
+
+    /// Features that a device has to do with whatever the driver wants, for the gate needs them: frames come in as many rooms
+    /// as they take.
+    #[must_use]
+    pub const fn gate_features(self) -> u64 {
+        match self {
+            Self::Net => NET_MRG_RXBUF,
+            Self::Blk | Self::Console | Self::Rng | Self::Vsock | Self::Fs => 0,
         }
     }
 

@@ -26,7 +26,7 @@ const FRAMES_PER_TURN: u32 = 64;
 /// Most buffers that the wire delivers into at once. What a frame has beyond them is copied.
 const BUFFERS_MAX: usize = 62;
 /// With as many buffers at hand, nobody has to say that there are more: they are seen when the next frame comes.
-const BUFFERS_KEPT: usize = 64;
+const BUFFERS_KEPT: usize = 16;
 const STATUS_LINK_UP: u16 = 1;
 const CONFIG_BYTES: usize = 12;
 const STATUS_AT: usize = 6;
@@ -60,8 +60,8 @@ enum Step {
 pub struct Net {
     wire: Box<dyn Backend>,
     inboxes: Vec<Inbox>,
-    /// Receive buffers of each pair that nothing has come for, oldest first. The gate has no more
-    /// slots than the queues were laid out for, which bounds them.
+    /// Receive buffers of each pair that nothing has come for, the newest first: its pages are the likeliest to be in a
+    /// cache. The gate has no more slots than the queues were laid out for, which bounds them.
     buffers: Vec<VecDeque<Chain>>,
     /// Frames that the limit does not let through yet, or the wire has no room for, with their queues; bounded alike.
     unsent: VecDeque<(usize, Chain)>,
@@ -394,7 +394,7 @@ impl Net {
     ) -> Result<(), DeviceFault> {
         let room = chain.writable().first().map_or(0, |span| span.len());
         match self.buffers.get_mut(pair) {
-            Some(buffers) if room as usize > HEADER_BYTES => buffers.push_back(chain),
+            Some(buffers) if room as usize > HEADER_BYTES => buffers.push_front(chain),
             _ => return queues.complete(queue, chain.head(), 0),
         }
         if self.inherited {

@@ -105,6 +105,22 @@ pub enum RingFault {
         /// Bytes of the status.
         least: u32,
     },
+    /// A frame is shorter than its header.
+    #[error("used element claims {got} bytes written, a frame's header alone has {least}")]
+    NoHeader {
+        /// The length read.
+        got: u32,
+        /// Bytes of the header.
+        least: u32,
+    },
+    /// A frame has more buffers than were completed with it.
+    #[error("a frame claims to have {got} buffers, expected 1 to {most}")]
+    Buffers {
+        /// The number read.
+        got: u16,
+        /// The largest possible.
+        most: u16,
+    },
 }
 
 /// The driver half of one shadow virtqueue.

@@ -4,10 +4,11 @@
 //! Called by the gate thread alone. What other threads need of it is in [`GateLink`]. What happens
 //! when the device process dies is in [`super::succession`].
 
+use super::frames::Frames;
 use super::link::{Attachment, ConfigImage, GateLink, INTERRUPT_CONFIG, INTERRUPT_VRING, Phase};
 use super::queue::{Backing, GateQueue, GuestFault};
 use super::rings::RingAccount;
-use bulkhead_ipc::device_kind::{CONFIG_BYTES_MAX, VirtioKind};
+use bulkhead_ipc::device_kind::{CONFIG_BYTES_MAX, NET_MQ, NET_MRG_RXBUF, VirtioKind};
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::ring::WindowPages;
 use bulkhead_ipc::window::{DeviceState, Doorbells, Published, Window};
@@ -38,6 +39,13 @@ pub(crate) enum Fault {
     Device(String),
     /// A request that killed too many device processes.
     GivenUp(String),
+}
+
+/// What one round has found.
+#[derive(Debug, Default)]
+struct Faults {
+    guest: Option<GuestFault>,
+    device: Option<String>,
 }
 
 /// What a gate shares with the device process, whichever it is: it outlives all of them.
@@ -176,7 +184,7 @@ impl Gate {
         self.running = false;
         self.guest_at_fault = false;
         self.starting = None;
-        self.queues.iter_mut().for_each(GateQueue::detach);
+        self.detach();
         self.tell_driver();
         self.link.reset_is_done();
     }
@@ -228,12 +236,13 @@ impl Gate {
         };
         self.running = true;
         self.tell_driver();
+        let frames: Vec<_> = (0..self.queues.len()).map(|n| self.frames(n)).collect();
         let started: Result<(), GuestFault> = self
             .queues
             .iter_mut()
-            .zip(queues)
-            .filter_map(|(gate, guest)| guest.map(|guest| (gate, guest)))
-            .try_for_each(|(gate, guest)| gate.activate(guest, memory));
+            .zip(queues.into_iter().zip(frames))
+            .filter_map(|(gate, (guest, frames))| Some((gate, guest?, frames)))
+            .try_for_each(|(gate, guest, frames)| gate.activate(guest, frames, memory));
         if let Err(fault) = started {
             self.guest_fault(&fault);
         }
@@ -245,7 +254,22 @@ impl Gate {
         self.guest_at_fault = true;
         self.need_reset();
         self.running = false;
-        self.queues.iter_mut().for_each(GateQueue::detach);
+        self.detach();
+    }
+
+    fn detach(&mut self) {
+        let pages = &mut self.pages;
+        self.queues.iter_mut().for_each(|queue| queue.detach(pages));
+    }
+
+    /// What queue `n` needs besides its rings if it is to receive frames.
+    fn frames(&self, n: usize) -> Option<Frames> {
+        let pairs = match self.features & NET_MQ {
+            0 => 1,
+            _ => self.queues.len() / 2,
+        };
+        let receives = self.kind.framing(n).frames && n / 2 < pairs;
+        receives.then(|| Frames::new(self.features & NET_MRG_RXBUF != 0))
     }
 
     fn device_fault(&mut self, reason: String) {
@@ -386,50 +410,64 @@ impl Gate {
         }
     }
 
-    /// One round over the queues: completions first, since they free slots and pages. Returns
-    /// whether it did anything.
+    /// One round over the queues: completions first, since they free slots and pages. Returns whether it did anything.
+    /// The device hears of what is to be sent before it is dealt what has come: the other end waits for it.
     fn turn(&mut self, memory: &GuestMemoryMmap, budget: &mut u32) -> bool {
         let before = *budget;
-        let mut guest_fault = None;
-        let mut device_fault = None;
-        let mut kick = false;
+        let mut faults = Faults::default();
+        self.serve(memory, budget, &mut faults, |queue| queue.droppable);
+        self.serve(memory, budget, &mut faults, |queue| !queue.droppable);
+        if self.alone && faults.device.is_none() {
+            let tried = self.try_suspects(memory, budget);
+            faults.guest = tried.err();
+            self.announce();
+        }
+        self.raise_if_wanted(memory);
+        if let Some(fault) = faults.guest {
+            self.guest_fault(&fault);
+        }
+        if let Some(reason) = faults.device {
+            self.device_fault(reason);
+        }
+        let started = self.start_if_drained(memory);
+        started || *budget != before
+    }
+
+    /// Takes completions and requests of those queues that `are_meant`, and wakes the device if it has asked for that.
+    fn serve(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        budget: &mut u32,
+        faults: &mut Faults,
+        are_meant: impl Fn(&GateQueue) -> bool,
+    ) {
         let alone = self.alone;
         let mut completions = 0;
         self.each_queue(memory, |queue, backing| {
-            if device_fault.is_some() {
+            if faults.device.is_some() || !are_meant(queue) {
                 return;
             }
             match queue.complete(backing, budget) {
                 Ok(done) => completions += done,
                 Err(fault) => {
-                    device_fault = Some(fault.to_string());
+                    faults.device = Some(fault.to_string());
                     return;
                 }
             }
             if !alone && let Err(fault) = queue.take(backing, budget) {
-                guest_fault = Some(fault);
+                faults.guest = Some(fault);
             }
         });
         self.rings.earn(completions);
-        if alone && device_fault.is_none() {
-            let tried = self.try_suspects(memory, budget);
-            guest_fault = tried.err();
-        }
-        for queue in &mut self.queues {
-            kick |= queue.announce(&self.channel.window.memory);
-        }
-        if kick {
+        self.announce();
+    }
+
+    fn announce(&mut self) {
+        let window = &self.channel.window.memory;
+        let queues = self.queues.iter_mut();
+        if queues.fold(false, |kick, queue| kick | queue.announce(window)) {
             self.channel.bells.kick.ring();
         }
-        self.raise_if_wanted(memory);
-        if let Some(fault) = guest_fault {
-            self.guest_fault(&fault);
-        }
-        if let Some(reason) = device_fault {
-            self.device_fault(reason);
-        }
-        let started = self.start_if_drained(memory);
-        started || *budget != before
     }
 
     pub(super) fn raise_if_wanted(&mut self, memory: &GuestMemoryMmap) {

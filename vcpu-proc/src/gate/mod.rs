@@ -6,7 +6,8 @@
 //! guest memory nor an irqfd.
 //!
 //! All gates of a VM run on one thread ([`thread`]), which never waits for a device: it looks at
-//! rings, and sleeps in epoll. The journal of requests in flight ([`journal`]) is in private memory.
+//! rings, and sleeps in epoll. The journal of requests in flight ([`journal`]) is in private memory. What a guest receives
+//! from a network is not requested, and comes another way ([`frames`]).
 //!
 //! A guest that breaks the virtio protocol gets DEVICE_NEEDS_RESET. A device that does, dies, or rings its
 //! doorbell without a cause ([`rings`]) is replaced
@@ -15,6 +16,7 @@
 
 mod copy;
 mod device;
+mod frames;
 mod journal;
 mod link;
 mod queue;

@@ -12,6 +12,7 @@
 //! first that its successor is given.
 
 use super::copy::{Direction, NotMemory, copy_spans};
+use super::frames::Frames;
 use super::journal::{Entry, GuestSpan};
 use bulkhead_ipc::device_kind::{
     FUSE_ANSWER_BYTES, Failure, Framing, HEAD_SLOT_BYTES, POSITION_BYTES, ReplayClass, TAIL_OFFSET,
@@ -90,7 +91,7 @@ pub(crate) struct Backing<'a> {
 
 #[derive(Debug)]
 pub(crate) struct GateQueue {
-    index: usize,
+    pub(super) index: usize,
     pub(super) framing: Framing,
     /// Whether what a dead process had in its hands counts as done.
     pub(super) droppable: bool,
@@ -113,11 +114,13 @@ pub(crate) struct GateQueue {
     /// Where the guest's used ring was when it was last asked whether it wants an interrupt.
     told: u16,
     /// Used elements that the guest is to see in one step.
-    together: Vec<(u16, u32)>,
+    pub(super) together: Vec<(u16, u32)>,
     /// Window pages that this queue holds, and how many it may: a queue whose requests stay with
     /// the device (console input) must not starve the others.
     pub(super) pages_held: usize,
-    pages_limit: usize,
+    pub(super) pages_limit: usize,
+    /// Of a queue that receives frames, while the guest has it started.
+    pub(super) frames: Option<Frames>,
 }
 
 impl GateQueue {
@@ -153,7 +156,14 @@ impl GateQueue {
             together: Vec::with_capacity(layout.slots.into()),
             pages_held: 0,
             pages_limit,
+            frames: None,
         })
+    }
+
+    /// Whether its requests are buffers for what comes from outside. A control queue is framed like one that receives
+    /// frames, and is none.
+    pub(super) const fn waits_for_input(&self) -> bool {
+        self.framing.waits_for_input && (!self.framing.frames || self.frames.is_some())
     }
 
     /// Whether requests are still in the hands of the device.
@@ -161,10 +171,11 @@ impl GateQueue {
         self.shadow.in_flight()
     }
 
-    /// Starts serving a guest's queue.
+    /// Starts serving a guest's queue; with `frames` if it receives some.
     pub(crate) fn activate(
         &mut self,
         guest: Queue,
+        frames: Option<Frames>,
         memory: &GuestMemoryMmap,
     ) -> Result<(), GuestFault> {
         if !guest.is_valid(memory) {
@@ -172,12 +183,16 @@ impl GateQueue {
         }
         self.told = guest.next_used();
         self.guest = Some(guest);
+        self.frames = frames;
         Ok(())
     }
 
     /// The guest reset the device: nothing of it is answered any more.
-    pub(crate) fn detach(&mut self) {
+    pub(crate) fn detach(&mut self, pages: &mut WindowPages) {
         self.guest = None;
+        if let Some(frames) = self.frames.take() {
+            frames.discard(&mut self.pages_held, pages);
+        }
         // A waiting request holds no window pages yet.
         if let Some(mut entry) = self.waiting.take() {
             assert!(
@@ -198,6 +213,10 @@ impl GateQueue {
         backing: &mut Backing<'_>,
         budget: &mut u32,
     ) -> Result<(), GuestFault> {
+        if self.frames.is_some() {
+            self.deal(backing)?;
+            return self.offer_rooms(backing);
+        }
         loop {
             if self.waiting.is_none() {
                 if *budget == 0 || self.shadow.next_slot().is_none() {
@@ -231,7 +250,11 @@ impl GateQueue {
     }
 
     /// Reads the guest's next chain into `entry`. False when there is none.
-    fn pop(&mut self, backing: &mut Backing<'_>, entry: &mut Entry) -> Result<bool, GuestFault> {
+    pub(super) fn pop(
+        &mut self,
+        backing: &mut Backing<'_>,
+        entry: &mut Entry,
+    ) -> Result<bool, GuestFault> {
         let Some(guest) = self.guest.as_mut() else {
             return Ok(false);
         };
@@ -396,30 +419,17 @@ impl GateQueue {
         backing: &mut Backing<'_>,
         budget: &mut u32,
     ) -> Result<u32, RingFault> {
-        let together = self.framing.answered_together;
+        if self.frames.is_some() {
+            return self.take_filled(backing, budget);
+        }
         let mut done = 0;
-        // What must be seen together is taken together: as far as the device's index is now.
-        let mut left = match together {
-            true if *budget > 0 => u32::from(self.shadow.completions(&backing.window.memory)),
-            true => 0,
-            false => *budget,
-        };
-        while left > 0 {
-            left -= 1;
-            let completion = match self.shadow.complete(&backing.window.memory) {
-                Ok(Some(completion)) => completion,
-                Ok(None) => break,
-                Err(fault) => {
-                    self.together.clear();
-                    return Err(fault);
-                }
+        while *budget > 0 {
+            let Some(completion) = self.shadow.complete(&backing.window.memory)? else {
+                break;
             };
             // What would be told to the guest otherwise is the status of a request before this one.
-            if let Err(fault) = self.has_status(completion, backing.epoch) {
-                self.together.clear();
-                return Err(fault);
-            }
-            *budget = budget.saturating_sub(1);
+            self.has_status(completion, backing.epoch)?;
+            *budget -= 1;
             done += 1;
             if self.framing.waits_for_input {
                 *backing.stream = backing.stream.saturating_add(completion.written.into());
@@ -440,9 +450,6 @@ impl GateQueue {
             if let Some(place) = self.journal.get_mut(usize::from(completion.slot)) {
                 *place = entry;
             }
-        }
-        if together {
-            self.put_together(backing.memory);
         }
         Ok(done)
     }
@@ -485,16 +492,11 @@ impl GateQueue {
             copied.is_ok(),
             "guest memory was checked when the request was taken"
         );
-        if self.framing.answered_together {
-            let len = u32::try_from(written).unwrap_or(u32::MAX);
-            self.together.push((entry.head, len));
-        } else {
-            self.put_used(backing.memory, entry.head, written);
-        }
+        self.put_used(backing.memory, entry.head, written);
     }
 
     /// Puts what the guest is to see in one step.
-    fn put_together(&mut self, memory: &GuestMemoryMmap) {
+    pub(super) fn put_together(&mut self, memory: &GuestMemoryMmap) {
         if let Some(guest) = self.guest.as_mut().filter(|_| !self.together.is_empty()) {
             // The rings were checked at activation, the heads came out of this queue, and a guest has no more
             // of them in flight than fit; one that has put a head twice only confuses itself.
@@ -521,7 +523,7 @@ impl GateQueue {
         backing: &mut Backing<'_>,
         budget: &mut u32,
     ) -> Result<(), GuestFault> {
-        if self.framing.waits_for_input {
+        if self.waits_for_input() {
             // Buffers for what will never come: a driver that got them back empty would offer them again at
             // once, and for ever.
             return Ok(());
@@ -537,7 +539,7 @@ impl GateQueue {
             release(&mut self.pages_held, backing.pages, &mut entry);
             entry.in_flight = false;
             if entry.epoch == backing.epoch && !entry.answered {
-                self.fail_or_keep(backing.memory, entry);
+                self.fail(backing.memory, &entry);
             }
         }
         self.answered = 0;
@@ -545,7 +547,7 @@ impl GateQueue {
         kept.append(&mut self.replay);
         kept.extend(self.waiting.take());
         for entry in kept {
-            self.fail_or_keep(backing.memory, entry);
+            self.fail(backing.memory, &entry);
         }
         while *budget > 0 {
             *budget -= 1;
@@ -553,20 +555,9 @@ impl GateQueue {
             if !self.pop(backing, &mut entry)? {
                 break;
             }
-            self.fail_or_keep(backing.memory, entry);
+            self.fail(backing.memory, &entry);
         }
         Ok(())
-    }
-
-    /// A buffer for frames is no request that a driver waits for: it would put the next one at once, and so
-    /// on without end. It stays for a process that may come.
-    fn fail_or_keep(&mut self, memory: &GuestMemoryMmap, entry: Entry) {
-        let room = self.replay.len() < usize::from(self.layout.slots);
-        if self.framing.answered_together && is_input(&entry) && room {
-            self.replay.push_back(entry);
-        } else {
-            self.fail(memory, &entry);
-        }
     }
 
     /// Answers one request with an error that the guest's driver understands.
@@ -638,6 +629,9 @@ impl GateQueue {
     ) -> bool {
         let waits = lacks_pages || self.waits_for_completions();
         let completions = waits && self.shadow.enable_calls(window);
+        if self.frames.is_some() {
+            return completions | self.listen_for_buffers(memory);
+        }
         if self.is_blocked() {
             // Requests wait for completions; a kick would tell nothing new.
             return completions;
@@ -650,8 +644,8 @@ impl GateQueue {
     }
 
     /// Whether a request that was taken from the guest has no room in the window yet.
-    pub(crate) const fn has_waiting(&self) -> bool {
-        self.waiting.is_some()
+    pub(crate) fn has_waiting(&self) -> bool {
+        self.waiting.is_some() || self.lacks_rooms()
     }
 
     /// Whether a completion would change anything for the guest, as far as this queue goes.
@@ -677,7 +671,7 @@ impl GateQueue {
 
     /// Asks the guest for kicks only; used when the device is gone.
     pub(crate) fn listen_guest(&mut self, memory: &GuestMemoryMmap) -> bool {
-        if self.framing.waits_for_input {
+        if self.waits_for_input() {
             return false;
         }
         self.guest

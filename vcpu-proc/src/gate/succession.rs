@@ -103,6 +103,9 @@ impl Gate {
             if let Err(fault) = queue.complete(backing, &mut no_limit) {
                 tracing::debug!(%fault, "the dead process left nonsense in a used ring");
             }
+            if let Err(fault) = queue.deal(backing) {
+                tracing::debug!(%fault, "the guest's buffers are nonsense, which the next turn finds as well");
+            }
         });
     }
 
@@ -161,7 +164,11 @@ impl Gate {
 
     pub(super) fn driver_view(&self) -> DriverView {
         DriverView {
-            features: if self.running { self.features } else { 0 },
+            features: if self.running {
+                self.features | self.kind.gate_features()
+            } else {
+                0
+            },
             epoch: self.epoch * 2 + u64::from(self.running),
         }
     }
@@ -187,7 +194,8 @@ impl GateQueue {
             }
             let mut entry = std::mem::take(place);
             (entry.in_flight, entry.pages) = (false, None);
-            if entry.epoch != epoch || self.guest.is_none() || entry.answered {
+            let is_room = self.frames.is_some();
+            if entry.epoch != epoch || self.guest.is_none() || entry.answered || is_room {
                 // A leftover of before the guest's reset, or nobody waits for it.
                 continue;
             }
@@ -207,6 +215,9 @@ impl GateQueue {
         self.shadow = ShadowDriver::new(self.layout);
         self.answered = 0;
         self.pages_held = 0;
+        if let Some(frames) = &mut self.frames {
+            frames.begin_anew();
+        }
         let mut condemned = Vec::new();
         for entry in back {
             match entry.deaths {
@@ -232,10 +243,6 @@ impl GateQueue {
 
     fn is_positioned(&self) -> bool {
         self.framing.positioned
-    }
-
-    fn waits_for_input(&self) -> bool {
-        self.framing.waits_for_input
     }
 
     /// Position of the oldest request that is to be done again.

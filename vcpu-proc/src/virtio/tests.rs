@@ -88,7 +88,7 @@ impl Machine {
             generation: 1,
             queue_sizes: sizes,
             window_bytes: WINDOW_BYTES,
-            features: 1 << 9,
+            features: 1 << 9 | 1 << 29 | kind.gate_features(),
             config: vec![0; kind.config_bytes()],
             output_position: 0,
             input_position: 0,
@@ -133,6 +133,11 @@ impl Machine {
 
     /// The same with these queues, each with its rings.
     fn start_with(&mut self, queues: &[(u16, [u64; 3])]) {
+        self.start_as(0, queues);
+    }
+
+    /// The same with these features besides the version.
+    fn start_as(&mut self, features: u32, queues: &[(u16, [u64; 3])]) {
         self.set(0x70, 0);
         // The rings are the device's until the reset is done.
         self.wait("the reset", |m| (m.get(0x70) == 0).then_some(()));
@@ -141,6 +146,8 @@ impl Machine {
             .unwrap();
         (self.avail, self.used) = (0, 0);
         self.set(0x70, 3);
+        self.set(0x24, 0);
+        self.set(0x20, features);
         self.set(0x24, 1);
         self.set(0x20, 1);
         self.set(0x70, 11);

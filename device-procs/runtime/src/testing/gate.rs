@@ -128,7 +128,7 @@ impl Gate {
             answer_bytes: _,
             positioned,
             waits_for_input: _,
-            answered_together: _,
+            frames: _,
             failure: _,
             numbered,
         } = framing;

@@ -1,10 +1,41 @@
 //! Queues of a network device: buffers of one frame are seen at once, frames to send may get lost.
 
 use super::*;
+use bulkhead_ipc::device_kind::{NET_BUFFERS_AT, NET_MRG_RXBUF};
 use bulkhead_runtime::used::{put_together, wants_news};
+use std::collections::VecDeque;
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
+
+const MERGEABLE: u32 = NET_MRG_RXBUF as u32;
+const EVENT_INDEX: u32 = 1 << 29;
+/// Of the longest frame, with its header.
+const LONGEST: usize = 65_565;
+
+fn buffer_at(n: u16) -> GuestAddress {
+    GuestAddress(0x10000 + u64::from(n) * 0x2000)
+}
+
+/// A frame without anything in its header that a driver would have to look at.
+fn frame_of(bytes: usize, seed: usize) -> Vec<u8> {
+    let body = |n: usize| u8::try_from((n * 7 + n / 256 + seed) % 251).unwrap();
+    (0..bytes)
+        .map(|n| if n < 12 { 0 } else { body(n) })
+        .collect()
+}
+
+/// What is received of it: nothing but the number of buffers differs.
+fn same(got: &[u8], sent: &[u8]) -> bool {
+    got[..NET_BUFFERS_AT] == sent[..NET_BUFFERS_AT] && got[12..] == sent[12..]
+}
+
+fn receiving(features: u32) -> Machine {
+    let mut m = Machine::of(VirtioKind::Net, RECEIVE);
+    m.publish();
+    m.start_receiving(features);
+    m
+}
 
 fn running(queue: u16) -> Machine {
     let mut m = Machine::of(VirtioKind::Net, queue);
@@ -14,9 +45,51 @@ fn running(queue: u16) -> Machine {
 }
 
 impl Machine {
-    fn offer_buffer(&mut self, n: u16) {
-        self.describe(n, 0x10000 + u64::from(n) * 0x1000, 1526, WRITE, 0);
+    /// Buffer `n` of so many bytes.
+    fn offer_buffer(&mut self, n: u16, bytes: u32) {
+        self.describe(n, buffer_at(n).0, bytes, WRITE, 0);
         self.offer(n);
+    }
+
+    /// The device receives a frame, and fills as many rooms as it takes.
+    fn device_frame(&mut self, frame: &[u8]) {
+        let (mut rooms, mut at) = (Vec::new(), 0);
+        while at < frame.len() {
+            let (head, readable, writable) = self.device_pop();
+            assert!(readable.is_empty());
+            let len = (frame.len() - at).min(writable[0].1 as usize);
+            let part = &frame[at..at + len];
+            self.device_memory.write_slice(part, writable[0].0).unwrap();
+            rooms.push((head, u32::try_from(len).unwrap(), writable[0].0));
+            at += len;
+        }
+        let buffers = u16::try_from(rooms.len()).unwrap();
+        let place = GuestAddress(rooms[0].2.0 + NET_BUFFERS_AT as u64);
+        self.device_memory.write_obj(buffers, place).unwrap();
+        let elements: Vec<_> = rooms.iter().map(|&(head, len, _)| (head, len)).collect();
+        put_together(&mut self.device, &self.device_memory, &elements).unwrap();
+        self.call.ring();
+    }
+
+    /// The next used buffers, which hold a frame of `bytes` bytes in as many as it says.
+    fn frame(&mut self, bytes: usize) -> Vec<u8> {
+        let (mut frame, mut buffers) = (Vec::new(), 0u16);
+        while frame.len() < bytes {
+            let (head, len) = self.used();
+            let mut part = vec![0; len as usize];
+            let at = buffer_at(u16::try_from(head).unwrap());
+            self.memory.read_slice(&mut part, at).unwrap();
+            frame.extend(part);
+            buffers += 1;
+        }
+        let says = u16::from_le_bytes([frame[NET_BUFFERS_AT], frame[NET_BUFFERS_AT + 1]]);
+        assert_eq!(says, buffers);
+        frame
+    }
+
+    fn start_receiving(&mut self, features: u32) {
+        self.start_as(features, &[(RECEIVE, [DESC, AVAIL, USED])]);
+        self.device = device_queue(&self.window, RECEIVE);
     }
 
     fn offer_frame(&mut self, n: u16) {
@@ -35,53 +108,173 @@ impl Machine {
 
 #[test]
 fn driver_sees_all_buffers_of_a_frame_at_once() {
-    let mut m = running(RECEIVE);
-    for round in 0..50u16 {
-        let before = m.used_index();
-        let heads: Vec<u16> = (0..3)
-            .map(|n| {
-                m.offer_buffer(n);
-                let (head, readable, writable) = m.device_pop();
-                assert!(readable.is_empty());
-                let data = [n.to_le_bytes()[0]; 20];
-                m.device_memory.write_slice(&data, writable[0].0).unwrap();
-                head
-            })
-            .collect();
-        let elements: Vec<_> = heads.iter().map(|&head| (head, 20)).collect();
-        put_together(&mut m.device, &m.device_memory, &elements).unwrap();
-        m.call.ring();
-        let seen = m.wait("the frame", |m| {
-            let now = m.used_index();
-            (now != before).then_some(now)
-        });
-        assert_eq!(seen.wrapping_sub(before), 3, "round {round}");
-        for n in 0..3 {
-            assert_eq!(m.used(), (n, 20));
-            let at = GuestAddress(0x10000 + u64::from(n) * 0x1000);
-            let got: [u8; 20] = m.memory.read_obj(at).unwrap();
-            assert_eq!(got, [n.to_le_bytes()[0]; 20]);
+    for features in [MERGEABLE, MERGEABLE | EVENT_INDEX] {
+        let mut m = receiving(features);
+        for round in 0..50 {
+            let before = m.used_index();
+            (0..3).for_each(|n| m.offer_buffer(n, 20));
+            let sent = frame_of(50, round);
+            m.device_frame(&sent);
+            let seen = m.wait("the frame", |m| {
+                let now = m.used_index();
+                (now != before).then_some(now)
+            });
+            assert_eq!(seen.wrapping_sub(before), 3, "round {round}");
+            let got = m.frame(50);
+            assert!(same(&got, &sent), "round {round}");
         }
     }
 }
 
 #[test]
-fn buffers_stay_with_a_device_that_is_lost_until_it_has_a_process_again() {
-    let mut m = running(RECEIVE);
-    m.offer_buffer(0);
+fn longest_frame_is_dealt_to_many_buffers() {
+    let mut m = receiving(MERGEABLE);
+    for round in 0..20 {
+        (0..QUEUE).for_each(|n| m.offer_buffer(n, 5000));
+        let sent = frame_of(LONGEST, round);
+        m.device_frame(&sent);
+        let got = m.frame(LONGEST);
+        assert!(same(&got, &sent), "round {round}");
+        // Two of the sixteen are left, and have to go as well.
+        let rest = frame_of(6000, round);
+        m.device_frame(&rest);
+        assert!(same(&m.frame(6000), &rest));
+    }
+}
+
+#[test]
+fn frame_waits_for_as_many_buffers_as_it_needs() {
+    for features in [MERGEABLE, MERGEABLE | EVENT_INDEX] {
+        let mut m = receiving(features);
+        for round in 0..20 {
+            m.offer_buffer(0, 100);
+            let sent = frame_of(250, round);
+            m.device_frame(&sent);
+            std::thread::sleep(Duration::from_millis(2));
+            let before = m.used_index();
+            m.offer_buffer(1, 100);
+            std::thread::sleep(Duration::from_millis(2));
+            assert_eq!(m.used_index(), before, "fifty bytes have no room");
+            m.offer_buffer(2, 100);
+            assert!(same(&m.frame(250), &sent), "round {round}");
+        }
+    }
+}
+
+#[test]
+fn frame_that_can_never_fit_is_lost_and_costs_no_buffer() {
+    // In one buffer, which is all that this driver takes.
+    let mut m = receiving(0);
+    m.offer_buffer(0, 100);
+    m.device_frame(&frame_of(101, 0));
+    let sent = frame_of(100, 1);
+    m.device_frame(&sent);
+    assert!(same(&m.frame(100), &sent));
+    // In all of a queue's buffers.
+    let mut m = receiving(MERGEABLE);
+    (0..QUEUE).for_each(|n| m.offer_buffer(n, 20));
+    m.device_frame(&frame_of(16 * 20 + 1, 0));
+    let sent = frame_of(16 * 20, 1);
+    m.device_frame(&sent);
+    assert!(same(&m.frame(16 * 20), &sent));
+}
+
+#[test]
+fn device_that_lies_about_a_frame_is_found_out() {
+    let lies: [(&[(u16, u32)], u16); 4] = [
+        (&[(0, 60)], 0),
+        (&[(0, 60)], 2),
+        (
+            &[(0, 60), (4, 60), (8, 60), (12, 60), (16, 60), (20, 60)],
+            6,
+        ),
+        (&[(0, 11)], 1),
+    ];
+    for (elements, buffers) in lies {
+        let mut m = receiving(MERGEABLE);
+        m.offer_buffer(0, 100);
+        let mut rooms = Vec::new();
+        for _ in elements {
+            rooms.push(m.device_pop());
+        }
+        let place = GuestAddress(rooms[0].2[0].0.0 + NET_BUFFERS_AT as u64);
+        m.device_memory.write_obj(buffers, place).unwrap();
+        let elements: Vec<_> = rooms
+            .iter()
+            .zip(elements)
+            .map(|(&(head, ..), &(_, len))| (head, len))
+            .collect();
+        put_together(&mut m.device, &m.device_memory, &elements).unwrap();
+        m.call.ring();
+        assert!(matches!(m.wait_fault(), FromVcpu::DeviceFault { .. }));
+        assert_eq!(m.used_index(), 0, "the guest sees nothing of it");
+    }
+}
+
+#[test]
+fn device_that_wants_no_room_is_offered_none_until_the_next_start() {
+    let mut m = receiving(MERGEABLE);
+    m.offer_buffer(0, 100);
+    let (head, _, _) = m.device_pop();
+    m.device_complete(head, 0);
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(m.used_index(), 0);
+    let rooms = m.window.layout.queues[0].slots - 1;
+    for _ in 0..rooms.min(15) {
+        let (head, _, _) = m.device_pop();
+        m.device_complete(head, 0);
+    }
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(m.device.pop_descriptor_chain(&m.device_memory).is_none());
+}
+
+#[test]
+fn no_room_is_offered_for_a_queue_without_buffers() {
+    let mut m = receiving(MERGEABLE);
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(m.device.pop_descriptor_chain(&m.device_memory).is_none());
+    m.offer_buffer(0, 100);
+    let _room = m.device_pop();
+}
+
+#[test]
+fn what_arrives_before_a_reset_is_not_received_after_it() {
+    let mut m = receiving(MERGEABLE);
+    for round in 0..20 {
+        m.offer_buffer(0, 100);
+        m.device_frame(&frame_of(200, 0));
+        // The driver resets; the device gives back all that it has.
+        m.set(0x70, 0);
+        while let Some(chain) = m.device.pop_descriptor_chain(&m.device_memory) {
+            let head = chain.head_index();
+            m.device.add_used(&m.device_memory, head, 0).unwrap();
+        }
+        let (next_avail, next_used) = (m.device.next_avail(), m.device.next_used());
+        m.call.ring();
+        m.start_receiving(MERGEABLE);
+        m.device.set_next_avail(next_avail);
+        m.device.set_next_used(next_used);
+        m.offer_buffer(1, 100);
+        let sent = frame_of(80, round);
+        m.device_frame(&sent);
+        assert!(same(&m.frame(80), &sent), "round {round}");
+    }
+}
+
+#[test]
+fn buffers_are_the_guests_whatever_becomes_of_the_device() {
+    let mut m = receiving(MERGEABLE);
+    m.offer_buffer(0, 100);
     let _taken = m.device_pop();
     m.bus.device_lost(0);
     m.wait("the loss", |m| (m.get(0x70) & 0x40 != 0).then_some(()));
-    m.offer_buffer(1);
+    m.offer_buffer(1, 100);
     std::thread::sleep(Duration::from_millis(30));
     assert_eq!(m.used_index(), 0, "a driver would offer the next at once");
     m.succeed(2, false);
-    for n in 0..2 {
-        let (head, _, writable) = m.device_pop();
-        assert_eq!(writable[0].1, 1526);
-        m.device_complete(head, 60);
-        assert_eq!(m.used(), (n, 60));
-    }
+    let sent = frame_of(180, 0);
+    m.device_frame(&sent);
+    assert!(same(&m.frame(180), &sent));
 }
 
 #[test]
@@ -167,4 +360,75 @@ fn frames_in_the_hands_of_a_dead_process_count_as_sent() {
     let (head, _, _) = m.device_pop();
     m.device_complete(head, 0);
     assert_eq!(m.used(), (4, 0));
+}
+
+/// Takes what the guest has been given, and compares it with what was sent. Frames that it has not been given were too large for
+/// all buffers together.
+fn take_frames(m: &mut Machine, free: &mut VecDeque<u16>, sent: &mut VecDeque<Vec<u8>>) {
+    while m.used_index() != m.used {
+        let (mut got, mut heads) = (Vec::new(), Vec::new());
+        loop {
+            let (head, len) = m.used();
+            let head = u16::try_from(head).unwrap();
+            let mut part = vec![0; len as usize];
+            m.memory.read_slice(&mut part, buffer_at(head)).unwrap();
+            got.extend(part);
+            heads.push(head);
+            if got.len() >= 12 && usize::from(u16::from_le_bytes([got[10], got[11]])) == heads.len()
+            {
+                break;
+            }
+        }
+        while sent
+            .front()
+            .is_some_and(|frame| frame.len() != got.len() || !same(&got, frame))
+        {
+            sent.pop_front();
+        }
+        assert!(sent.pop_front().is_some(), "a frame that was never sent");
+        free.extend(heads);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever the sizes of frames and buffers are and in which order they come: what the guest is given is what was
+    /// received, whole and in order, but for frames that its buffers can never hold.
+    #[test]
+    fn frames_are_dealt_whole_and_in_order(
+        steps in proptest::collection::vec((any::<bool>(), 13usize..9000, 1u32..3000), 1..60),
+        event_index in any::<bool>(),
+    ) {
+        let index = if event_index { EVENT_INDEX } else { 0 };
+        let mut m = receiving(MERGEABLE | index);
+        // One that is there from the start, so that there are rooms.
+        m.offer_buffer(0, 12);
+        let mut free: VecDeque<u16> = (1..QUEUE).collect();
+        let mut sent: VecDeque<Vec<u8>> = VecDeque::new();
+        for (seed, (is_frame, bytes, room)) in steps.into_iter().enumerate() {
+            if is_frame && sent.len() < 12 {
+                let frame = frame_of(bytes, seed);
+                m.device_frame(&frame);
+                sent.push_back(frame);
+            } else if let Some(n) = free.pop_front() {
+                m.offer_buffer(n, room);
+            }
+            take_frames(&mut m, &mut free, &mut sent);
+        }
+        // Everything gets through with buffers enough, or is too large for sixteen of them.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let last = frame_of(600, 9999);
+        m.device_frame(&last);
+        sent.push_back(last);
+        while !sent.is_empty() {
+            assert!(Instant::now() < deadline, "{} frames are left", sent.len());
+            take_frames(&mut m, &mut free, &mut sent);
+            if let Some(n) = free.pop_front() {
+                m.offer_buffer(n, 2000);
+            }
+            std::thread::yield_now();
+        }
+        assert!(m.bus.take_faults().is_empty());
+    }
 }

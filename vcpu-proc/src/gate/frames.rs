@@ -1,0 +1,378 @@
+//! Frames on their way to a guest: received in *rooms*, window pages that are the gate's own, and dealt to the guest's
+//! buffers when they are there.
+//!
+//! ```text
+//!   rooms offered ── device fills one or, for a large frame, several and completes them in one step
+//!     ── the guest's buffers taken, as many as the frame needs ── copied ── rooms offered again
+//! ```
+//!
+//! A guest's buffers are small, and a large frame takes dozens of them. None has a slot, a page or a journal entry here:
+//! the device sees a few rooms, and a process that dies takes no buffer of the guest's with it. A frame for
+//! which there are too few buffers waits in its rooms until there are more.
+
+use super::copy::{Direction, copy_spans};
+use super::journal::Entry;
+use super::queue::{Backing, GateQueue, GuestFault};
+use bulkhead_ipc::device_kind::{NET_BUFFERS_AT, NET_HEADER_BYTES};
+use bulkhead_ipc::port::PACKET_BYTES_MAX;
+use bulkhead_ipc::ring::{PageRange, RequestLayout, RingFault, Span, WindowPages};
+use bulkhead_ipc::window::DATA_PAGE_BYTES;
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use virtio_queue::QueueT;
+use vm_memory::GuestMemoryMmap;
+
+/// Bytes of a room: more than a frame of a usual wire needs, so that a large one takes a few.
+const ROOM_BYTES: usize = 4 * DATA_PAGE_BYTES;
+/// Rooms that the longest frame takes.
+const FRAME_ROOMS_MAX: u16 = 5;
+const _: () = assert!(PACKET_BYTES_MAX.div_ceil(ROOM_BYTES) == FRAME_ROOMS_MAX as usize);
+/// Rooms of one queue; more would only be colder.
+const ROOMS_MAX: usize = 96;
+
+/// A room that the device has filled.
+#[derive(Debug)]
+struct Filled {
+    pages: PageRange,
+    /// Offset in the window.
+    at: usize,
+    len: usize,
+    /// In the first room of a frame, how many it has.
+    rooms: u16,
+}
+
+/// The receiving side of a queue, from its start by the guest to its reset.
+#[derive(Debug)]
+pub(super) struct Frames {
+    /// Whether the driver takes frames in several buffers (VIRTIO_NET_F_MRG_RXBUF).
+    mergeable: bool,
+    filled: VecDeque<Filled>,
+    /// Whether the guest has ever offered a buffer: a pair of queues that it does not use has none, by which the device's
+    /// process knows.
+    is_used: bool,
+    /// The device has given a room back empty: it does not want any, until the guest starts anew.
+    declined: bool,
+    /// The guest's avail index when its buffers were too few.
+    short: Option<u16>,
+    /// Chains for the frame at hand, of which so many are taken. The others keep their allocations.
+    chains: Vec<Entry>,
+    taken: usize,
+}
+
+/// Whether the guest's buffers are enough for a frame.
+enum Gathered {
+    /// They were taken.
+    Enough,
+    /// There may be more.
+    Short,
+    /// It cannot have as much as that.
+    Small,
+}
+
+impl Frames {
+    pub(super) const fn new(mergeable: bool) -> Self {
+        Self {
+            mergeable,
+            filled: VecDeque::new(),
+            is_used: false,
+            declined: false,
+            short: None,
+            chains: Vec::new(),
+            taken: 0,
+        }
+    }
+
+    /// The guest's reset: what has arrived is nobody's. Returns the pages to give back.
+    pub(super) fn discard(self, held: &mut usize, pages: &mut WindowPages) {
+        for room in self.filled {
+            *held -= room.pages.len() / DATA_PAGE_BYTES;
+            pages.give(room.pages);
+        }
+    }
+
+    /// The device's process is dead, and its window begins anew: what is in it is lost, as on a wire.
+    pub(super) fn begin_anew(&mut self) {
+        self.filled.clear();
+        self.is_used = false;
+        self.declined = false;
+        self.short = None;
+    }
+
+    /// Whether only the guest can tell that there is more to do.
+    pub(super) const fn waits_for_guest(&self) -> bool {
+        self.short.is_some() || !self.is_used
+    }
+}
+
+impl GateQueue {
+    /// Offers the device as many rooms as it may have.
+    pub(super) fn offer_rooms(&mut self, backing: &mut Backing<'_>) -> Result<(), GuestFault> {
+        let index = self.avail_index(backing.memory)?;
+        let (Some(frames), Some(guest)) = (&mut self.frames, &self.guest) else {
+            return Ok(());
+        };
+        frames.is_used |= index != guest.next_avail();
+        if !frames.is_used || frames.declined {
+            return Ok(());
+        }
+        let room_pages = ROOM_BYTES / DATA_PAGE_BYTES;
+        let most = self.pages_limit.min(ROOMS_MAX * room_pages);
+        while self.pages_held + room_pages <= most && self.shadow.next_slot().is_some() {
+            let Some(pages) = backing.pages.take(ROOM_BYTES) else {
+                break;
+            };
+            self.pages_held += room_pages;
+            let at = backing.window.layout.data + pages.offset();
+            let mut room = RequestLayout::default();
+            room.push(Span {
+                offset: at,
+                len: u32::try_from(ROOM_BYTES).unwrap_or(0),
+                writable: true,
+            });
+            let slot = self.shadow.submit(&backing.window.memory, &room);
+            if let Some(entry) = self.journal.get_mut(usize::from(slot)) {
+                entry.clear();
+                entry.pages = Some(pages);
+                entry.writable_at = at;
+                entry.epoch = backing.epoch;
+                entry.in_flight = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the window has had no page for any room.
+    pub(super) fn lacks_rooms(&self) -> bool {
+        let wants = |frames: &Frames| frames.is_used && !frames.declined;
+        self.frames.as_ref().is_some_and(wants) && self.pages_held == 0
+    }
+
+    /// Takes the rooms that the device has filled. What it has completed in one step belongs together. Returns how many there
+    /// were.
+    ///
+    /// # Errors
+    /// [`RingFault`] when the device lies, also about how many rooms a frame has.
+    pub(super) fn take_filled(
+        &mut self,
+        backing: &mut Backing<'_>,
+        budget: &mut u32,
+    ) -> Result<u32, RingFault> {
+        if *budget == 0 {
+            return Ok(0);
+        }
+        let window = &backing.window.memory;
+        let there = self.shadow.completions(window);
+        // Rooms of the frame at hand that are still to come.
+        let mut to_come = 0;
+        for n in 0..there {
+            let Some(completion) = self.shadow.complete(window)? else {
+                break;
+            };
+            let Some(place) = self.journal.get_mut(usize::from(completion.slot)) else {
+                continue;
+            };
+            let (epoch, at) = (place.epoch, place.writable_at);
+            let pages = place.pages.take();
+            place.clear();
+            let Some(pages) = pages else { continue };
+            let len = usize::try_from(completion.written).unwrap_or(0);
+            if epoch != backing.epoch || self.frames.is_none() {
+                // A leftover of before the guest's reset.
+                self.give_back(backing, pages);
+                continue;
+            }
+            if to_come == 0 && len == 0 {
+                self.give_back(backing, pages);
+                self.decline();
+                continue;
+            }
+            let mut rooms = 0;
+            if to_come == 0 {
+                let least = u32::from(NET_HEADER_BYTES);
+                if completion.written < least {
+                    let got = completion.written;
+                    self.give_back(backing, pages);
+                    return Err(RingFault::NoHeader { got, least });
+                }
+                let got = u16::from_le_bytes(window.read(at + NET_BUFFERS_AT));
+                let most = (there - n).min(FRAME_ROOMS_MAX);
+                if !(1..=most).contains(&got) {
+                    self.give_back(backing, pages);
+                    return Err(RingFault::Buffers { got, most });
+                }
+                (rooms, to_come) = (got, got);
+            }
+            to_come -= 1;
+            if let Some(frames) = &mut self.frames {
+                frames.filled.push_back(Filled {
+                    pages,
+                    at,
+                    len,
+                    rooms,
+                });
+            }
+        }
+        *budget = budget.saturating_sub(there.into());
+        Ok(there.into())
+    }
+
+    fn decline(&mut self) {
+        if let Some(frames) = &mut self.frames {
+            frames.declined = true;
+        }
+    }
+
+    fn give_back(&mut self, backing: &mut Backing<'_>, pages: PageRange) {
+        self.pages_held -= pages.len() / DATA_PAGE_BYTES;
+        backing.pages.give(pages);
+    }
+
+    /// Deals frames to the guest's buffers, as long as there are enough.
+    ///
+    /// # Errors
+    /// [`GuestFault`] when the guest's buffers are none.
+    pub(super) fn deal(&mut self, backing: &mut Backing<'_>) -> Result<(), GuestFault> {
+        let Some(mut frames) = self.frames.take() else {
+            return Ok(());
+        };
+        let dealt = self.deal_to(&mut frames, backing);
+        self.frames = Some(frames);
+        self.put_together(backing.memory);
+        dealt
+    }
+
+    fn deal_to(
+        &mut self,
+        frames: &mut Frames,
+        backing: &mut Backing<'_>,
+    ) -> Result<(), GuestFault> {
+        if frames.filled.is_empty() {
+            return Ok(());
+        }
+        let index = self.avail_index(backing.memory)?;
+        if frames.short == Some(index) {
+            return Ok(());
+        }
+        frames.short = None;
+        while let Some(rooms) = frames.filled.front().map(|room| usize::from(room.rooms)) {
+            let rooms = rooms.max(1).min(frames.filled.len());
+            let bytes = frames.filled.iter().take(rooms).map(|room| room.len).sum();
+            match self.gather(frames, bytes, backing)? {
+                Gathered::Enough => self.scatter(frames, rooms, bytes, backing),
+                Gathered::Short => {
+                    frames.short = Some(index);
+                    return Ok(());
+                }
+                // It will never fit: lost.
+                Gathered::Small => {}
+            }
+            for room in frames.filled.drain(..rooms) {
+                self.pages_held -= room.pages.len() / DATA_PAGE_BYTES;
+                backing.pages.give(room.pages);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes buffers of the guest's for a frame of `bytes` bytes. Unless they are enough they stay the guest's.
+    fn gather(
+        &mut self,
+        frames: &mut Frames,
+        bytes: usize,
+        backing: &mut Backing<'_>,
+    ) -> Result<Gathered, GuestFault> {
+        let Some((begin, size)) = self.guest.as_ref().map(|g| (g.next_avail(), g.size())) else {
+            return Ok(Gathered::Short);
+        };
+        let (mut room, mut taken) = (0, 0);
+        let gathered = loop {
+            if room >= bytes {
+                break Gathered::Enough;
+            }
+            if taken > 0 && (!frames.mergeable || taken == usize::from(size)) {
+                break Gathered::Small;
+            }
+            if frames.chains.len() == taken {
+                frames.chains.push(Entry::default());
+            }
+            let Some(chain) = frames.chains.get_mut(taken) else {
+                break Gathered::Short;
+            };
+            chain.clear();
+            if !self.pop(backing, chain)? {
+                break Gathered::Short;
+            }
+            room += chain.writable_bytes;
+            taken += 1;
+        };
+        frames.taken = taken;
+        if !matches!(gathered, Gathered::Enough)
+            && let Some(guest) = &mut self.guest
+        {
+            guest.set_next_avail(begin);
+        }
+        Ok(gathered)
+    }
+
+    /// Copies the first frame, of so many rooms and bytes, to the buffers that were taken for it.
+    fn scatter(&mut self, frames: &Frames, rooms: usize, bytes: usize, backing: &Backing<'_>) {
+        let window = &backing.window.memory;
+        let chains = frames.chains.get(..frames.taken).unwrap_or_default();
+        let mut rooms = frames.filled.iter().take(rooms);
+        let Some(mut room) = rooms.next() else { return };
+        let buffers = u16::try_from(chains.len()).unwrap_or(u16::MAX);
+        window.write(room.at + NET_BUFFERS_AT, buffers.to_le());
+        let (mut left, mut read) = (bytes, 0);
+        for chain in chains {
+            let want = chain.writable_bytes.min(left);
+            let mut written = 0;
+            while written < want {
+                if read == room.len {
+                    let Some(next) = rooms.next() else { break };
+                    (room, read) = (next, 0);
+                }
+                let len = (want - written).min(room.len - read);
+                let copied = copy_spans(
+                    backing.memory,
+                    window,
+                    Direction::ToGuest,
+                    &chain.writable,
+                    written,
+                    room.at + read,
+                    len,
+                );
+                debug_assert!(copied.is_ok(), "guest memory was checked by the caller");
+                written += len;
+                read += len;
+            }
+            left -= want;
+            let len = u32::try_from(want).unwrap_or(u32::MAX);
+            self.together.push((chain.head, len));
+        }
+    }
+
+    /// Asks the guest to tell of further buffers, if somebody waits for them. Returns whether there are some already.
+    pub(super) fn listen_for_buffers(&mut self, memory: &GuestMemoryMmap) -> bool {
+        let (Some(frames), Some(guest)) = (&self.frames, &mut self.guest) else {
+            return false;
+        };
+        if !frames.waits_for_guest() {
+            return false;
+        }
+        // What is there is too little: the kick is to come for what is behind it.
+        let begin = guest.next_avail();
+        guest.set_next_avail(frames.short.unwrap_or(begin));
+        let more = guest.enable_notification(memory).unwrap_or(false);
+        guest.set_next_avail(begin);
+        more
+    }
+
+    fn avail_index(&self, memory: &GuestMemoryMmap) -> Result<u16, GuestFault> {
+        let Some(guest) = &self.guest else {
+            return Ok(0);
+        };
+        let index = guest.avail_idx(memory, Ordering::Acquire);
+        let index = index.map_err(|_| GuestFault::Ring { queue: self.index })?;
+        Ok(index.0)
+    }
+}
