@@ -142,6 +142,8 @@ impl<D: Device> Server<D> {
                 && self.device.rests().is_none()
                 && let Some(chain) = self.queues.pop(index)?
             {
+                // Whoever started the queue did so before it put the request.
+                self.notice_driver()?;
                 self.device.on_request(index, chain, &mut self.queues)?;
                 budget -= 1;
                 busy = true;

@@ -415,7 +415,11 @@ impl Gate {
     fn turn(&mut self, memory: &GuestMemoryMmap, budget: &mut u32) -> bool {
         let before = *budget;
         let mut faults = Faults::default();
-        self.serve(memory, budget, &mut faults, |queue| queue.droppable);
+        // Half of it, so that who sends without a pause receives as well.
+        let half = budget.div_ceil(2);
+        let mut sending = half;
+        self.serve(memory, &mut sending, &mut faults, |queue| queue.droppable);
+        *budget -= half - sending;
         self.serve(memory, budget, &mut faults, |queue| !queue.droppable);
         if self.alone && faults.device.is_none() {
             let tried = self.try_suspects(memory, budget);

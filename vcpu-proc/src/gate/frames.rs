@@ -11,8 +11,8 @@
 //! which there are too few buffers waits in its rooms until there are more.
 
 use super::copy::{Direction, copy_spans};
-use super::journal::Entry;
-use super::queue::{Backing, GateQueue, GuestFault};
+use super::journal::{Entry, GuestSpan};
+use super::queue::{Backing, CHAIN_DESCRIPTORS_MAX, GateQueue, GuestFault};
 use bulkhead_ipc::device_kind::{NET_BUFFERS_AT, NET_HEADER_BYTES};
 use bulkhead_ipc::port::PACKET_BYTES_MAX;
 use bulkhead_ipc::ring::{PageRange, RequestLayout, RingFault, Span, WindowPages};
@@ -20,7 +20,7 @@ use bulkhead_ipc::window::DATA_PAGE_BYTES;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use virtio_queue::QueueT;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Bytes of a room: more than a frame of a usual wire needs, so that a large one takes a few.
 const ROOM_BYTES: usize = 4 * DATA_PAGE_BYTES;
@@ -29,6 +29,9 @@ const FRAME_ROOMS_MAX: u16 = 5;
 const _: () = assert!(PACKET_BYTES_MAX.div_ceil(ROOM_BYTES) == FRAME_ROOMS_MAX as usize);
 /// Rooms of one queue; more would only be colder.
 const ROOMS_MAX: usize = 96;
+/// Most descriptors of the buffers of one frame.
+const FRAME_DESCRIPTORS_MAX: usize = CHAIN_DESCRIPTORS_MAX;
+const HEADER_BYTES: usize = NET_HEADER_BYTES as usize;
 
 /// A room that the device has filled.
 #[derive(Debug)]
@@ -50,8 +53,8 @@ pub(super) struct Frames {
     /// Whether the guest has ever offered a buffer: a pair of queues that it does not use has none, by which the device's
     /// process knows.
     is_used: bool,
-    /// The device has given a room back empty: it does not want any, until the guest starts anew.
-    declined: bool,
+    /// The guest's avail index when the device gave a room back empty: it does not want any.
+    declined: Option<u16>,
     /// The guest's avail index when its buffers were too few.
     short: Option<u16>,
     /// Chains for the frame at hand, of which so many are taken. The others keep their allocations.
@@ -75,7 +78,7 @@ impl Frames {
             mergeable,
             filled: VecDeque::new(),
             is_used: false,
-            declined: false,
+            declined: None,
             short: None,
             chains: Vec::new(),
             taken: 0,
@@ -94,13 +97,13 @@ impl Frames {
     pub(super) fn begin_anew(&mut self) {
         self.filled.clear();
         self.is_used = false;
-        self.declined = false;
+        self.declined = None;
         self.short = None;
     }
 
     /// Whether only the guest can tell that there is more to do.
     pub(super) const fn waits_for_guest(&self) -> bool {
-        self.short.is_some() || !self.is_used
+        self.short.is_some() || self.declined.is_some() || !self.is_used
     }
 }
 
@@ -112,12 +115,12 @@ impl GateQueue {
             return Ok(());
         };
         frames.is_used |= index != guest.next_avail();
-        if !frames.is_used || frames.declined {
+        if !frames.is_used || frames.declined == Some(index) {
             return Ok(());
         }
+        frames.declined = None;
         let room_pages = ROOM_BYTES / DATA_PAGE_BYTES;
-        let most = self.pages_limit.min(ROOMS_MAX * room_pages);
-        while self.pages_held + room_pages <= most && self.shadow.next_slot().is_some() {
+        while self.may_hold_a_room() && self.shadow.next_slot().is_some() {
             let Some(pages) = backing.pages.take(ROOM_BYTES) else {
                 break;
             };
@@ -141,10 +144,17 @@ impl GateQueue {
         Ok(())
     }
 
-    /// Whether the window has had no page for any room.
+    fn may_hold_a_room(&self) -> bool {
+        let room_pages = ROOM_BYTES / DATA_PAGE_BYTES;
+        self.pages_held + room_pages <= self.pages_limit.min(ROOMS_MAX * room_pages)
+    }
+
+    /// Whether the window has had too few pages for as many rooms as a frame may need.
     pub(super) fn lacks_rooms(&self) -> bool {
-        let wants = |frames: &Frames| frames.is_used && !frames.declined;
-        self.frames.as_ref().is_some_and(wants) && self.pages_held == 0
+        let wants = |frames: &Frames| frames.is_used && frames.declined.is_none();
+        self.frames.as_ref().is_some_and(wants)
+            && self.in_flight() < FRAME_ROOMS_MAX
+            && self.may_hold_a_room()
     }
 
     /// Takes the rooms that the device has filled. What it has completed in one step belongs together. Returns how many there
@@ -162,12 +172,15 @@ impl GateQueue {
         }
         let window = &backing.window.memory;
         let there = self.shadow.completions(window);
+        let mut done = 0;
         // Rooms of the frame at hand that are still to come.
-        let mut to_come = 0;
+        let (mut to_come, mut claimed) = (0, 0);
         for n in 0..there {
             let Some(completion) = self.shadow.complete(window)? else {
                 break;
             };
+            done += 1;
+            *budget = budget.saturating_sub(1);
             let Some(place) = self.journal.get_mut(usize::from(completion.slot)) else {
                 continue;
             };
@@ -183,7 +196,7 @@ impl GateQueue {
             }
             if to_come == 0 && len == 0 {
                 self.give_back(backing, pages);
-                self.decline();
+                self.decline(backing.memory);
                 continue;
             }
             let mut rooms = 0;
@@ -200,7 +213,7 @@ impl GateQueue {
                     self.give_back(backing, pages);
                     return Err(RingFault::Buffers { got, most });
                 }
-                (rooms, to_come) = (got, got);
+                (rooms, to_come, claimed) = (got, got, got);
             }
             to_come -= 1;
             if let Some(frames) = &mut self.frames {
@@ -212,13 +225,18 @@ impl GateQueue {
                 });
             }
         }
-        *budget = budget.saturating_sub(there.into());
-        Ok(there.into())
+        if to_come > 0 {
+            // Its index went back in between.
+            let most = claimed - to_come;
+            return Err(RingFault::Buffers { got: claimed, most });
+        }
+        Ok(done)
     }
 
-    fn decline(&mut self) {
+    fn decline(&mut self, memory: &GuestMemoryMmap) {
+        let index = self.avail_index(memory).unwrap_or(0);
         if let Some(frames) = &mut self.frames {
-            frames.declined = true;
+            frames.declined = Some(index);
         }
     }
 
@@ -231,11 +249,15 @@ impl GateQueue {
     ///
     /// # Errors
     /// [`GuestFault`] when the guest's buffers are none.
-    pub(super) fn deal(&mut self, backing: &mut Backing<'_>) -> Result<(), GuestFault> {
+    pub(super) fn deal(
+        &mut self,
+        backing: &mut Backing<'_>,
+        budget: &mut u32,
+    ) -> Result<(), GuestFault> {
         let Some(mut frames) = self.frames.take() else {
             return Ok(());
         };
-        let dealt = self.deal_to(&mut frames, backing);
+        let dealt = self.deal_to(&mut frames, backing, budget);
         self.frames = Some(frames);
         self.put_together(backing.memory);
         dealt
@@ -245,6 +267,7 @@ impl GateQueue {
         &mut self,
         frames: &mut Frames,
         backing: &mut Backing<'_>,
+        budget: &mut u32,
     ) -> Result<(), GuestFault> {
         if frames.filled.is_empty() {
             return Ok(());
@@ -255,9 +278,20 @@ impl GateQueue {
         }
         frames.short = None;
         while let Some(rooms) = frames.filled.front().map(|room| usize::from(room.rooms)) {
+            if *budget == 0 {
+                return Ok(());
+            }
             let rooms = rooms.max(1).min(frames.filled.len());
             let bytes = frames.filled.iter().take(rooms).map(|room| room.len).sum();
-            match self.gather(frames, bytes, backing)? {
+            let begin = self.guest.as_ref().map_or(0, QueueT::next_avail);
+            let gathered = self.gather(frames, bytes, backing);
+            *budget = budget.saturating_sub(u32::try_from(frames.taken).unwrap_or(u32::MAX).max(1));
+            if !matches!(gathered, Ok(Gathered::Enough))
+                && let Some(guest) = &mut self.guest
+            {
+                guest.set_next_avail(begin);
+            }
+            match gathered? {
                 Gathered::Enough => self.scatter(frames, rooms, bytes, backing),
                 Gathered::Short => {
                     frames.short = Some(index);
@@ -274,44 +308,46 @@ impl GateQueue {
         Ok(())
     }
 
-    /// Takes buffers of the guest's for a frame of `bytes` bytes. Unless they are enough they stay the guest's.
+    /// Takes buffers of the guest's for a frame of `bytes` bytes. Unless they are enough the caller gives them back.
     fn gather(
         &mut self,
         frames: &mut Frames,
         bytes: usize,
         backing: &mut Backing<'_>,
     ) -> Result<Gathered, GuestFault> {
-        let Some((begin, size)) = self.guest.as_ref().map(|g| (g.next_avail(), g.size())) else {
-            return Ok(Gathered::Short);
-        };
-        let (mut room, mut taken) = (0, 0);
-        let gathered = loop {
-            if room >= bytes {
-                break Gathered::Enough;
+        frames.taken = 0;
+        let size = self.guest.as_ref().map_or(0, QueueT::size);
+        let (mut room, mut descriptors) = (0, 0);
+        while room < bytes {
+            if frames.taken > 0 && (!frames.mergeable || frames.taken == usize::from(size)) {
+                return Ok(Gathered::Small);
             }
-            if taken > 0 && (!frames.mergeable || taken == usize::from(size)) {
-                break Gathered::Small;
-            }
-            if frames.chains.len() == taken {
+            if frames.chains.len() == frames.taken {
                 frames.chains.push(Entry::default());
             }
-            let Some(chain) = frames.chains.get_mut(taken) else {
-                break Gathered::Short;
+            let Some(chain) = frames.chains.get_mut(frames.taken) else {
+                return Ok(Gathered::Short);
             };
             chain.clear();
             if !self.pop(backing, chain)? {
-                break Gathered::Short;
+                return Ok(Gathered::Short);
+            }
+            if chain.writable_bytes < HEADER_BYTES {
+                return Err(GuestFault::TooSmall {
+                    head: chain.head,
+                    bytes: chain.writable_bytes,
+                    least: HEADER_BYTES,
+                });
             }
             room += chain.writable_bytes;
-            taken += 1;
-        };
-        frames.taken = taken;
-        if !matches!(gathered, Gathered::Enough)
-            && let Some(guest) = &mut self.guest
-        {
-            guest.set_next_avail(begin);
+            descriptors += chain.descriptors;
+            frames.taken += 1;
+            if descriptors > FRAME_DESCRIPTORS_MAX {
+                let limit = FRAME_DESCRIPTORS_MAX;
+                return Err(GuestFault::Scattered { bytes, limit });
+            }
         }
-        Ok(gathered)
+        Ok(Gathered::Enough)
     }
 
     /// Copies the first frame, of so many rooms and bytes, to the buffers that were taken for it.
@@ -320,8 +356,6 @@ impl GateQueue {
         let chains = frames.chains.get(..frames.taken).unwrap_or_default();
         let mut rooms = frames.filled.iter().take(rooms);
         let Some(mut room) = rooms.next() else { return };
-        let buffers = u16::try_from(chains.len()).unwrap_or(u16::MAX);
-        window.write(room.at + NET_BUFFERS_AT, buffers.to_le());
         let (mut left, mut read) = (bytes, 0);
         for chain in chains {
             let want = chain.writable_bytes.min(left);
@@ -349,6 +383,11 @@ impl GateQueue {
             let len = u32::try_from(want).unwrap_or(u32::MAX);
             self.together.push((chain.head, len));
         }
+        // Over the number of rooms, where no device can change it any more.
+        if let Some(first) = chains.first() {
+            let buffers = u16::try_from(chains.len()).unwrap_or(u16::MAX);
+            put(backing.memory, &first.writable, NET_BUFFERS_AT, buffers);
+        }
     }
 
     /// Asks the guest to tell of further buffers, if somebody waits for them. Returns whether there are some already.
@@ -361,7 +400,7 @@ impl GateQueue {
         }
         // What is there is too little: the kick is to come for what is behind it.
         let begin = guest.next_avail();
-        guest.set_next_avail(frames.short.unwrap_or(begin));
+        guest.set_next_avail(frames.short.or(frames.declined).unwrap_or(begin));
         let more = guest.enable_notification(memory).unwrap_or(false);
         guest.set_next_avail(begin);
         more
@@ -374,5 +413,20 @@ impl GateQueue {
         let index = guest.avail_idx(memory, Ordering::Acquire);
         let index = index.map_err(|_| GuestFault::Ring { queue: self.index })?;
         Ok(index.0)
+    }
+}
+
+/// Puts a little-endian number at `at` bytes into the spans, which are guest memory and may part anywhere.
+fn put(memory: &GuestMemoryMmap, spans: &[GuestSpan], at: usize, number: u16) {
+    for (byte, mut skip) in number.to_le_bytes().into_iter().zip(at..) {
+        for span in spans {
+            if skip < span.len {
+                let place = GuestAddress(span.address.0.saturating_add(skip as u64));
+                let written = memory.write_obj(byte, place);
+                debug_assert!(written.is_ok(), "guest memory was checked");
+                break;
+            }
+            skip -= span.len;
+        }
     }
 }

@@ -26,6 +26,8 @@ pub(crate) struct Entry {
     pub(crate) readable_bytes: usize,
     /// Total writable bytes.
     pub(crate) writable_bytes: usize,
+    /// Descriptors of the chain, empty ones included.
+    pub(crate) descriptors: usize,
     /// Window pages that hold the data.
     pub(crate) pages: Option<PageRange>,
     /// Offset in the window of the device-writable data, behind the readable data.
@@ -51,6 +53,7 @@ impl Entry {
         self.writable.clear();
         self.readable_bytes = 0;
         self.writable_bytes = 0;
+        self.descriptors = 0;
         self.pages = None;
         self.in_flight = false;
         self.answered = false;

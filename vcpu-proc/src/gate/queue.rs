@@ -29,7 +29,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// Longest chain of descriptors, indirect ones included.
-const CHAIN_DESCRIPTORS_MAX: usize = 1024;
+pub(super) const CHAIN_DESCRIPTORS_MAX: usize = 1024;
 /// Window pages that a device which answers at once has in its hands at a time. Data crosses a window twice, and
 /// costs half as much when the pages are still in the cache of a CPU; more requests would not make
 /// such a device faster.
@@ -63,6 +63,24 @@ pub(crate) enum GuestFault {
         /// Bytes in the chain.
         bytes: usize,
         /// Largest that is accepted.
+        limit: usize,
+    },
+    /// A buffer to receive frames into has not even room for their header (section 5.1.6.3).
+    #[error("receive buffer {head} has {bytes} bytes, a frame's header alone has {least}")]
+    TooSmall {
+        /// Head descriptor.
+        head: u16,
+        /// Bytes that the device may write.
+        bytes: usize,
+        /// Bytes of the header.
+        least: usize,
+    },
+    /// Buffers for one frame are in more pieces than any driver makes of them.
+    #[error("buffers for a frame of {bytes} bytes have more than {limit} descriptors")]
+    Scattered {
+        /// Bytes of the frame.
+        bytes: usize,
+        /// Most descriptors.
         limit: usize,
     },
     /// The avail index jumped by more than the queue size.
@@ -214,7 +232,7 @@ impl GateQueue {
         budget: &mut u32,
     ) -> Result<(), GuestFault> {
         if self.frames.is_some() {
-            self.deal(backing)?;
+            self.deal(backing, budget)?;
             return self.offer_rooms(backing);
         }
         loop {
@@ -279,6 +297,7 @@ impl GateQueue {
                 return Err(GuestFault::Truncated { head });
             }
             more = descriptor.has_next();
+            entry.descriptors = n + 1;
             collect(entry, backing.memory, head, &descriptor)?;
             let bytes = entry.readable_bytes.saturating_add(entry.writable_bytes);
             if bytes > limit && (self.framing.tail_bytes > 0 || entry.readable_bytes > 0) {
@@ -629,7 +648,7 @@ impl GateQueue {
     ) -> bool {
         let waits = lacks_pages || self.waits_for_completions();
         let completions = waits && self.shadow.enable_calls(window);
-        if self.frames.is_some() {
+        if self.frames.is_some() && !self.held {
             return completions | self.listen_for_buffers(memory);
         }
         if self.is_blocked() {
