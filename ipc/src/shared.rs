@@ -14,8 +14,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 #[cfg_attr(loom, path = "shared/modelled.rs")]
 mod memory;
+mod pieces;
 
 pub use memory::SharedMemory;
+use pieces::pieces;
 
 /// Why shared memory could not be made or mapped.
 #[derive(Debug, thiserror::Error)]
@@ -145,9 +147,18 @@ impl AsRawFd for Doorbell {
     }
 }
 
-/// Copies between two volatile slices of equal length without looking at the bytes.
-pub fn copy<A: BitmapSlice, B: BitmapSlice>(from: &VolatileSlice<'_, A>, to: VolatileSlice<'_, B>) {
-    from.copy_to_volatile_slice(to);
+/// Copies between two volatile slices, as far as both go, without looking at the bytes.
+pub fn copy<A: BitmapSlice, B: BitmapSlice>(
+    from: &VolatileSlice<'_, A>,
+    to: &VolatileSlice<'_, B>,
+) {
+    let len = from.len().min(to.len());
+    let places = [from.ptr_guard().as_ptr(), to.ptr_guard().as_ptr()];
+    for (at, len) in pieces(places, len) {
+        if let (Ok(from), Ok(to)) = (from.subslice(at, len), to.subslice(at, len)) {
+            from.copy_to_volatile_slice(to);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -6,6 +6,8 @@ use super::{
     PACKET_HEADER_BYTES, PortFault, RingLayout, record_bytes,
 };
 use crate::shared::SharedMemory;
+#[cfg(not(loom))]
+use crate::shared::copy;
 use crate::sync::{Ordering, fence};
 #[cfg(not(loom))]
 use vm_memory::{VolatileSlice, bitmap::BitmapSlice};
@@ -84,14 +86,12 @@ impl PacketReader {
     ) -> usize {
         let (at, first, rest) = self.place(from, to.len());
         if let Ok(part) = to.subslice(0, first) {
-            memory.slice(at, first).copy_to_volatile_slice(part);
+            copy(&memory.slice(at, first), &part);
         }
         if let Ok(part) = to.subslice(first, rest)
             && rest > 0
         {
-            memory
-                .slice(self.layout.data, rest)
-                .copy_to_volatile_slice(part);
+            copy(&memory.slice(self.layout.data, rest), &part);
         }
         first + rest
     }

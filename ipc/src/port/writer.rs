@@ -6,6 +6,8 @@ use super::{
     PortFault, RingLayout, record_bytes,
 };
 use crate::shared::SharedMemory;
+#[cfg(not(loom))]
+use crate::shared::copy;
 use crate::sync::{Ordering, fence};
 #[cfg(not(loom))]
 use vm_memory::{VolatileSlice, bitmap::BitmapSlice};
@@ -154,12 +156,12 @@ impl Record<'_> {
         let len = from.len().min(self.limit - self.filled);
         let (at, first, rest) = self.place(len);
         if let Ok(part) = from.subslice(0, first) {
-            part.copy_to_volatile_slice(self.memory.slice(at, first));
+            copy(&part, &self.memory.slice(at, first));
         }
         if let Ok(part) = from.subslice(first, rest)
             && rest > 0
         {
-            part.copy_to_volatile_slice(self.memory.slice(self.writer.layout.data, rest));
+            copy(&part, &self.memory.slice(self.writer.layout.data, rest));
         }
         self.filled += len;
         len

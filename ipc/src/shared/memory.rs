@@ -1,6 +1,6 @@
 //! Shared memory that is mapped, with checked accesses.
 
-use super::{SEALS, SharedError};
+use super::{SEALS, SharedError, pieces};
 use crate::sync::Ordering;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -151,7 +151,12 @@ impl SharedMemory {
     /// # Panics
     /// As [`SharedMemory::slice`].
     pub fn copy_in(&self, offset: usize, bytes: &[u8]) {
-        self.slice(offset, bytes.len()).copy_from(bytes);
+        let to = self.slice(offset, bytes.len());
+        for (at, len) in pieces([bytes.as_ptr(), to.ptr_guard().as_ptr()], bytes.len()) {
+            if let (Ok(to), Some(from)) = (to.subslice(at, len), bytes.get(at..at + len)) {
+                to.copy_from(from);
+            }
+        }
     }
 
     /// Fills `bytes` from what is there.
@@ -159,7 +164,12 @@ impl SharedMemory {
     /// # Panics
     /// As [`SharedMemory::slice`].
     pub fn copy_out(&self, offset: usize, bytes: &mut [u8]) {
-        self.slice(offset, bytes.len()).copy_to(bytes);
+        let from = self.slice(offset, bytes.len());
+        for (at, len) in pieces([from.ptr_guard().as_ptr(), bytes.as_ptr()], bytes.len()) {
+            if let (Ok(from), Some(to)) = (from.subslice(at, len), bytes.get_mut(at..at + len)) {
+                from.copy_to(to);
+            }
+        }
     }
 
     fn atomic_u32(&self, offset: usize) -> &std::sync::atomic::AtomicU32 {

@@ -1,7 +1,7 @@
 //! Copies between guest memory and a window. The bytes are never looked at.
 
 use super::journal::GuestSpan;
-use bulkhead_ipc::shared::SharedMemory;
+use bulkhead_ipc::shared::{self, SharedMemory};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 /// Guest memory that a descriptor named does not exist.
@@ -54,8 +54,8 @@ pub(crate) fn copy_spans(
             let piece = piece.map_err(|_| fault)?;
             let there = window.slice(at, piece.len());
             match direction {
-                Direction::ToWindow => piece.copy_to_volatile_slice(there),
-                Direction::ToGuest => there.copy_to_volatile_slice(piece),
+                Direction::ToWindow => shared::copy(&piece, &there),
+                Direction::ToGuest => shared::copy(&there, &piece),
             }
             at += piece.len();
             left -= piece.len();

@@ -1,14 +1,14 @@
 //! Queues of a network device: buffers of one frame are seen at once, frames to send may get lost.
 
 use super::*;
-use bulkhead_ipc::device_kind::{NET_BUFFERS_AT, NET_MRG_RXBUF};
+use bulkhead_ipc::device_kind::NET_BUFFERS_AT;
 use bulkhead_runtime::used::{put_together, wants_news};
 use std::collections::VecDeque;
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
 
-const MERGEABLE: u32 = NET_MRG_RXBUF as u32;
+const MERGEABLE: u32 = 1 << 15;
 const EVENT_INDEX: u32 = 1 << 29;
 /// Of the longest frame, with its header.
 const LONGEST: usize = 65_565;
