@@ -681,6 +681,8 @@ impl GateQueue {
     pub(crate) fn has_work(&self, memory: &GuestMemoryMmap, window: &SharedMemory) -> bool {
         self.shadow.has_completions(window)
             || (!self.is_blocked()
+                // Buffers for frames are not requests.
+                && self.frames.is_none()
                 && self.guest.as_ref().is_some_and(|guest| {
                     guest
                         .avail_idx(memory, Ordering::Relaxed)

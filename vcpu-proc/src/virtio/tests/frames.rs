@@ -542,4 +542,49 @@ proptest! {
         }
         assert!(m.bus.take_faults().is_empty());
     }
+
+    /// Whatever a device does with its rooms, the gate goes on, and what the guest is given was offered by it.
+    #[test]
+    fn no_device_is_too_strange(
+        steps in proptest::collection::vec((0u8..4, 0u32..17_000, 0u16..8, 0u16..70), 1..40),
+    ) {
+        let mut m = receiving(MERGEABLE);
+        (0..QUEUE).for_each(|n| m.offer_buffer(n, 1526));
+        let mut rooms: VecDeque<(u16, GuestAddress)> = VecDeque::new();
+        for (what, len, claim, head) in steps {
+            while let Some(mut chain) = m.device.pop_descriptor_chain(&m.device_memory) {
+                let head = chain.head_index();
+                rooms.push_back((head, chain.next().unwrap().addr()));
+            }
+            match what {
+                0 | 1 => {
+                    let count = rooms.len().min(usize::from(head % 7));
+                    let filled: Vec<_> = rooms.drain(..count).collect();
+                    if let Some(&(_, at)) = filled.first() {
+                        let place = GuestAddress(at.0 + NET_BUFFERS_AT as u64);
+                        m.device_memory.write_obj(claim, place).unwrap();
+                    }
+                    let elements: Vec<_> = filled.iter().map(|&(head, _)| (head, len)).collect();
+                    put_together(&mut m.device, &m.device_memory, &elements).unwrap();
+                    m.call.ring();
+                }
+                2 => {
+                    // No head, one twice, or one of another time.
+                    let _refused = m.device.add_used(&m.device_memory, head, len);
+                    m.call.ring();
+                }
+                _ => {
+                    while m.used_index() != m.used {
+                        let (head, len) = m.used();
+                        assert!(len <= 1526);
+                        let head = u16::try_from(head).unwrap();
+                        assert!(head < QUEUE);
+                        m.offer_buffer(head, 1526);
+                    }
+                }
+            }
+        }
+        m.set(0x70, 0);
+        assert_eq!(m.get(0x70), 0, "the gate thread still carries resets out");
+    }
 }
