@@ -60,6 +60,8 @@ pub(super) struct Frames {
     /// Chains for the frame at hand, of which so many are taken. The others keep their allocations.
     chains: Vec<Entry>,
     taken: usize,
+    /// Whether the last frame came alone.
+    is_single: bool,
 }
 
 /// Whether the guest's buffers are enough for a frame.
@@ -82,6 +84,7 @@ impl Frames {
             short: None,
             chains: Vec::new(),
             taken: 0,
+            is_single: false,
         }
     }
 
@@ -277,6 +280,7 @@ impl GateQueue {
             return Ok(());
         }
         frames.short = None;
+        let mut dealt = 0;
         while let Some(rooms) = frames.filled.front().map(|room| usize::from(room.rooms)) {
             if *budget == 0 {
                 return Ok(());
@@ -304,6 +308,8 @@ impl GateQueue {
                 self.pages_held -= room.pages.len() / DATA_PAGE_BYTES;
                 backing.pages.give(room.pages);
             }
+            dealt += 1;
+            frames.is_single = dealt == 1;
         }
         Ok(())
     }
@@ -391,11 +397,22 @@ impl GateQueue {
     }
 
     /// Asks the guest to tell of further buffers, if somebody waits for them. Returns whether there are some already.
+    ///
+    /// So it does where frames come one at a time: a driver that gives a buffer back is about to answer, and to be awake then
+    /// saves more than the kick costs (decision 0034).
     pub(super) fn listen_for_buffers(&mut self, memory: &GuestMemoryMmap) -> bool {
         let (Some(frames), Some(guest)) = (&self.frames, &mut self.guest) else {
             return false;
         };
         if !frames.waits_for_guest() {
+            if frames.is_single
+                && let Ok(index) = guest.avail_idx(memory, Ordering::Acquire)
+            {
+                let begin = guest.next_avail();
+                guest.set_next_avail(index.0);
+                let _a_further_one_is_no_work = guest.enable_notification(memory);
+                guest.set_next_avail(begin);
+            }
             return false;
         }
         // What is there is too little: the kick is to come for what is behind it.

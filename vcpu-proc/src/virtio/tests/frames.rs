@@ -451,6 +451,36 @@ fn driver_whose_buffers_are_none_has_to_reset_the_device() {
     assert_eq!(m.used_index(), 0);
 }
 
+/// Whoever gives a buffer back is about to answer, unless frames come in numbers.
+#[test]
+fn driver_is_asked_to_tell_of_buffers_where_frames_come_one_at_a_time() {
+    let mut m = receiving(MERGEABLE);
+    let wants_kicks = |m: &Machine| -> bool {
+        let flags: u16 = m
+            .memory
+            .load(GuestAddress(USED), Ordering::Acquire)
+            .unwrap();
+        flags == 0
+    };
+    for round in 0..10 {
+        (0..3).for_each(|n| m.offer_buffer(n, 100));
+        m.device_frame(&frame_of(60, round));
+        m.frame(60);
+        m.wait("the wish", |m| wants_kicks(m).then_some(()));
+        let rooms = [m.device_pop(), m.device_pop()];
+        let elements = rooms.map(|(head, _, writable)| {
+            let place = GuestAddress(writable[0].0.0 + NET_BUFFERS_AT as u64);
+            m.device_memory.write_obj(1u16, place).unwrap();
+            (head, 60)
+        });
+        put_together(&mut m.device, &m.device_memory, &elements).unwrap();
+        m.call.ring();
+        (m.frame(60), m.frame(60));
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(!wants_kicks(&m));
+    }
+}
+
 /// The header may be parted anywhere.
 #[test]
 fn number_of_buffers_is_put_where_the_driver_has_the_header() {
