@@ -216,16 +216,21 @@ fn device_that_wants_no_room_is_offered_none_until_there_are_further_buffers() {
     let mut m = receiving(MERGEABLE);
     m.offer_buffer(0, 100);
     for buffers in 1..5 {
-        while let Some(chain) = m.device.pop_descriptor_chain(&m.device_memory) {
-            m.device_complete(chain.head_index(), 0);
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        std::thread::sleep(Duration::from_millis(20));
-        assert!(m.device.pop_descriptor_chain(&m.device_memory).is_none());
-        assert_eq!(m.used_index(), 0);
-        m.offer_buffer(buffers, 100);
+        // At least one, then as many as there are.
         let (head, _, _) = m.device_pop();
         m.device_complete(head, 0);
+        let (mut returned, mut last) = (0, Instant::now());
+        while last.elapsed() < Duration::from_millis(30) {
+            let Some(chain) = m.device.pop_descriptor_chain(&m.device_memory) else {
+                std::thread::sleep(Duration::from_millis(1));
+                continue;
+            };
+            m.device_complete(chain.head_index(), 0);
+            (returned, last) = (returned + 1, Instant::now());
+            assert!(returned < 100, "it is offered rooms without end");
+        }
+        assert_eq!(m.used_index(), 0);
+        m.offer_buffer(buffers, 100);
     }
     m.offer_buffer(5, 100);
     let sent = frame_of(90, 0);
@@ -407,10 +412,14 @@ fn gate_sleeps_while_a_command_that_kills_is_tried_alone() {
     }
     let (head, readable, _) = m.device_pop();
     assert_eq!(readable.len(), 8);
-    let before = cpu_ticks();
-    std::thread::sleep(Duration::from_millis(400));
-    let spent = cpu_ticks() - before;
-    assert!(spent < 20, "{spent} of 40 ticks");
+    // The least of several times: other tests may run in this process.
+    let spent = (0..5).map(|_| {
+        let before = cpu_ticks();
+        std::thread::sleep(Duration::from_millis(200));
+        cpu_ticks() - before
+    });
+    let spent = spent.min().unwrap();
+    assert!(spent < 10, "{spent} of 20 ticks");
     m.device_complete(head, 1);
     assert_eq!(m.used(), (0, 1));
     // Then there are rooms again.
@@ -475,7 +484,7 @@ fn driver_is_asked_to_tell_of_buffers_where_frames_come_one_at_a_time() {
         });
         put_together(&mut m.device, &m.device_memory, &elements).unwrap();
         m.call.ring();
-        (m.frame(60), m.frame(60));
+        let _both = [m.frame(60), m.frame(60)];
         std::thread::sleep(Duration::from_millis(5));
         assert!(!wants_kicks(&m));
     }
