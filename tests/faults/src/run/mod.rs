@@ -552,13 +552,40 @@ fn is_telling(line: &str) -> bool {
     }
 }
 
+/// What there is to tell of a line: an exception may have come in the middle of another record, which has no end then.
+fn whole_record(line: &str) -> &str {
+    let exception = line.rfind("BH exception ");
+    exception.and_then(|at| line.get(at..)).unwrap_or(line)
+}
+
 /// Puts what a guest says on the time line.
 fn tell_guest(timeline: &Timeline, vm: &str, line: &str) {
+    let line = whole_record(line);
     if is_telling(line) {
         timeline.tell(
             Part::Guest,
             format!("{vm}: {line}"),
             serde_json::Value::Null,
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exception_is_told_wherever_it_has_come() {
+        for line in [
+            "BH exception vector=2 error=0x0",
+            "BH blocks.done fiBH exception vector=2 error=0x0",
+            "BBH exception vector=2 error=0x0",
+        ] {
+            assert_eq!(whole_record(line), "BH exception vector=2 error=0x0");
+            assert!(is_telling(whole_record(line)));
+        }
+        let usual = "BH blocks.done first=3 sectors=8";
+        assert_eq!(whole_record(usual), usual);
+        assert!(!is_telling(usual));
     }
 }
