@@ -25,7 +25,7 @@ mod server_tests;
 mod succession_tests;
 
 pub use ids::{IdMap, IdMapError};
-pub use server::{Access, Data, Ids, Server, Terms, front_bytes};
+pub use server::{Access, Data, Held, Ids, Server, Terms, front_bytes};
 pub use wire::REQUEST_BYTES_MAX;
 
 /// Runs the process from its birth to its end.

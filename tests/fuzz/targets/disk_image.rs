@@ -30,7 +30,10 @@ fuzz_target!(|data: &[u8]| {
     };
     let (image, below) = (file(bytes), file(&[7; 100_000]));
     let (format, files) = match choice % 3 {
-        0 => (ImageFormat::Vmdk, vec![source(&image, 0), source(&below, 1)]),
+        0 => (
+            ImageFormat::Vmdk,
+            vec![source(&image, 0), source(&below, 1)],
+        ),
         _ => (ImageFormat::Qcow2, vec![source(&image, 0)]),
     };
     let mut layers = vec![Layer { format, files }];

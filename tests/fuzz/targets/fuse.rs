@@ -2,7 +2,7 @@
 //! in the window: every request is answered within its room, and nothing outside of the folder is changed.
 #![no_main]
 
-use bulkhead_fs::{Access, REQUEST_BYTES_MAX, Server, Terms};
+use bulkhead_fs::{Access, Held, REQUEST_BYTES_MAX, Server, Terms, front_bytes};
 use bulkhead_runtime::Kept;
 use libfuzzer_sys::fuzz_target;
 use std::fs::{self, File};
@@ -41,7 +41,7 @@ fuzz_target!(|data: &[u8]| {
         let kept = Some(kept.clone());
         let mut server = Server::new(folder, Access::ReadWrite, Terms::default(), kept).unwrap();
         if life == 0 {
-            server.serve_numbered(1, &INIT, ROOM, &mut answer);
+            server.serve_numbered(1, &INIT, &mut Held::new(&[]), ROOM, &mut answer);
         }
         for n in 0..u64::from(count % 16) {
             let Some((&[len], behind)) = rest.split_first_chunk() else {
@@ -52,11 +52,23 @@ fuzz_target!(|data: &[u8]| {
             let mut request = body.to_vec();
             // Past the first check, and onto operations that there are.
             if let Some(front) = request.get_mut(..8) {
-                front.copy_from_slice(&[len.min(body.len() as u8), 0, 0, 0, front[4] % 48, 0, 0, 0]);
+                front.copy_from_slice(&[
+                    len.min(body.len() as u8),
+                    0,
+                    0,
+                    0,
+                    front[4] % 48,
+                    0,
+                    0,
+                    0,
+                ]);
             }
             assert!(request.len() <= REQUEST_BYTES_MAX);
-            server.serve_numbered(u64::from(number) + n, &request, ROOM, &mut answer);
-            assert!(answer.len() <= ROOM);
+            let (front, given) = request.split_at(front_bytes(&request).min(request.len()));
+            let mut data = Held::new(given);
+            let number = u64::from(number) + n;
+            let filled = server.serve_numbered(number, front, &mut data, ROOM, &mut answer);
+            assert!(answer.len() + filled <= ROOM);
         }
     }
     // What the next one is left is whatever comes.

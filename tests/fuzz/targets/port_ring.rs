@@ -30,7 +30,7 @@ fuzz_target!(|data: &[u8]| {
                 record.write(&content[..usize::from(*what) * 300]);
                 record.commit();
             }
-            port.writer.publish(&port.memory);
+            let _rings = port.writer.publish(&port.memory);
             let _fault = port.writer.ask_for_room(&port.memory, PACKET_BYTES_MAX);
             for _ in 0..4 {
                 let Ok(Some(len)) = port.reader.peek(&port.memory) else {
@@ -40,7 +40,7 @@ fuzz_target!(|data: &[u8]| {
                 assert_eq!(port.reader.copy_out(&port.memory, 0, &mut content), len);
                 port.reader.take();
             }
-            port.reader.release(&port.memory);
+            let _rings = port.reader.release(&port.memory);
             let _fault = port.reader.ask_for_records(&port.memory);
         }
     }

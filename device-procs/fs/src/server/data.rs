@@ -89,14 +89,17 @@ fn all_of(
 }
 
 /// Data in memory of the process.
-pub(crate) struct Held<'a> {
+#[derive(Debug)]
+pub struct Held<'a> {
     given: &'a [u8],
     /// What was read.
-    pub(crate) got: Vec<u8>,
+    pub got: Vec<u8>,
 }
 
 impl<'a> Held<'a> {
-    pub(crate) const fn new(given: &'a [u8]) -> Self {
+    /// Of a request that has these bytes behind its front.
+    #[must_use]
+    pub const fn new(given: &'a [u8]) -> Self {
         let got = Vec::new();
         Self { given, got }
     }
