@@ -90,7 +90,7 @@ const _: () = assert!(VSOCK_HEADER_BYTES as usize <= HEAD_SLOT_BYTES);
 /// Bytes of the header in front of each frame (virtio 1.2, section 5.1.6): `struct virtio_net_hdr_v1`.
 pub const NET_HEADER_BYTES: u8 = 12;
 /// Where in that header the number of buffers is that the frame has (u16, little endian).
-pub const NET_BUFFERS_AT: usize = 10;
+pub const NET_BUFFERS_AT: u32 = 10;
 /// VIRTIO_NET_F_MRG_RXBUF: frames come in as many buffers as they need.
 pub const NET_MRG_RXBUF: u64 = 1 << 15;
 /// VIRTIO_NET_F_MQ: the driver uses several pairs of queues.

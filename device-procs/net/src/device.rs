@@ -5,9 +5,9 @@ use crate::backend::{Backend, Offloads, Received, Tap};
 use crate::control::{self, Command};
 use crate::inbox::{Fit, Inbox};
 use crate::port::Switched;
-use crate::request::{BUFFERS_AT, FRAME_BYTES_MAX, HEADER_BYTES, Header, Unsound, feature};
+use crate::request::{FRAME_BYTES_MAX, HEADER_BYTES, Header, Unsound, feature};
 use crate::stream::Stream;
-use bulkhead_ipc::device_kind::VirtioKind;
+use bulkhead_ipc::device_kind::{NET_BUFFERS_AT, VirtioKind};
 use bulkhead_ipc::port::{Port, PortEnd};
 use bulkhead_ipc::protocol::birth::{DeviceOwn, DiskLimits, FdRole};
 use bulkhead_ipc::protocol::device::{Direction, Traffic};
@@ -672,7 +672,7 @@ impl Net {
     ) -> Result<Step, DeviceFault> {
         if let Some(first) = first {
             let buffers = u16::try_from(self.filled.len()).unwrap_or(u16::MAX);
-            queues.write(first.part(BUFFERS_AT, 2), &buffers.to_le_bytes());
+            queues.write(first.part(NET_BUFFERS_AT, 2), &buffers.to_le_bytes());
         }
         queues.complete_together(2 * pair, &self.filled)?;
         let frame = bytes.saturating_sub(HEADER_BYTES) as u64;

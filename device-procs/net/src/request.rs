@@ -4,8 +4,6 @@ use bulkhead_ipc::device_kind::NET_HEADER_BYTES;
 
 /// Bytes of the header.
 pub const HEADER_BYTES: usize = NET_HEADER_BYTES as usize;
-/// Where in it the number of buffers is.
-pub(crate) const BUFFERS_AT: u32 = 10;
 /// Shortest frame: what Ethernet puts in front.
 pub const FRAME_BYTES_MIN: usize = 14;
 /// Longest frame: 64 KiB of IP behind what Ethernet puts in front, with two VLAN tags.
@@ -30,13 +28,13 @@ pub mod feature {
     /// The same over IPv6.
     pub const HOST_TSO6: u64 = 1 << 12;
     /// A received frame may be spread over several buffers.
-    pub const MRG_RXBUF: u64 = 1 << 15;
+    pub const MRG_RXBUF: u64 = bulkhead_ipc::device_kind::NET_MRG_RXBUF;
     /// The configuration tells whether the link is up.
     pub const STATUS: u64 = 1 << 16;
     /// There is a control queue.
     pub const CTRL_VQ: u64 = 1 << 17;
     /// There are several pairs of queues.
-    pub const MQ: u64 = 1 << 22;
+    pub const MQ: u64 = bulkhead_ipc::device_kind::NET_MQ;
     /// The host cuts UDP datagrams.
     pub const HOST_USO: u64 = 1 << 56;
 }

@@ -12,8 +12,8 @@
 
 use super::copy::{Direction, copy_spans};
 use super::journal::{Entry, GuestSpan};
-use super::queue::{Backing, CHAIN_DESCRIPTORS_MAX, GateQueue, GuestFault};
-use bulkhead_ipc::device_kind::{NET_BUFFERS_AT, NET_HEADER_BYTES};
+use super::queue::{Backing, CHAIN_DESCRIPTORS_MAX, GateQueue, GuestFault, give_back};
+use bulkhead_ipc::device_kind::NET_HEADER_BYTES;
 use bulkhead_ipc::port::PACKET_BYTES_MAX;
 use bulkhead_ipc::ring::{PageRange, RequestLayout, RingFault, Span, WindowPages};
 use bulkhead_ipc::window::DATA_PAGE_BYTES;
@@ -23,7 +23,8 @@ use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Bytes of a room: more than a frame of a usual wire needs, so that a large one takes a few.
-const ROOM_BYTES: usize = 4 * DATA_PAGE_BYTES;
+const ROOM_BYTES: usize = ROOM_PAGES * DATA_PAGE_BYTES;
+const ROOM_PAGES: usize = 4;
 /// Rooms that the longest frame takes.
 const FRAME_ROOMS_MAX: u16 = 5;
 const _: () = assert!(PACKET_BYTES_MAX.div_ceil(ROOM_BYTES) == FRAME_ROOMS_MAX as usize);
@@ -32,6 +33,7 @@ const ROOMS_MAX: usize = 96;
 /// Most descriptors of the buffers of one frame.
 const FRAME_DESCRIPTORS_MAX: usize = CHAIN_DESCRIPTORS_MAX;
 const HEADER_BYTES: usize = NET_HEADER_BYTES as usize;
+const BUFFERS_AT: usize = bulkhead_ipc::device_kind::NET_BUFFERS_AT as usize;
 
 /// A room that the device has filled.
 #[derive(Debug)]
@@ -88,11 +90,10 @@ impl Frames {
         }
     }
 
-    /// The guest's reset: what has arrived is nobody's. Returns the pages to give back.
+    /// The guest's reset: what has arrived is nobody's, and its pages are given back.
     pub(super) fn discard(self, held: &mut usize, pages: &mut WindowPages) {
         for room in self.filled {
-            *held -= room.pages.len() / DATA_PAGE_BYTES;
-            pages.give(room.pages);
+            give_back(held, pages, room.pages);
         }
     }
 
@@ -122,12 +123,11 @@ impl GateQueue {
             return Ok(());
         }
         frames.declined = None;
-        let room_pages = ROOM_BYTES / DATA_PAGE_BYTES;
         while self.may_hold_a_room() && self.shadow.next_slot().is_some() {
             let Some(pages) = backing.pages.take(ROOM_BYTES) else {
                 break;
             };
-            self.pages_held += room_pages;
+            self.pages_held += ROOM_PAGES;
             let at = backing.window.layout.data + pages.offset();
             let mut room = RequestLayout::default();
             room.push(Span {
@@ -148,8 +148,7 @@ impl GateQueue {
     }
 
     fn may_hold_a_room(&self) -> bool {
-        let room_pages = ROOM_BYTES / DATA_PAGE_BYTES;
-        self.pages_held + room_pages <= self.pages_limit.min(ROOMS_MAX * room_pages)
+        self.pages_held + ROOM_PAGES <= self.pages_limit.min(ROOMS_MAX * ROOM_PAGES)
     }
 
     /// Whether the window has had too few pages for as many rooms as a frame may need.
@@ -194,11 +193,11 @@ impl GateQueue {
             let len = usize::try_from(completion.written).unwrap_or(0);
             if epoch != backing.epoch || self.frames.is_none() {
                 // A leftover of before the guest's reset.
-                self.give_back(backing, pages);
+                give_back(&mut self.pages_held, backing.pages, pages);
                 continue;
             }
             if to_come == 0 && len == 0 {
-                self.give_back(backing, pages);
+                give_back(&mut self.pages_held, backing.pages, pages);
                 self.decline(backing.memory);
                 continue;
             }
@@ -207,13 +206,13 @@ impl GateQueue {
                 let least = u32::from(NET_HEADER_BYTES);
                 if completion.written < least {
                     let got = completion.written;
-                    self.give_back(backing, pages);
+                    give_back(&mut self.pages_held, backing.pages, pages);
                     return Err(RingFault::NoHeader { got, least });
                 }
-                let got = u16::from_le_bytes(window.read(at + NET_BUFFERS_AT));
+                let got = u16::from_le_bytes(window.read(at + BUFFERS_AT));
                 let most = (there - n).min(FRAME_ROOMS_MAX);
                 if !(1..=most).contains(&got) {
-                    self.give_back(backing, pages);
+                    give_back(&mut self.pages_held, backing.pages, pages);
                     return Err(RingFault::Buffers { got, most });
                 }
                 (rooms, to_come, claimed) = (got, got, got);
@@ -241,11 +240,6 @@ impl GateQueue {
         if let Some(frames) = &mut self.frames {
             frames.declined = Some(index);
         }
-    }
-
-    fn give_back(&mut self, backing: &mut Backing<'_>, pages: PageRange) {
-        self.pages_held -= pages.len() / DATA_PAGE_BYTES;
-        backing.pages.give(pages);
     }
 
     /// Deals frames to the guest's buffers, as long as there are enough.
@@ -305,8 +299,7 @@ impl GateQueue {
                 Gathered::Small => {}
             }
             for room in frames.filled.drain(..rooms) {
-                self.pages_held -= room.pages.len() / DATA_PAGE_BYTES;
-                backing.pages.give(room.pages);
+                give_back(&mut self.pages_held, backing.pages, room.pages);
             }
             dealt += 1;
             frames.is_single = dealt == 1;
@@ -392,7 +385,7 @@ impl GateQueue {
         // Over the number of rooms, where no device can change it any more.
         if let Some(first) = chains.first() {
             let buffers = u16::try_from(chains.len()).unwrap_or(u16::MAX);
-            put(backing.memory, &first.writable, NET_BUFFERS_AT, buffers);
+            put(backing.memory, &first.writable, BUFFERS_AT, buffers);
         }
     }
 
@@ -404,23 +397,18 @@ impl GateQueue {
         let (Some(frames), Some(guest)) = (&self.frames, &mut self.guest) else {
             return false;
         };
-        if !frames.waits_for_guest() {
-            if frames.is_single
-                && let Ok(index) = guest.avail_idx(memory, Ordering::Acquire)
-            {
-                let begin = guest.next_avail();
-                guest.set_next_avail(index.0);
-                let _a_further_one_is_no_work = guest.enable_notification(memory);
-                guest.set_next_avail(begin);
-            }
-            return false;
-        }
-        // What is there is too little: the kick is to come for what is behind it.
+        // What is there already is no news: the kick is to come for what is behind it.
+        let waits = frames.waits_for_guest();
         let begin = guest.next_avail();
-        guest.set_next_avail(frames.short.or(frames.declined).unwrap_or(begin));
+        let known = match guest.avail_idx(memory, Ordering::Acquire) {
+            _ if waits => frames.short.or(frames.declined).unwrap_or(begin),
+            Ok(index) if frames.is_single => index.0,
+            _ => return false,
+        };
+        guest.set_next_avail(known);
         let more = guest.enable_notification(memory).unwrap_or(false);
         guest.set_next_avail(begin);
-        more
+        waits && more
     }
 
     fn avail_index(&self, memory: &GuestMemoryMmap) -> Result<u16, GuestFault> {

@@ -18,7 +18,9 @@ use bulkhead_ipc::device_kind::{
     FUSE_ANSWER_BYTES, Failure, Framing, HEAD_SLOT_BYTES, POSITION_BYTES, ReplayClass, TAIL_OFFSET,
     VirtioKind,
 };
-use bulkhead_ipc::ring::{Completion, RequestLayout, RingFault, ShadowDriver, Span, WindowPages};
+use bulkhead_ipc::ring::{
+    Completion, PageRange, RequestLayout, RingFault, ShadowDriver, Span, WindowPages,
+};
 use bulkhead_ipc::shared::SharedMemory;
 use bulkhead_ipc::window::{DATA_PAGE_BYTES, QueueLayout, Window};
 use bulkhead_runtime::used;
@@ -753,9 +755,14 @@ pub(super) const fn is_input(entry: &Entry) -> bool {
 
 fn release(held: &mut usize, pages: &mut WindowPages, entry: &mut Entry) {
     if let Some(range) = entry.pages.take() {
-        *held -= range.len() / DATA_PAGE_BYTES;
-        pages.give(range);
+        give_back(held, pages, range);
     }
+}
+
+/// Pages of a queue are free again.
+pub(super) fn give_back(held: &mut usize, pages: &mut WindowPages, range: PageRange) {
+    *held -= range.len() / DATA_PAGE_BYTES;
+    pages.give(range);
 }
 
 fn collect(

@@ -146,23 +146,14 @@ impl Link {
         let mut failed = |what: &str, error: io::Error| {
             report.errors.push(format!("{what}: {error}"));
         };
-        let panicked = || Err(io::Error::other("a thread panicked"));
-        let sent = self.sender.join().unwrap_or_else(|_| panicked());
+        let sent = joined(self.sender).and_then(|sent| sent);
         let sent = sent.map_err(|error| failed("sending records", error));
-        let received = self
-            .receiver
-            .join()
-            .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")));
+        let received = joined(self.receiver).and_then(|received| received);
         let received = received.map_err(|error| failed("receiving records", error));
-        let datagrams = self
-            .datagrams
-            .join()
-            .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")));
+        let datagrams = joined(self.datagrams).and_then(|datagrams| datagrams);
         let datagrams = datagrams.map_err(|error| failed("receiving datagrams", error));
-        let sprinkled = self
-            .sprinkler
-            .join()
-            .map_err(|_| failed("sending datagrams", io::Error::other("a thread panicked")));
+        let sprinkled = joined(self.sprinkler);
+        let sprinkled = sprinkled.map_err(|error| failed("sending datagrams", error));
         let (sent, received) = (sent.unwrap_or_default(), received.unwrap_or_default());
         let datagrams = datagrams.unwrap_or_default();
         report.records = received.records;
@@ -183,6 +174,11 @@ impl Link {
         report.silence = datagrams.silence;
         report
     }
+}
+
+fn joined<T>(thread: JoinHandle<T>) -> io::Result<T> {
+    let panicked = |_| io::Error::other("a thread panicked");
+    thread.join().map_err(panicked)
 }
 
 /// Sends datagrams until all is over.

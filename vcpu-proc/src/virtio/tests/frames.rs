@@ -1,13 +1,13 @@
 //! Queues of a network device: buffers of one frame are seen at once, frames to send may get lost.
 
 use super::*;
-use bulkhead_ipc::device_kind::NET_BUFFERS_AT;
 use bulkhead_runtime::used::{put_together, wants_news};
 use std::collections::VecDeque;
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
 
+const BUFFERS_AT: usize = bulkhead_ipc::device_kind::NET_BUFFERS_AT as usize;
 const MERGEABLE: u32 = 1 << 15;
 const EVENT_INDEX: u32 = 1 << 29;
 /// Of the longest frame, with its header.
@@ -27,7 +27,7 @@ fn frame_of(bytes: usize, seed: usize) -> Vec<u8> {
 
 /// What is received of it: nothing but the number of buffers differs.
 fn same(got: &[u8], sent: &[u8]) -> bool {
-    got[..NET_BUFFERS_AT] == sent[..NET_BUFFERS_AT] && got[12..] == sent[12..]
+    got[..BUFFERS_AT] == sent[..BUFFERS_AT] && got[12..] == sent[12..]
 }
 
 fn receiving(features: u32) -> Machine {
@@ -64,10 +64,20 @@ impl Machine {
             at += len;
         }
         let buffers = u16::try_from(rooms.len()).unwrap();
-        let place = GuestAddress(rooms[0].2.0 + NET_BUFFERS_AT as u64);
-        self.device_memory.write_obj(buffers, place).unwrap();
+        self.claim(rooms[0].2, buffers);
         let elements: Vec<_> = rooms.iter().map(|&(head, len, _)| (head, len)).collect();
-        put_together(&mut self.device, &self.device_memory, &elements).unwrap();
+        self.device_completes(&elements);
+    }
+
+    /// Writes into the room at `at` that the frame that begins there has so many.
+    fn claim(&self, at: GuestAddress, rooms: u16) {
+        let place = GuestAddress(at.0 + BUFFERS_AT as u64);
+        self.device_memory.write_obj(rooms, place).unwrap();
+    }
+
+    /// The device completes these in one step.
+    fn device_completes(&mut self, elements: &[(u16, u32)]) {
+        put_together(&mut self.device, &self.device_memory, elements).unwrap();
         self.call.ring();
     }
 
@@ -82,7 +92,7 @@ impl Machine {
             frame.extend(part);
             buffers += 1;
         }
-        let says = u16::from_le_bytes([frame[NET_BUFFERS_AT], frame[NET_BUFFERS_AT + 1]]);
+        let says = u16::from_le_bytes([frame[BUFFERS_AT], frame[BUFFERS_AT + 1]]);
         assert_eq!(says, buffers);
         frame
     }
@@ -181,31 +191,16 @@ fn frame_that_can_never_fit_is_lost_and_costs_no_buffer() {
 
 #[test]
 fn device_that_lies_about_a_frame_is_found_out() {
-    let lies: [(&[(u16, u32)], u16); 4] = [
-        (&[(0, 60)], 0),
-        (&[(0, 60)], 2),
-        (
-            &[(0, 60), (4, 60), (8, 60), (12, 60), (16, 60), (20, 60)],
-            6,
-        ),
-        (&[(0, 11)], 1),
-    ];
-    for (elements, buffers) in lies {
+    // Bytes in each room, and how many rooms the frame claims to have.
+    let lies: [(&[u32], u16); 4] = [(&[60], 0), (&[60], 2), (&[60; 6], 6), (&[11], 1)];
+    for (lengths, claimed) in lies {
         let mut m = receiving(MERGEABLE);
         m.offer_buffer(0, 100);
-        let mut rooms = Vec::new();
-        for _ in elements {
-            rooms.push(m.device_pop());
-        }
-        let place = GuestAddress(rooms[0].2[0].0.0 + NET_BUFFERS_AT as u64);
-        m.device_memory.write_obj(buffers, place).unwrap();
-        let elements: Vec<_> = rooms
-            .iter()
-            .zip(elements)
-            .map(|(&(head, ..), &(_, len))| (head, len))
-            .collect();
-        put_together(&mut m.device, &m.device_memory, &elements).unwrap();
-        m.call.ring();
+        let rooms: Vec<_> = lengths.iter().map(|_| m.device_pop()).collect();
+        m.claim(rooms[0].2[0].0, claimed);
+        let heads = rooms.iter().map(|&(head, ..)| head);
+        let elements: Vec<_> = heads.zip(lengths.iter().copied()).collect();
+        m.device_completes(&elements);
         assert!(matches!(m.wait_fault(), FromVcpu::DeviceFault { .. }));
         assert_eq!(m.used_index(), 0, "the guest sees nothing of it");
     }
@@ -478,12 +473,10 @@ fn driver_is_asked_to_tell_of_buffers_where_frames_come_one_at_a_time() {
         m.wait("the wish", |m| wants_kicks(m).then_some(()));
         let rooms = [m.device_pop(), m.device_pop()];
         let elements = rooms.map(|(head, _, writable)| {
-            let place = GuestAddress(writable[0].0.0 + NET_BUFFERS_AT as u64);
-            m.device_memory.write_obj(1u16, place).unwrap();
+            m.claim(writable[0].0, 1);
             (head, 60)
         });
-        put_together(&mut m.device, &m.device_memory, &elements).unwrap();
-        m.call.ring();
+        m.device_completes(&elements);
         let _both = [m.frame(60), m.frame(60)];
         std::thread::sleep(Duration::from_millis(5));
         assert!(!wants_kicks(&m));
@@ -600,12 +593,10 @@ proptest! {
                     let count = rooms.len().min(usize::from(head % 7));
                     let filled: Vec<_> = rooms.drain(..count).collect();
                     if let Some(&(_, at)) = filled.first() {
-                        let place = GuestAddress(at.0 + NET_BUFFERS_AT as u64);
-                        m.device_memory.write_obj(claim, place).unwrap();
+                        m.claim(at, claim);
                     }
                     let elements: Vec<_> = filled.iter().map(|&(head, _)| (head, len)).collect();
-                    put_together(&mut m.device, &m.device_memory, &elements).unwrap();
-                    m.call.ring();
+                    m.device_completes(&elements);
                 }
                 2 => {
                     // No head, one twice, or one of another time.
