@@ -14,9 +14,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
     CpuId, KVM_EXIT_DEBUG, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
-    KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_X86_WRMSR, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, Msrs,
-    kvm_debug_exit_arch, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_pit_config, kvm_regs,
-    kvm_run, kvm_sregs, kvm_userspace_memory_region,
+    KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_X86_WRMSR, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
+    KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_debug_exit_arch, kvm_fpu, kvm_lapic_state, kvm_msr_entry,
+    kvm_pit_config, kvm_regs, kvm_run, kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_bindings::{KVM_API_VERSION, KVM_EXIT_INTERNAL_ERROR};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -34,6 +34,15 @@ pub struct KvmError {
 
 fn named(request: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     move |errno| KvmError { request, errno }
+}
+
+/// What a guest may do with memory of its.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Read it.
+    Read,
+    /// Read and write it.
+    ReadWrite,
 }
 
 /// The system-wide KVM device.
@@ -99,10 +108,11 @@ impl Vm {
             .map_err(named("KVM_SET_IDENTITY_MAP_ADDR"))
     }
 
-    /// Gives the guest `bytes` bytes at `guest`, which are this process's memory at `host`.
+    /// Gives the guest `bytes` bytes at `guest`, which are this process's memory at `host`. Writes to memory that it may only read
+    /// exit, as those to no memory do (KVM API section 4.35, `KVM_MEM_READONLY`).
     ///
     /// # Safety
-    /// `host..host + bytes` is mapped until the process ends, and nobody holds references into it.
+    /// `host..host + bytes` is mapped until the process ends, and nobody holds references into it other than to atomics.
     ///
     /// # Errors
     /// KVM's errno.
@@ -112,10 +122,14 @@ impl Vm {
         guest: u64,
         host: *mut u8,
         bytes: u64,
+        access: Access,
     ) -> Result<(), KvmError> {
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags: match access {
+                Access::ReadWrite => 0,
+                Access::Read => KVM_MEM_READONLY,
+            },
             guest_phys_addr: guest,
             memory_size: bytes,
             userspace_addr: host.addr() as u64,
@@ -187,6 +201,21 @@ impl Vm {
     ) -> Result<(), KvmError> {
         self.0
             .register_ioevent(doorbell, &IoEventAddress::Mmio(address), value)
+            .map_err(named("KVM_IOEVENTFD"))
+    }
+
+    /// Takes back what [`Vm::connect_doorbell`] did with the same arguments.
+    ///
+    /// # Errors
+    /// KVM's errno.
+    pub fn disconnect_doorbell(
+        &self,
+        doorbell: &EventFd,
+        address: u64,
+        value: u32,
+    ) -> Result<(), KvmError> {
+        self.0
+            .unregister_ioevent(doorbell, &IoEventAddress::Mmio(address), value)
             .map_err(named("KVM_IOEVENTFD"))
     }
 }

@@ -1,10 +1,12 @@
-//! Guest memory: private anonymous memory of this process that no file descriptor refers to.
+//! Guest memory: private anonymous memory of this process that no file descriptor refers to. So are the registers that the guest
+//! reads.
 //!
 //! It is mapped once, at start, and stays mapped until the process ends; it is never given to a
 //! device process, never in a core dump of this process, and never a source of references, since
 //! the guest changes it at any time.
 #![allow(unsafe_code, reason = "mappings are made, advised and handed to KVM")]
 
+use bulkhead_ipc::platform::VIRTIO_MMIO_BASE;
 use bulkhead_ipc::protocol::birth::HugePages;
 use nix::errno::Errno;
 use vm_memory::{
@@ -12,7 +14,8 @@ use vm_memory::{
 };
 
 use crate::boot::layout;
-use crate::kvm::{KvmError, Vm};
+use crate::kvm::{Access, KvmError, Vm};
+use crate::virtio::registers::RegisterFile;
 
 /// Size of a huge page. Host and guest addresses agree modulo this, so that KVM can map them whole.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -64,13 +67,31 @@ pub fn map(bytes: u64, huge_pages: HugePages) -> Result<GuestMemoryMmap, MemoryE
     GuestMemoryMmap::from_regions(regions).map_err(|error| layout_error(error.to_string()))
 }
 
-/// Gives the memory to the VM. Called before the interrupt controllers exist: afterwards each range
-/// takes milliseconds.
+/// Memory of this process that the guest may be let read. The mapping is never removed.
+///
+/// # Errors
+/// The kernel's errno.
+pub(crate) fn map_registers(bytes: usize) -> Result<MmapRegion, Errno> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let address = mmap(bytes, protection, flags)?;
+    // SAFETY: the mapping has this size, protection and these flags, and stays.
+    unsafe { MmapRegion::build_raw(address.cast(), bytes, protection, flags) }
+        .map_err(|_| Errno::EINVAL)
+}
+
+/// Gives the memory to the VM, and lets its guest read the registers where KVM has memory that can only be read. Called
+/// before the interrupt controllers exist: afterwards each range takes milliseconds.
 ///
 /// # Errors
 /// KVM's errno.
-pub fn register(vm: &Vm, memory: &GuestMemoryMmap) -> Result<(), MemoryError> {
-    for (slot, region) in (0u32..).zip(memory.iter()) {
+pub fn register(
+    vm: &Vm,
+    memory: &GuestMemoryMmap,
+    registers: &RegisterFile,
+) -> Result<(), MemoryError> {
+    let mut slots = 0u32..;
+    for (region, slot) in memory.iter().zip(slots.by_ref()) {
         let guest = region.start_addr();
         let host = region
             .get_host_address(vm_memory::MemoryRegionAddress(0))
@@ -79,7 +100,19 @@ pub fn register(vm: &Vm, memory: &GuestMemoryMmap) -> Result<(), MemoryError> {
                 reason: error.to_string(),
             })?;
         // SAFETY: `map_range` never unmaps, and guest memory is only accessed by volatile copies.
-        unsafe { vm.add_memory(slot, guest.0, host, region.len()) }?;
+        unsafe { vm.add_memory(slot, guest.0, host, region.len(), Access::ReadWrite) }?;
+    }
+    if let Some(slot) = slots.next() {
+        let (host, bytes) = registers.memory();
+        // SAFETY: `map_registers` never unmaps, and registers are only accessed as atomics and by volatile copies.
+        let added = unsafe { vm.add_memory(slot, VIRTIO_MMIO_BASE, host, bytes, Access::Read) };
+        match added {
+            // The flag is unknown.
+            Err(error) if error.errno.errno() == libc::EINVAL => {
+                tracing::warn!(%error, "no memory that can only be read: reads of registers exit");
+            }
+            added => added?,
+        }
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use bulkhead_ipc::legacy_page::LegacyPage;
 use bulkhead_ipc::platform::{
     KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE, VCPUS_MAX, VIRTIO_MMIO_BASE, VIRTIO_MMIO_STRIDE,
 };
-use bulkhead_ipc::protocol::birth::VcpuConfig;
+use bulkhead_ipc::protocol::birth::{VcpuConfig, VirtioSlot};
 use bulkhead_ipc::shared::{Doorbell, SharedError};
 use bulkhead_runtime::adoption::Adoption;
 use flume::Receiver;
@@ -34,6 +34,7 @@ use crate::memory::{self, MemoryError};
 use crate::ports::Ports;
 use crate::quirks::{self, QuirkError, VcpuQuirks};
 use crate::run_loop::VcpuLoop;
+use crate::virtio::registers::RegisterFile;
 use crate::virtio::{self, Cpus, SlotFds, VirtioBus, VirtioError};
 
 /// Offset of the queue notification register in a virtio-mmio slot.
@@ -159,6 +160,7 @@ pub struct Machine {
 pub struct Groundwork {
     vm: Arc<Vm>,
     memory: GuestMemoryMmap,
+    registers: RegisterFile,
     quirks: bool,
 }
 
@@ -171,7 +173,7 @@ impl Groundwork {
         if self.quirks {
             quirks::prepare_vm(self.vm.fd()).map_err(QuirkError::from)?;
         }
-        Ok(memory::register(&self.vm, &self.memory)?)
+        Ok(memory::register(&self.vm, &self.memory, &self.registers)?)
     }
 }
 
@@ -192,9 +194,11 @@ pub fn build(
     let vm = Arc::new(host.create_vm()?);
     vm.reserve_kvm_pages(KVM_TSS_BASE, KVM_IDENTITY_MAP_BASE)?;
     let memory = memory::map(config.memory_bytes, config.huge_pages)?;
+    let registers = RegisterFile::new().map_err(os("memory for registers"))?;
     let groundwork = aside(Groundwork {
         vm: Arc::clone(&vm),
         memory: memory.clone(),
+        registers: registers.clone(),
         quirks: config.quirks,
     })?;
     let loaded = load(
@@ -218,7 +222,9 @@ pub fn build(
         host: bulkhead_runtime::cpus(),
         guest: config.vcpus.into(),
     };
-    let (virtio, gates) = connect_devices(&vm, &memory, config.devices, resources.devices, cpus)?;
+    let devices = pair_up(config.devices, resources.devices)?;
+    let (virtio, gates) = virtio::build(memory.clone(), &registers, devices, cpus)?;
+    connect_devices(&vm, &virtio)?;
     let flags = vcpus
         .iter()
         .map(Vcpu::kicker)
@@ -341,22 +347,21 @@ fn connect_local_interrupts(lapic: &mut kvm_lapic_state) {
     }
 }
 
-fn connect_devices(
-    vm: &Arc<Vm>,
-    memory: &GuestMemoryMmap,
-    slots: Vec<bulkhead_ipc::protocol::birth::VirtioSlot>,
+fn pair_up(
+    slots: Vec<VirtioSlot>,
     fds: Vec<SlotFds>,
-    cpus: Cpus,
-) -> Result<(Arc<VirtioBus>, GateThread), SetupError> {
+) -> Result<Vec<(VirtioSlot, SlotFds)>, SetupError> {
     if slots.len() != fds.len() {
         return Err(SetupError::Devices {
             got: fds.len(),
             expected: slots.len(),
         });
     }
-    let devices = slots.into_iter().zip(fds).collect();
-    let (bus, gates) = virtio::build(memory.clone(), devices, cpus)?;
-    bus.connect_lines(vm);
+    Ok(slots.into_iter().zip(fds).collect())
+}
+
+fn connect_devices(vm: &Arc<Vm>, bus: &VirtioBus) -> Result<(), SetupError> {
+    bus.connect_lines(vm).map_err(os("eventfd"))?;
     for wiring in bus.wiring() {
         vm.connect_interrupt(&wiring.interrupt, wiring.gsi)?;
         let base = VIRTIO_MMIO_BASE + u64::from(wiring.slot) * VIRTIO_MMIO_STRIDE;
@@ -364,5 +369,5 @@ fn connect_devices(
             vm.connect_doorbell(doorbell, base + QUEUE_NOTIFY, queue)?;
         }
     }
-    Ok((bus, gates))
+    Ok(())
 }

@@ -8,12 +8,17 @@ use bulkhead_ipc::platform::VIRTIO_MMIO_BASE;
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
 use bulkhead_ipc::window::{Window, WindowLayout};
+use bulkhead_vcpu::virtio::registers::RegisterFile;
 use bulkhead_vcpu::virtio::{Cpus, SlotFds, build};
 use libfuzzer_sys::fuzz_target;
+use std::sync::OnceLock;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const WINDOW_BYTES: u32 = 1 << 18;
 const RINGS: u64 = 0x1000;
+
+/// They stay mapped until a process ends, so that there is one for all machines; each begins with a reset.
+static REGISTERS: OnceLock<RegisterFile> = OnceLock::new();
 
 fuzz_target!(|data: &[u8]| {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
@@ -38,8 +43,10 @@ fuzz_target!(|data: &[u8]| {
         output_position: 0,
         input_position: 0,
     };
+    let registers = REGISTERS.get_or_init(|| RegisterFile::new().unwrap());
     let (bus, thread) = build(
         memory.clone(),
+        registers,
         vec![(slot, fds)],
         Cpus { host: 1, guest: 1 },
     )

@@ -13,8 +13,8 @@ use bulkhead_ipc::protocol::birth::VirtioSlot;
 use bulkhead_ipc::ring::WindowPages;
 use bulkhead_ipc::window::{DeviceState, Doorbells, Published, Window};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -210,7 +210,7 @@ impl Gate {
     pub(crate) fn lost(&mut self) {
         if self.phase != Phase::Lost {
             self.enter(Phase::Lost);
-            self.settle(|_| {});
+            self.link.settle(|_| {});
             self.need_reset();
         }
     }
@@ -235,6 +235,9 @@ impl Gate {
             return false;
         };
         self.running = true;
+        // A driver that has event indexes looks at its queues and not at why it was interrupted (decision 0035).
+        let event_index = self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        self.link.take_acknowledgements(event_index);
         self.tell_driver();
         let frames: Vec<_> = (0..self.queues.len()).map(|n| self.frames(n)).collect();
         let started: Result<(), GuestFault> = self
@@ -278,19 +281,10 @@ impl Gate {
     }
 
     fn need_reset(&self) {
-        self.link.needs_reset.store(1, Ordering::Release);
+        self.link.set_needs_reset(true);
         if self.running {
             self.link.raise_at_once(INTERRUPT_CONFIG);
         }
-    }
-
-    /// Changes the configuration image and marks it settled.
-    fn settle(&self, change: impl FnOnce(&mut ConfigImage)) {
-        let mut image = self.link.config();
-        change(&mut image);
-        image.settled = true;
-        drop(image);
-        self.link.notify();
     }
 
     /// Takes over what the device published: its own fields, and fewer features.
@@ -319,14 +313,11 @@ impl Gate {
         }
         let fields = self.kind.device_fields();
         let mut changed = false;
-        self.settle(|image| {
+        self.link.settle(|image| {
             let first = !image.settled;
             changed = apply(image, fields, &published) && !first;
             if first {
                 image.features &= published.features;
-            }
-            if changed {
-                image.generation = image.generation.wrapping_add(1);
             }
         });
         if changed && self.running {

@@ -2,8 +2,9 @@
 //! the configuration image, and how far its process is. Locks are only ever held for a copy.
 
 use crate::kvm::Vm;
+use crate::virtio::registers::{Register, SlotRegisters};
 use bulkhead_ipc::protocol::birth::VirtioSlot;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
@@ -12,6 +13,8 @@ use vmm_sys_util::eventfd::EventFd;
 pub(super) const INTERRUPT_VRING: u32 = 1;
 /// Bit in the interrupt status register: configuration or status.
 pub(super) const INTERRUPT_CONFIG: u32 = 2;
+/// Bit in the status register: the driver has to reset the device.
+pub(crate) const STATUS_NEEDS_RESET: u32 = 0x40;
 
 /// How far the device process of a gate is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,8 +51,6 @@ pub(crate) struct ConfigImage {
     pub(crate) bytes: Vec<u8>,
     /// Device feature bits on offer, without the transport's.
     pub(crate) features: u64,
-    /// Counts changes (virtio-mmio ConfigGeneration).
-    pub(crate) generation: u32,
     /// Whether the device has published its own fields, or never will.
     pub(crate) settled: bool,
     /// Guest resets that the gate has carried out.
@@ -61,40 +62,44 @@ pub(crate) struct ConfigImage {
 pub(crate) struct Line {
     pub(crate) vm: Arc<Vm>,
     pub(crate) gsi: u32,
+    /// Guest-physical address of the register in which the driver acknowledges interrupts.
+    pub(crate) acknowledge: u64,
+    /// Rung by acknowledgements that KVM takes. Nobody listens.
+    pub(crate) acknowledged: EventFd,
 }
 
 /// What the threads share about one device.
 #[derive(Debug)]
 pub(crate) struct GateLink {
-    /// InterruptStatus register.
-    pub(crate) interrupt_status: AtomicU32,
-    /// Nonzero when the device needs a reset by the driver.
-    pub(crate) needs_reset: AtomicU32,
+    /// What the guest reads.
+    pub(crate) registers: SlotRegisters,
     /// The irqfd, for whoever may do no more than write.
     pub(crate) interrupt: EventFd,
     /// The line that it leads to, for the gate thread.
     line: OnceLock<Line>,
+    /// Whether KVM takes acknowledgements.
+    is_acknowledged: AtomicBool,
     config: Mutex<ConfigImage>,
     changed: Condvar,
     attachment: Mutex<Attachment>,
 }
 
 impl GateLink {
-    pub(crate) fn new(slot: &VirtioSlot, interrupt: EventFd) -> Self {
+    pub(crate) fn new(slot: &VirtioSlot, interrupt: EventFd, registers: SlotRegisters) -> Self {
         let mut bytes = slot.config.clone();
         bytes.resize(slot.kind.config_bytes(), 0);
+        registers.show_config(&bytes);
         let config = ConfigImage {
             bytes,
             features: slot.features,
-            generation: 0,
             settled: false,
             resets_done: 0,
         };
         Self {
-            interrupt_status: AtomicU32::new(0),
-            needs_reset: AtomicU32::new(0),
+            registers,
             interrupt,
             line: OnceLock::new(),
+            is_acknowledged: AtomicBool::new(false),
             config: Mutex::new(config),
             changed: Condvar::new(),
             attachment: Mutex::new(Attachment {
@@ -123,14 +128,33 @@ impl GateLink {
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
+    /// Changes the configuration, which is settled then.
+    pub(super) fn settle(&self, change: impl FnOnce(&mut ConfigImage)) {
+        let mut image = self.config();
+        change(&mut image);
+        image.settled = true;
+        self.registers.show_config(&image.bytes);
+        drop(image);
+        self.notify();
+    }
+
+    /// Tells the driver, if it looks, whether it has to reset the device.
+    pub(crate) fn set_needs_reset(&self, is_needed: bool) {
+        if is_needed {
+            self.registers.raise(Register::Status, STATUS_NEEDS_RESET);
+        } else {
+            self.registers.clear(Register::Status, STATUS_NEEDS_RESET);
+        }
+    }
+
     pub(crate) fn notify(&self) {
         self.changed.notify_all();
     }
 
-    /// The driver's reset has been carried out: status and interrupts are as new, and it may go on.
+    /// The driver's reset has been carried out: interrupts are as new, and it may go on.
     pub(super) fn reset_is_done(&self) {
-        self.needs_reset.store(0, Ordering::Release);
-        self.interrupt_status.store(0, Ordering::Release);
+        self.set_needs_reset(false);
+        self.registers.set(Register::InterruptStatus, 0);
         self.config().resets_done += 1;
         self.notify();
     }
@@ -160,10 +184,31 @@ impl GateLink {
         let _it_has_one = self.line.set(line);
     }
 
+    /// Has KVM take acknowledgements of used buffers from now on, or not. While it does, bit 0 of the interrupt status stays once it is
+    /// set. Of the gate thread alone, between a reset and the first interrupt.
+    pub(super) fn take_acknowledgements(&self, is_wanted: bool) {
+        let Some(line) = self.line.get() else {
+            return;
+        };
+        if self.is_acknowledged.load(Ordering::Relaxed) == is_wanted {
+            return;
+        }
+        let change = if is_wanted {
+            Vm::connect_doorbell
+        } else {
+            Vm::disconnect_doorbell
+        };
+        let (bell, address) = (&line.acknowledged, line.acknowledge);
+        match change(&line.vm, bell, address, INTERRUPT_VRING) {
+            Ok(()) => self.is_acknowledged.store(is_wanted, Ordering::Relaxed),
+            Err(error) => tracing::warn!(%error, is_wanted, "acknowledgements stay as they are"),
+        }
+    }
+
     /// As [`GateLink::raise`], without the kernel thread in between. Of the gate thread alone, which may do that, and for all
     /// that it raises: KVM takes an edge that comes between the two halves of another for the same one.
     pub(super) fn raise_at_once(&self, bits: u32) {
-        self.interrupt_status.fetch_or(bits, Ordering::AcqRel);
+        self.registers.raise(Register::InterruptStatus, bits);
         let line = self.line.get();
         if line.is_none_or(|line| line.vm.pulse(line.gsi).is_err()) {
             let _already_pending = self.interrupt.write(1);
@@ -171,7 +216,7 @@ impl GateLink {
     }
 
     pub(super) fn raise(&self, bits: u32) {
-        self.interrupt_status.fetch_or(bits, Ordering::AcqRel);
+        self.registers.raise(Register::InterruptStatus, bits);
         // An irqfd that cannot count further has an interrupt pending already.
         let _already_pending = self.interrupt.write(1);
     }

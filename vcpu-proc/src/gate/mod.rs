@@ -26,7 +26,7 @@ pub(crate) mod thread;
 mod ungated;
 
 pub(crate) use device::{DeviceChannel, Gate};
-pub(crate) use link::{Attachment, ConfigImage, GateLink, Line, Phase};
+pub(crate) use link::{Attachment, GateLink, Line, Phase, STATUS_NEEDS_RESET};
 pub(crate) use rings::RingAccount;
 pub use succession::Successor;
 pub use thread::GateThread;

@@ -18,7 +18,6 @@ use super::queue::{Backing, GateQueue, GuestFault, is_input};
 use super::rings::RingAccount;
 use bulkhead_ipc::ring::{ShadowDriver, WindowPages};
 use bulkhead_ipc::window::{DriverView, Published};
-use std::sync::atomic::Ordering;
 use vm_memory::GuestMemoryMmap;
 
 /// Deaths after which a request is tried alone.
@@ -80,8 +79,7 @@ impl Gate {
         let suspects = self.queues.iter().any(GateQueue::has_suspects);
         self.hold(suspects);
         self.known_seq = 0;
-        let needs_reset = u32::from(self.guest_at_fault);
-        self.link.needs_reset.store(needs_reset, Ordering::Release);
+        self.link.set_needs_reset(self.guest_at_fault);
         self.channel.window.renew(generation, self.driver_view());
         let input = self.queues.iter().zip(&self.streams);
         let input = input.filter(|(queue, _)| queue.waits_for_input());

@@ -75,12 +75,10 @@ impl Ungated {
 
     /// Says what the device is: of the features on offer those in `features`, and its configuration image.
     pub fn publish(&self, features: u64, config: &[u8]) {
-        let mut image = self.link.config();
-        image.features &= features;
-        image.bytes = config.to_vec();
-        image.settled = true;
-        drop(image);
-        self.link.notify();
+        self.link.settle(|image| {
+            image.features &= features;
+            image.bytes = config.to_vec();
+        });
     }
 
     /// The driver's reset has been carried out.

@@ -1,7 +1,8 @@
-//! The register file of one virtio-mmio device (virtio 1.2 section 4.2.2).
+//! What the driver writes to one virtio-mmio device, and what it reads then (virtio 1.2 section 4.2.2).
 
-use crate::gate::GateLink;
 use crate::gate::thread::{Command, CommandSender};
+use crate::gate::{GateLink, STATUS_NEEDS_RESET};
+use crate::virtio::registers::Register;
 use bulkhead_ipc::protocol::birth::VirtioSlot;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,9 +16,15 @@ const MAGIC: u32 = 0x7472_6976; // "virt"
 const VERSION: u32 = 2;
 const VENDOR: u32 = 0x484b_4c42; // "BLKH"
 
+/// Offset of the register that a driver writes to what it has seen of the interrupt status.
+pub(super) const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
+
+const DEVICE_FEATURES_SEL: u64 = 0x14;
+const STATUS: u64 = 0x70;
+
+const STATUS_DRIVER: u32 = 2;
 const STATUS_FEATURES_OK: u32 = 8;
 const STATUS_DRIVER_OK: u32 = 4;
-const STATUS_NEEDS_RESET: u32 = 0x40;
 
 /// How long a guest waits for a device to publish its configuration, counted from the start.
 const PUBLISH_DEADLINE: Duration = Duration::from_secs(10);
@@ -80,11 +87,11 @@ struct Registers {
     broken: bool,
 }
 
-/// One device. The lock is taken by vCPU threads alone; the gate thread is reached by commands.
+/// One device. The lock is taken by vCPU threads alone; the gate thread is reached by commands. Whoever changes what depends on a
+/// selecting register holds it.
 #[derive(Debug)]
 pub(crate) struct Transport {
     slot: u8,
-    device_id: u32,
     registers: Mutex<Registers>,
     link: Arc<GateLink>,
     commands: CommandSender,
@@ -113,15 +120,30 @@ impl Transport {
             resets_asked: 0,
             broken: false,
         };
-        Self {
+        let shown = &link.registers;
+        for (register, value) in [
+            (Register::Magic, MAGIC),
+            (Register::Version, VERSION),
+            (Register::DeviceId, slot.kind.virtio_id()),
+            (Register::VendorId, VENDOR),
+            // All ones: no shared memory region exists.
+            (Register::SharedMemoryLengthLow, u32::MAX),
+            (Register::SharedMemoryLengthHigh, u32::MAX),
+            (Register::SharedMemoryBaseLow, u32::MAX),
+            (Register::SharedMemoryBaseHigh, u32::MAX),
+        ] {
+            shown.set(register, value);
+        }
+        let transport = Self {
             slot: slot.slot,
-            device_id: slot.kind.virtio_id(),
             registers: Mutex::new(registers),
             link,
             commands,
             interrupted,
             born: Instant::now(),
-        }
+        };
+        transport.show_queue(&transport.registers());
+        transport
     }
 
     /// Wakes a thread that waits for the device.
@@ -129,22 +151,6 @@ impl Transport {
         // Taking the lock orders the wake-up after the check of a thread about to wait.
         drop(self.link.config());
         self.link.notify();
-    }
-
-    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
-        if offset >= 0x100 {
-            self.read_config(offset - 0x100, data);
-            return;
-        }
-        let value = match data.len() {
-            4 => self.read_register(offset),
-            _ => 0,
-        };
-        // Registers are 32 bits wide; anything else reads as zero.
-        data.fill(0);
-        if let Some(to) = data.first_chunk_mut::<4>() {
-            *to = value.to_le_bytes();
-        }
     }
 
     pub(crate) fn write(&self, offset: u64, data: &[u8]) {
@@ -162,79 +168,53 @@ impl Transport {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read_register(&self, offset: u64) -> u32 {
-        match offset {
-            0x00 => return MAGIC,
-            0x04 => return VERSION,
-            0x08 => return self.device_id,
-            0x0c => return VENDOR,
-            0x10 => return self.read_features(),
-            0x60 => return self.link.interrupt_status.load(Ordering::Acquire),
-            0xfc => return self.link.config().generation,
-            // SHMLenLow/High: all ones, no shared memory region exists.
-            0xb0 | 0xb4 | 0xb8 | 0xbc => return u32::MAX,
-            _ => {}
-        }
-        let registers = self.registers();
+    /// Shows the driver the queue that it has selected.
+    fn show_queue(&self, registers: &Registers) {
         let queue = usize::try_from(registers.queue_sel)
             .ok()
             .and_then(|sel| registers.queues.get(sel));
-        match offset {
-            0x34 => queue.map_or(0, |q| u32::from(q.size_max)),
-            0x44 => queue.map_or(0, |q| u32::from(q.ready)),
-            0x70 => {
-                let needs_reset = self.link.needs_reset.load(Ordering::Acquire) != 0;
-                registers.status | if needs_reset { STATUS_NEEDS_RESET } else { 0 }
-            }
-            _ => 0,
-        }
+        let (size_max, ready) = queue.map_or((0, false), |queue| (queue.size_max, queue.ready));
+        let shown = &self.link.registers;
+        shown.set(Register::QueueSizeMax, size_max.into());
+        shown.set(Register::QueueReady, ready.into());
     }
 
-    fn read_features(&self) -> u32 {
-        let sel = self.registers().device_features_sel;
-        half(self.offered(), sel)
+    /// Shows the driver the half of the features that it has selected. These are known when the device has published them.
+    fn show_features(&self, registers: &Registers, offered: u64) {
+        let value = half(offered, registers.device_features_sel);
+        self.link.registers.set(Register::DeviceFeatures, value);
     }
 
+    /// What is on offer once the device has published it, or what there is at the deadline. The driver can read the
+    /// configuration then.
     fn offered(&self) -> u64 {
-        self.settled().features | TRANSPORT_FEATURES
-    }
-
-    /// The configuration once the device has published it, or what there is at the deadline.
-    fn settled(&self) -> MutexGuard<'_, crate::gate::ConfigImage> {
         let within = PUBLISH_DEADLINE.saturating_sub(self.born.elapsed());
-        self.link.wait_config(within, |i| {
-            i.settled || self.interrupted.load(Ordering::Acquire)
-        })
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let image = self.settled();
-        data.fill(0);
-        let Ok(start) = usize::try_from(offset) else {
-            return;
-        };
-        let from = image.bytes.get(start..).unwrap_or_default();
-        for (to, byte) in data.iter_mut().zip(from) {
-            *to = *byte;
-        }
+        let image = self.link.wait_config(within, |image| {
+            image.settled || self.interrupted.load(Ordering::Acquire)
+        });
+        image.features | TRANSPORT_FEATURES
     }
 
     fn write_register(&self, offset: u64, value: u32) {
-        if offset == 0x64 {
-            self.link
-                .interrupt_status
-                .fetch_and(!value, Ordering::AcqRel);
+        if offset == INTERRUPT_ACKNOWLEDGE {
+            self.link.registers.clear(Register::InterruptStatus, value);
             return;
         }
-        if offset == 0x70 {
+        if offset == STATUS {
             self.write_status(value);
+            return;
+        }
+        if offset == DEVICE_FEATURES_SEL {
+            let offered = self.offered();
+            let mut registers = self.registers();
+            registers.device_features_sel = value;
+            self.show_features(&registers, offered);
             return;
         }
         // QueueNotify is an ioeventfd; a write that reaches this place names no queue.
         let mut registers = self.registers();
         let registers = &mut *registers;
         match offset {
-            0x14 => registers.device_features_sel = value,
             0x24 => registers.driver_features_sel = value,
             0x20 if registers.status & STATUS_FEATURES_OK == 0 => {
                 set_half(
@@ -246,6 +226,7 @@ impl Transport {
             0x30 => registers.queue_sel = value,
             _ => write_queue(registers, offset, value),
         }
+        self.show_queue(registers);
     }
 
     fn write_status(&self, value: u32) {
@@ -253,13 +234,14 @@ impl Transport {
             self.reset();
             return;
         }
-        let offered = if value & STATUS_FEATURES_OK != 0 {
-            self.offered()
-        } else {
-            0
-        };
+        // A driver that says that it is one reads features and configuration next.
+        let starts = value & (STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK) != 0;
+        let offered = if starts { self.offered() } else { 0 };
         let mut registers = self.registers();
         let registers = &mut *registers;
+        if starts {
+            self.show_features(registers, offered);
+        }
         let mut new = value & !STATUS_NEEDS_RESET;
         let acceptable = registers.driver_features & !offered == 0
             && registers.driver_features & 1 << VIRTIO_F_VERSION_1 != 0;
@@ -270,6 +252,7 @@ impl Transport {
         let starts = new & !registers.status & STATUS_DRIVER_OK != 0;
         // The driver may only add bits, and only start after the features were agreed on.
         registers.status |= new;
+        self.link.registers.raise(Register::Status, new);
         if starts && registers.status & STATUS_FEATURES_OK != 0 {
             self.activate(registers);
         }
@@ -289,7 +272,7 @@ impl Transport {
             queues.push(built);
         }
         if registers.broken {
-            self.link.needs_reset.store(1, Ordering::Release);
+            self.link.set_needs_reset(true);
             self.link.raise_config();
             return;
         }
@@ -303,6 +286,7 @@ impl Transport {
     /// Carried out when this returns: a driver need not poll the status register.
     fn reset(&self) {
         let mut registers = self.registers();
+        let registers = &mut *registers;
         registers.device_features_sel = 0;
         registers.driver_features_sel = 0;
         registers.driver_features = 0;
@@ -316,7 +300,16 @@ impl Transport {
         let image = self.link.wait_config(RESET_DEADLINE, |image| {
             image.resets_done >= asked || self.interrupted.load(Ordering::Acquire)
         });
+        let offered = image.features | TRANSPORT_FEATURES;
+        let is_settled = image.settled;
         drop(image);
+        let shown = &self.link.registers;
+        // If the gate thread is late, its own word alone stays until it has come.
+        shown.clear(Register::Status, !STATUS_NEEDS_RESET);
+        self.show_queue(registers);
+        if is_settled {
+            self.show_features(registers, offered);
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! The virtio-mmio transport (virtio 1.2 section 4.2, version 2) and its connection to the gates.
 //!
-//! Registers are served here, on the vCPU thread that touched them, from private state: a register
-//! read costs no IPC. Only reads that need what the device alone knows wait for it, with a deadline.
+//! Writes to registers are served here, on the vCPU thread that made them. What is read is memory ([`registers`]), so that a
+//! read costs nothing. Writes after which the driver reads what the device alone knows wait for it, with a deadline.
 
 mod mmio;
+pub mod registers;
 #[cfg(test)]
 mod tests;
 
@@ -17,6 +18,7 @@ use bulkhead_ipc::shared::{Doorbell, SharedError};
 use bulkhead_ipc::window::{Doorbells, LayoutError, Window, WindowLayout};
 use bulkhead_runtime::spin::Spin;
 use mmio::Transport;
+use registers::RegisterFile;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -87,6 +89,7 @@ pub enum VirtioError {
 /// All virtio-mmio devices of the machine, as vCPU threads see them.
 #[derive(Debug)]
 pub struct VirtioBus {
+    registers: RegisterFile,
     slots: Vec<Option<Transport>>,
     wiring: Vec<SlotWiring>,
     shared: Vec<(u8, Arc<DeviceChannel>, Arc<GateLink>)>,
@@ -121,12 +124,13 @@ impl Cpus {
     }
 }
 
-/// Sets all devices up. The gate thread is returned to be run on a thread of its own.
+/// Sets all devices up, which the guest reads in `registers`. The gate thread is returned to be run on a thread of its own.
 ///
 /// # Errors
 /// [`VirtioError`] when configuration or descriptors are not usable.
 pub fn build(
     memory: GuestMemoryMmap,
+    registers: &RegisterFile,
     devices: Vec<(VirtioSlot, SlotFds)>,
     cpus: Cpus,
 ) -> Result<(Arc<VirtioBus>, GateThread), VirtioError> {
@@ -181,7 +185,8 @@ pub fn build(
             .iter()
             .map(|_| eventfd())
             .collect::<Result<Vec<_>, _>>()?;
-        let link = Arc::new(GateLink::new(&slot, interrupt.try_clone()?));
+        let own = registers.of(slot.slot);
+        let link = Arc::new(GateLink::new(&slot, interrupt.try_clone()?, own));
         let gate = Gate::new(&slot, Arc::clone(&channel), Arc::clone(&link));
         shared.push((slot.slot, channel, Arc::clone(&link)));
         served.push(Served {
@@ -221,6 +226,7 @@ pub fn build(
     };
     thread.register()?;
     let bus = VirtioBus {
+        registers: registers.clone(),
         slots,
         wiring,
         shared,
@@ -240,17 +246,15 @@ impl VirtioBus {
         Some((transport, offset % platform::VIRTIO_MMIO_STRIDE))
     }
 
-    /// A guest read of `data.len()` bytes at guest-physical `address`. Addresses without a device
-    /// read as zero, which a driver takes for an empty slot. May wait for the device to publish
-    /// its configuration, until [`VirtioBus::interrupt_waits`] or a deadline.
+    /// A guest read of `data.len()` bytes at guest-physical `address`, if it was an exit.
     pub fn read(&self, address: u64, data: &mut [u8]) {
-        match self.find(address) {
-            Some((transport, offset)) => transport.read(offset, data),
-            None => data.fill(0),
-        }
+        let offset = address.checked_sub(platform::VIRTIO_MMIO_BASE);
+        let offset = offset.and_then(|offset| usize::try_from(offset).ok());
+        self.registers.read(offset.unwrap_or(usize::MAX), data);
     }
 
-    /// A guest write. Writes without a device are ignored.
+    /// A guest write. Writes without a device are ignored. May wait for the device to publish
+    /// its configuration, until [`VirtioBus::interrupt_waits`] or a deadline.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((transport, offset)) = self.find(address) {
             transport.write(offset, data);
@@ -264,13 +268,19 @@ impl VirtioBus {
     }
 
     /// Tells the gates their interrupt lines.
-    pub(crate) fn connect_lines(&self, vm: &Arc<Vm>) {
+    pub(crate) fn connect_lines(&self, vm: &Arc<Vm>) -> io::Result<()> {
+        let acknowledged = eventfd()?;
         for (wiring, (_, _, link)) in self.wiring.iter().zip(&self.shared) {
+            let base =
+                platform::VIRTIO_MMIO_BASE + u64::from(wiring.slot) * platform::VIRTIO_MMIO_STRIDE;
             link.connect(Line {
                 vm: Arc::clone(vm),
                 gsi: wiring.gsi,
+                acknowledge: base + mmio::INTERRUPT_ACKNOWLEDGE,
+                acknowledged: acknowledged.try_clone()?,
             });
         }
+        Ok(())
     }
 
     /// The device process in `slot` is dead: everything is made ready for `successor`, as

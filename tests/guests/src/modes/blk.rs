@@ -271,7 +271,7 @@ impl Test {
         Ok(())
     }
 
-    /// Completions interrupt when they are asked to, and the cause can be read and acknowledged.
+    /// Completions interrupt when they are asked to, and the cause can be read.
     fn interrupts(&mut self) -> Result<(), Failure> {
         let gsi = self.blk.device.gsi;
         irq::enable(gsi);

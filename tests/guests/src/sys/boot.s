@@ -219,10 +219,10 @@ service_write_serial:
     jnz     1b
     iretq
 
-// RDI: address of a 32-bit register, RSI: how many times to read it ten times.
-service_read_memory:
+// RDI: address of a 32-bit register, RSI: how many times to write zero to it ten times.
+service_write_memory:
 1:  .rept 10
-    movl    (%rdi), %eax
+    movl    $0, (%rdi)
     .endr
     decq    %rsi
     jnz     1b
@@ -321,7 +321,7 @@ ap_started:
 
 service_table:
     .quad   service_write_serial
-    .quad   service_read_memory
+    .quad   service_write_memory
     .quad   service_read_port
     .quad   service_halt_while
     .quad   service_set_interrupts

@@ -16,7 +16,7 @@ unsafe extern "sysv64" {
 }
 
 const WRITE_SERIAL: u32 = 0;
-const READ_MEMORY: u32 = 1;
+const WRITE_MEMORY: u32 = 1;
 const READ_PORT: u32 = 2;
 const HALT_WHILE: u32 = 3;
 const SET_INTERRUPTS: u32 = 4;
@@ -32,9 +32,9 @@ pub fn write_serial(bytes: &[u8]) {
     }
 }
 
-/// Reads the 32-bit register at `address` ten times `tens` times.
-pub fn read_memory(address: u64, tens: u64) {
-    guest_service(address, tens.max(1), READ_MEMORY);
+/// Writes zero to the 32-bit register at `address` ten times `tens` times.
+pub fn write_memory(address: u64, tens: u64) {
+    guest_service(address, tens.max(1), WRITE_MEMORY);
 }
 
 /// Reads the byte-wide port ten times `tens` times.

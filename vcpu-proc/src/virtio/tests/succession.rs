@@ -177,6 +177,8 @@ fn successor_with_another_size_is_accepted_once_where_the_owner_wants_it() {
     });
     assert_eq!(capacity(&m), 78);
     assert_ne!(m.get(0xfc), generation, "the guest's driver reads it again");
+    m.set(0x64, 3);
+    assert_eq!(m.get(0x60) & 2, 0, "it has seen that");
     m.offer_request(0, 512, false);
     assert_eq!(m.complete_one(), 0);
     // Once it serves it stays what it is, and so do those that follow.
