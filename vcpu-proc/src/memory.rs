@@ -75,6 +75,7 @@ pub(crate) fn map_registers(bytes: usize) -> Result<MmapRegion, Errno> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let address = mmap(bytes, protection, flags)?;
+    advise(address, bytes, libc::MADV_DONTDUMP)?;
     // SAFETY: the mapping has this size, protection and these flags, and stays.
     unsafe { MmapRegion::build_raw(address.cast(), bytes, protection, flags) }
         .map_err(|_| Errno::EINVAL)

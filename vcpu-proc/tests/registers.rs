@@ -11,7 +11,7 @@ use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::platform::VIRTIO_MMIO_BASE;
 use bulkhead_ipc::protocol::birth::{HugePages, VirtioSlot};
 use bulkhead_ipc::shared::{Doorbell, sealed_memfd};
-use bulkhead_vcpu::kvm::{Exit, Host};
+use bulkhead_vcpu::kvm::{Exit, Host, KvmError, Vm};
 use bulkhead_vcpu::memory;
 use bulkhead_vcpu::virtio::registers::RegisterFile;
 use bulkhead_vcpu::virtio::{self, Cpus, SlotFds};
@@ -70,8 +70,8 @@ fn disk() -> (VirtioSlot, SlotFds) {
     (slot, fds)
 }
 
-/// Runs the program, with a doorbell for acknowledgements or without.
-fn run(doorbell: Option<&EventFd>) -> Vec<Seen> {
+/// Runs the program in a VM that was prepared like that.
+fn run(prepare: impl FnOnce(&Vm) -> Result<(), KvmError>) -> Vec<Seen> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     let vm = Host::new(kvm.unwrap().into()).unwrap().create_vm().unwrap();
     let ram = memory::map(16 << 20, HugePages::Off).unwrap();
@@ -80,9 +80,7 @@ fn run(doorbell: Option<&EventFd>) -> Vec<Seen> {
     memory::register(&vm, &ram, &registers).unwrap();
     let cpus = Cpus { host: 1, guest: 1 };
     let (_bus, _gates) = virtio::build(ram, &registers, vec![disk()], cpus).unwrap();
-    if let Some(doorbell) = doorbell {
-        vm.connect_doorbell(doorbell, ACKNOWLEDGE, 1).unwrap();
-    }
+    prepare(&vm).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     vcpu.change_registers(|sregs, regs| {
         (sregs.cs.base, sregs.cs.selector) = (0, 0);
@@ -97,6 +95,7 @@ fn run(doorbell: Option<&EventFd>) -> Vec<Seen> {
                 port: 0x80, data, ..
             } => seen.push(Seen::Port(word(data))),
             Exit::MmioWrite { address, data } => seen.push(Seen::Write(address, word(data))),
+            Exit::Interrupted | Exit::Again => {}
             // KVM_EXIT_HLT: there is no interrupt controller.
             Exit::Unexpected(5) => return seen,
             other => panic!("after {seen:x?}: {other:x?}"),
@@ -114,11 +113,15 @@ fn reads_stay_in_the_guest_and_writes_leave_it() {
         Seen::Port(2),
     ];
     let doorbell = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    for (doorbell, acknowledged) in [
-        (None, vec![Seen::Write(ACKNOWLEDGE, 1)]),
-        (Some(&doorbell), vec![]),
+    let connect = |vm: &Vm| vm.connect_doorbell(&doorbell, ACKNOWLEDGE, 1);
+    let disconnect = |vm: &Vm| vm.disconnect_doorbell(&doorbell, ACKNOWLEDGE, 1);
+    let exits = || vec![Seen::Write(ACKNOWLEDGE, 1)];
+    for (seen, acknowledged) in [
+        (run(|_| Ok(())), exits()),
+        (run(connect), vec![]),
+        (run(|vm| connect(vm).and_then(|()| disconnect(vm))), exits()),
     ] {
-        let mut seen = run(doorbell).into_iter();
+        let mut seen = seen.into_iter();
         assert_eq!(seen.next().as_ref(), Some(&magic));
         assert_eq!(seen.next(), Some(Seen::Port(0)), "no device");
         let seen: Vec<_> = seen.collect();

@@ -65,7 +65,7 @@ pub(crate) struct Line {
     /// Guest-physical address of the register in which the driver acknowledges interrupts.
     pub(crate) acknowledge: u64,
     /// Rung by acknowledgements that KVM takes. Nobody listens.
-    pub(crate) acknowledged: EventFd,
+    pub(crate) acknowledged: Arc<EventFd>,
 }
 
 /// What the threads share about one device.
@@ -184,8 +184,8 @@ impl GateLink {
         let _it_has_one = self.line.set(line);
     }
 
-    /// Has KVM take acknowledgements of used buffers from now on, or not. While it does, bit 0 of the interrupt status stays once it is
-    /// set. Of the gate thread alone, between a reset and the first interrupt.
+    /// Has KVM take acknowledgements of used buffers, and of nothing else, from now on, or not. While it does, they leave bit 0 of the
+    /// interrupt status as it is. Of the gate thread alone, between a reset and the first interrupt.
     pub(super) fn take_acknowledgements(&self, is_wanted: bool) {
         let Some(line) = self.line.get() else {
             return;

@@ -269,7 +269,7 @@ impl VirtioBus {
 
     /// Tells the gates their interrupt lines.
     pub(crate) fn connect_lines(&self, vm: &Arc<Vm>) -> io::Result<()> {
-        let acknowledged = eventfd()?;
+        let acknowledged = Arc::new(eventfd()?);
         for (wiring, (_, _, link)) in self.wiring.iter().zip(&self.shared) {
             let base =
                 platform::VIRTIO_MMIO_BASE + u64::from(wiring.slot) * platform::VIRTIO_MMIO_STRIDE;
@@ -277,7 +277,7 @@ impl VirtioBus {
                 vm: Arc::clone(vm),
                 gsi: wiring.gsi,
                 acknowledge: base + mmio::INTERRUPT_ACKNOWLEDGE,
-                acknowledged: acknowledged.try_clone()?,
+                acknowledged: Arc::clone(&acknowledged),
             });
         }
         Ok(())

@@ -75,8 +75,8 @@ impl RegisterFile {
     }
 }
 
-/// The registers of one slot. Of the status the gate thread changes the bit that asks for a reset, of the interrupt status all threads
-/// their bits; the configuration is the gate thread's, everything else the vCPU threads', with the lock of the transport.
+/// The registers of one slot. The gate thread may ask for a reset in the status and has the configuration, all threads change their bits
+/// of the interrupt status; everything else is the vCPU threads', with the lock of the transport.
 #[derive(Debug)]
 pub(crate) struct SlotRegisters {
     file: RegisterFile,
@@ -107,8 +107,8 @@ impl SlotRegisters {
     /// Has the guest read `bytes` as its configuration space, in which a field that is aligned changes as a whole. Of one
     /// thread at a time.
     ///
-    /// If something changes, the generation does, before and after, so that a driver that reads several fields meanwhile
-    /// sees another. One that does so entirely between two of these steps may be wrong until the interrupt that follows.
+    /// If something changes, the generation does, before and after. A driver that reads a field in two halves, all of it and the
+    /// generation twice between these two, may still have one half of each (decision 0035).
     pub(crate) fn show_config(&self, bytes: &[u8]) {
         let words = || {
             let cells = (self.start + CONFIG..).step_by(WORD);
@@ -166,8 +166,8 @@ mod tests {
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| {
                 for _ in 0..200_000 {
-                    let mut field = [0; 8];
-                    file.read(CONFIG + 8, &mut field);
+                    let field: &AtomicU64 = file.0.get_atomic_ref(CONFIG + 8).unwrap();
+                    let field = field.load(Ordering::Acquire).to_ne_bytes();
                     assert_eq!(field, [field[0]; 8]);
                 }
             });
