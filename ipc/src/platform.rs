@@ -19,6 +19,12 @@ pub const VIRTIO_MMIO_GSI: [u32; 16] =
 /// Number of virtio-mmio slots a machine has.
 pub const VIRTIO_MMIO_SLOTS: usize = VIRTIO_MMIO_GSI.len();
 
+/// Guest-physical address of the registers of virtio-mmio slot `slot`.
+#[must_use]
+pub const fn virtio_mmio_address(slot: u8) -> u64 {
+    VIRTIO_MMIO_BASE + slot as u64 * VIRTIO_MMIO_STRIDE
+}
+
 /// I/O port of the first 8250 (COM1); eight registers.
 pub const COM1_PORT: u16 = 0x3f8;
 /// Interrupt line of COM1.

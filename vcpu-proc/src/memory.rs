@@ -72,13 +72,7 @@ pub fn map(bytes: u64, huge_pages: HugePages) -> Result<GuestMemoryMmap, MemoryE
 /// # Errors
 /// The kernel's errno.
 pub(crate) fn map_registers(bytes: usize) -> Result<MmapRegion, Errno> {
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    let address = mmap(bytes, protection, flags)?;
-    advise(address, bytes, libc::MADV_DONTDUMP)?;
-    // SAFETY: the mapping has this size, protection and these flags, and stays.
-    unsafe { MmapRegion::build_raw(address.cast(), bytes, protection, flags) }
-        .map_err(|_| Errno::EINVAL)
+    map_range(bytes as u64, HugePages::Off)
 }
 
 /// Gives the memory to the VM, and lets its guest read the registers where KVM has memory that can only be read. Called
@@ -105,7 +99,7 @@ pub fn register(
     }
     if let Some(slot) = slots.next() {
         let (host, bytes) = registers.memory();
-        // SAFETY: `map_registers` never unmaps, and registers are only accessed as atomics and by volatile copies.
+        // SAFETY: `map_range` never unmaps, and registers are only accessed as atomics and by volatile copies.
         let added = unsafe { vm.add_memory(slot, VIRTIO_MMIO_BASE, host, bytes, Access::Read) };
         match added {
             // The flag is unknown.

@@ -11,9 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bulkhead_ipc::legacy_page::LegacyPage;
-use bulkhead_ipc::platform::{
-    KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE, VCPUS_MAX, VIRTIO_MMIO_BASE, VIRTIO_MMIO_STRIDE,
-};
+use bulkhead_ipc::platform::{KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE, VCPUS_MAX, virtio_mmio_address};
 use bulkhead_ipc::protocol::birth::{VcpuConfig, VirtioSlot};
 use bulkhead_ipc::shared::{Doorbell, SharedError};
 use bulkhead_runtime::adoption::Adoption;
@@ -364,7 +362,7 @@ fn connect_devices(vm: &Arc<Vm>, bus: &VirtioBus) -> Result<(), SetupError> {
     bus.connect_lines(vm).map_err(os("eventfd"))?;
     for wiring in bus.wiring() {
         vm.connect_interrupt(&wiring.interrupt, wiring.gsi)?;
-        let base = VIRTIO_MMIO_BASE + u64::from(wiring.slot) * VIRTIO_MMIO_STRIDE;
+        let base = virtio_mmio_address(wiring.slot);
         for (queue, doorbell) in (0u32..).zip(&wiring.notify) {
             vm.connect_doorbell(doorbell, base + QUEUE_NOTIFY, queue)?;
         }

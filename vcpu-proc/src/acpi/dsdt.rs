@@ -77,17 +77,16 @@ fn panic_port() -> Vec<u8> {
 }
 
 fn virtio(slot: u8) -> Vec<u8> {
-    let slot = usize::from(slot);
     let (Some(gsi), Ok(address)) = (
-        platform::VIRTIO_MMIO_GSI.get(slot).copied(),
-        u32::try_from(platform::VIRTIO_MMIO_BASE + slot as u64 * platform::VIRTIO_MMIO_STRIDE),
+        platform::VIRTIO_MMIO_GSI.get(usize::from(slot)).copied(),
+        u32::try_from(platform::virtio_mmio_address(slot)),
     ) else {
         return Vec::new(); // Slots are checked before; one that no machine has is no device.
     };
     let registers = Memory32Fixed::new(true, address, REGISTER_BYTES);
     let irq = irq(gsi);
     let name = format!("VR{slot:02X}");
-    device(&name, &"LNRO0005", slot, &[&registers, &irq], &[])
+    device(&name, &"LNRO0005", slot.into(), &[&registers, &irq], &[])
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "one page")]

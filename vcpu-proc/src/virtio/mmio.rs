@@ -20,7 +20,7 @@ const VENDOR: u32 = 0x484b_4c42; // "BLKH"
 pub(super) const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
 
 const DEVICE_FEATURES_SEL: u64 = 0x14;
-const STATUS: u64 = 0x70;
+const STATUS: u64 = Register::Status as u64;
 
 const STATUS_DRIVER: u32 = 2;
 const STATUS_FEATURES_OK: u32 = 8;
@@ -235,11 +235,11 @@ impl Transport {
             return;
         }
         // A driver that says that it is one reads features and configuration next.
-        let starts = value & (STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK) != 0;
-        let offered = if starts { self.offered() } else { 0 };
+        let reads = value & (STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK) != 0;
+        let offered = if reads { self.offered() } else { 0 };
         let mut registers = self.registers();
         let registers = &mut *registers;
-        if starts {
+        if reads {
             self.show_features(registers, offered);
         }
         let mut new = value & !STATUS_NEEDS_RESET;

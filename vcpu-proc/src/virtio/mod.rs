@@ -271,8 +271,7 @@ impl VirtioBus {
     pub(crate) fn connect_lines(&self, vm: &Arc<Vm>) -> io::Result<()> {
         let acknowledged = Arc::new(eventfd()?);
         for (wiring, (_, _, link)) in self.wiring.iter().zip(&self.shared) {
-            let base =
-                platform::VIRTIO_MMIO_BASE + u64::from(wiring.slot) * platform::VIRTIO_MMIO_STRIDE;
+            let base = platform::virtio_mmio_address(wiring.slot);
             link.connect(Line {
                 vm: Arc::clone(vm),
                 gsi: wiring.gsi,
