@@ -23,9 +23,40 @@ pub(crate) enum Direction {
     ToGuest,
 }
 
+/// A longer copy is done from its end, in steps. Half of a CPU's own cache is about this size: of what the one
+/// before has written, the end is still there, and who comes after starts with what was copied last. Both going
+/// the same way, each would evict what it comes to next.
+const BACKWARD_FROM: usize = 256 << 10;
+/// Bytes of a step.
+const STEP_BYTES: usize = 64 << 10;
+
 /// Copies up to `len` bytes of `spans`, starting `skip` bytes into them, to or from the window
 /// bytes at `at`. Returns the bytes copied.
 pub(crate) fn copy_spans(
+    memory: &GuestMemoryMmap,
+    window: &SharedMemory,
+    direction: Direction,
+    spans: &[GuestSpan],
+    skip: usize,
+    at: usize,
+    len: usize,
+) -> Result<usize, NotMemory> {
+    let forward = |from: usize, len| {
+        let (skip, at) = (skip + from, at + from);
+        copy_forward(memory, window, direction, spans, skip, at, len)
+    };
+    if len <= BACKWARD_FROM {
+        return forward(0, len);
+    }
+    let there: usize = spans.iter().map(|span| span.len).sum();
+    let len = len.min(there.saturating_sub(skip));
+    for from in (0..len).step_by(STEP_BYTES).rev() {
+        forward(from, STEP_BYTES.min(len - from))?;
+    }
+    Ok(len)
+}
+
+fn copy_forward(
     memory: &GuestMemoryMmap,
     window: &SharedMemory,
     direction: Direction,
@@ -110,6 +141,65 @@ mod tests {
             memory.read_obj::<[u8; 3]>(GuestAddress(0x100)).unwrap(),
             [7, 7, 102]
         );
+    }
+
+    #[test]
+    fn long_copies_are_whole_whatever_the_pieces() {
+        const SKIP: usize = 5000;
+        let size = 4 * BACKWARD_FROM;
+        let memory: GuestMemoryMmap =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).unwrap();
+        let window = SharedMemory::map(sealed_memfd("w", size as u64).unwrap(), size as u64);
+        let window = window.unwrap();
+        let content: Vec<u8> = (0u32..).map(|n| (n / 7) as u8).take(size).collect();
+        memory.write_slice(&content, GuestAddress(0)).unwrap();
+        // Of all sizes, with holes between them.
+        let mut spans = Vec::new();
+        let mut next = 0;
+        for len in [
+            1,
+            4096,
+            3 * STEP_BYTES + 77,
+            12,
+            STEP_BYTES,
+            BACKWARD_FROM + 5,
+        ] {
+            let address = GuestAddress(next);
+            spans.push(GuestSpan { address, len });
+            next += len as u64 + 100;
+        }
+        let wanted: Vec<u8> = spans
+            .iter()
+            .flat_map(|span| &content[span.address.0 as usize..][..span.len])
+            .copied()
+            .skip(SKIP)
+            .collect();
+        let go = |d, len| copy_spans(&memory, &window, d, &spans, SKIP, 64, len);
+        for len in [BACKWARD_FROM, BACKWARD_FROM + 1, wanted.len(), size] {
+            window.slice(0, size).copy_from(&vec![0xee_u8; size]);
+            let n = len.min(wanted.len());
+            assert_eq!(go(Direction::ToWindow, len), Ok(n));
+            let mut got = vec![0; 64 + n + 1];
+            window.slice(0, got.len()).copy_to(&mut got[..]);
+            assert!(got[..64].iter().all(|&byte| byte == 0xee), "{len}");
+            assert!(
+                got[64..64 + n] == wanted[..n] && got[64 + n] == 0xee,
+                "{len}"
+            );
+
+            memory.write_slice(&vec![0; size], GuestAddress(0)).unwrap();
+            assert_eq!(go(Direction::ToGuest, len), Ok(n));
+            let mut back = Vec::new();
+            for span in &spans {
+                let mut part = vec![0; span.len];
+                memory.read_slice(&mut part, span.address).unwrap();
+                back.extend(part);
+            }
+            assert!(back[..SKIP].iter().all(|&byte| byte == 0), "{len}");
+            assert!(back[SKIP..][..n] == wanted[..n], "{len}");
+            assert!(back[SKIP + n..].iter().all(|&byte| byte == 0), "{len}");
+            memory.write_slice(&content, GuestAddress(0)).unwrap();
+        }
     }
 
     #[test]

@@ -374,7 +374,7 @@ impl Gate {
     /// Whether a driver is likely to be waiting for this device's answers, so that looking for its
     /// next request for a moment pays.
     pub(crate) const fn is_latency_bound(&self) -> bool {
-        matches!(self.kind, VirtioKind::Blk) && self.running && self.is_attached()
+        matches!(self.kind, VirtioKind::Blk | VirtioKind::Fs) && self.running && self.is_attached()
     }
 
     /// Whether the device process is working on requests.

@@ -35,7 +35,7 @@ pub(super) const CHAIN_DESCRIPTORS_MAX: usize = 1024;
 /// Window pages that a device which answers at once has in its hands at a time. Data crosses a window twice, and
 /// costs half as much when the pages are still in the cache of a CPU; more requests would not make
 /// such a device faster.
-const HOT_PAGES: usize = 128;
+const HOT_PAGES: usize = 64;
 const STATUS_IOERR: u8 = 1;
 const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
 
