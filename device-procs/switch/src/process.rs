@@ -12,7 +12,7 @@
 use crate::capture::{Capture, CaptureSettings};
 use crate::leases::Lease;
 use crate::settings::{NetworkSettings, PortSettings, Role};
-use crate::switch::{PortId, Switch};
+use crate::switch::{FRAMES_PER_TURN, PortId, Switch};
 use crate::terms;
 use crate::wires::Wires;
 use bulkhead_ipc::channel::{Channel, ChannelError};
@@ -41,6 +41,8 @@ const CAPTURE: u64 = 1 << 32;
 const MESSAGES_PER_TURN: usize = 16;
 /// Busy passes after which the other descriptors are looked at without sleeping.
 const PASSES_BETWEEN_LOOKS: u32 = 32;
+/// Frames after which that is done, so that who has slept is not heard only after a flood of them.
+const FRAMES_BETWEEN_LOOKS: usize = FRAMES_PER_TURN;
 /// Exit status when the kernel does not let it wait.
 const EXIT_FAULT: i32 = 71;
 
@@ -155,7 +157,9 @@ pub struct Server {
     adoption: Option<Adoption>,
     links: BTreeMap<PortId, Link>,
     sink: Option<Sink>,
+    /// Since the last look at the other descriptors.
     passes: u32,
+    frames: usize,
 }
 
 impl Server {
@@ -187,6 +191,7 @@ impl Server {
             links: BTreeMap::new(),
             sink: None,
             passes: 0,
+            frames: 0,
         }
     }
 
@@ -196,16 +201,19 @@ impl Server {
     pub fn turn(&mut self, longest: Option<Duration>) -> Option<i32> {
         let now = Instant::now();
         let told = &mut self.told;
-        self.wires
+        self.frames += self
+            .wires
             .pass_and(&mut self.switch, now, |switch| told.leases(switch, now));
         self.tell_faults();
         self.write_capture(now);
         let within = self.patience(now);
-        self.passes = self.passes.wrapping_add(1);
+        self.passes += 1;
         let busy = within == Some(Duration::ZERO);
-        if busy && !self.passes.is_multiple_of(PASSES_BETWEEN_LOOKS) {
+        let is_time = self.passes >= PASSES_BETWEEN_LOOKS || self.frames >= FRAMES_BETWEEN_LOOKS;
+        if busy && !is_time {
             return None;
         }
+        (self.passes, self.frames) = (0, 0);
         match self.waiter.sleep(within.into_iter().chain(longest).min()) {
             Ok(woken) => (!self.attend(&woken)).then_some(0),
             Err(errno) => {

@@ -1,7 +1,9 @@
 //! The process without its birth: the broker's end of its channel is in the test.
 
 use super::*;
-use bulkhead_ipc::port::{PORT_BYTES, stamp};
+use crate::testing::{mac, udp_frame};
+
+use bulkhead_ipc::port::{PACKET_HEADER_BYTES, PORT_BYTES, stamp};
 use bulkhead_ipc::protocol::switch::{IsolationTerms, PORTS_MAX, VlanTerms};
 use bulkhead_ipc::shared::sealed_memfd;
 use proptest::prelude::*;
@@ -125,6 +127,82 @@ fn ports_with_other_descriptors_are_refused_and_the_next_message_is_heard() {
     );
     desk.tell(&ToSwitch::Shutdown, &[]);
     assert_eq!(desk.answers(), None);
+}
+
+/// A machine's end of a port, and what wakes the switch.
+struct Card {
+    port: Port,
+    bell: Doorbell,
+}
+
+impl Card {
+    /// The card `last` at a port of that number.
+    fn plugged_into(desk: &Desk, last: u8) -> Self {
+        let memory = sealed_memfd("p", PORT_BYTES).unwrap();
+        stamp(memory.as_fd(), GENERATION).unwrap();
+        let [switch, own] = [(); 2].map(|()| Doorbell::new().unwrap());
+        let message = ToSwitch::SetPort {
+            id: last.into(),
+            generation: GENERATION,
+            terms: terms(&format!("m{last}"), last),
+        };
+        desk.tell(&message, &[memory.as_fd(), switch.as_fd(), own.as_fd()]);
+        Self {
+            port: Port::map(memory, PortEnd::Device, GENERATION).unwrap(),
+            bell: switch,
+        }
+    }
+
+    /// Sends as many frames to nobody as there is room for, but at most `most`.
+    fn send(&mut self, last: u8, most: usize) -> usize {
+        let frame = udp_frame(
+            (mac(last), [10, 0, 0, 1], 5),
+            (mac(99), [10, 0, 0, 2], 6),
+            &[],
+        );
+        let Port { memory, writer, .. } = &mut self.port;
+        let len = PACKET_HEADER_BYTES + frame.len();
+        let mut sent = 0;
+        while sent < most
+            && let Some(mut record) = writer.reserve(memory, len).unwrap()
+        {
+            record.write(&[0; PACKET_HEADER_BYTES]);
+            record.write(&frame);
+            record.commit();
+            sent += 1;
+        }
+        if writer.publish(memory) {
+            self.bell.ring();
+        }
+        sent
+    }
+}
+
+#[test]
+fn port_that_has_slept_is_heard_in_a_flood() {
+    let mut desk = desk();
+    let [mut floods, mut sleeper] = [1, 2].map(|last| Card::plugged_into(&desk, last));
+    desk.answers().unwrap();
+    let taken = |desk: &Desk, port| {
+        let mut all = desk.server.switch.counters();
+        let counters = all.find(|(id, _)| *id == port).unwrap().1;
+        usize::try_from(counters.frames_in).unwrap()
+    };
+    for round in 1..=20 {
+        // The flood has no end, and begins before the other wakes up.
+        for _ in 0..round {
+            floods.send(1, usize::MAX);
+            assert_eq!(desk.server.turn(Some(Duration::ZERO)), None);
+        }
+        let before = taken(&desk, 1);
+        assert_eq!(sleeper.send(2, 1), 1);
+        while taken(&desk, 2) < round {
+            floods.send(1, usize::MAX);
+            assert_eq!(desk.server.turn(Some(Duration::ZERO)), None);
+            let ahead = taken(&desk, 1) - before;
+            assert!(ahead <= 3 * FRAMES_PER_TURN, "{ahead} frames went ahead");
+        }
+    }
 }
 
 /// A message with what it is about, of which some choices are sound.

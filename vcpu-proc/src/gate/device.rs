@@ -94,10 +94,17 @@ pub(crate) struct Gate {
     news: bool,
     /// What the device process may still ring for.
     pub(super) rings: RingAccount,
+    in_turns: bool,
 }
 
 impl Gate {
-    pub(crate) fn new(slot: &VirtioSlot, channel: Arc<DeviceChannel>, link: Arc<GateLink>) -> Self {
+    /// `in_turns` says whether gate and device process take turns on one CPU.
+    pub(crate) fn new(
+        slot: &VirtioSlot,
+        channel: Arc<DeviceChannel>,
+        link: Arc<GateLink>,
+        in_turns: bool,
+    ) -> Self {
         channel.window.initialise(slot.generation);
         let queues: Vec<_> = (0..slot.queue_sizes.len())
             .filter_map(|n| GateQueue::new(n, slot.kind, &channel.window))
@@ -130,6 +137,7 @@ impl Gate {
             faults: Vec::new(),
             news: false,
             rings: RingAccount::new(),
+            in_turns,
         }
     }
 
@@ -396,6 +404,7 @@ impl Gate {
                 stream,
                 order: &mut self.order,
                 epoch: self.epoch,
+                in_turns: self.in_turns,
             };
             work(queue, &mut backing);
         }

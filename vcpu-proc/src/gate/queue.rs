@@ -35,7 +35,10 @@ pub(super) const CHAIN_DESCRIPTORS_MAX: usize = 1024;
 /// Window pages that a device which answers at once has in its hands at a time. Data crosses a window twice, and
 /// costs half as much when the pages are still in the cache of a CPU; more requests would not make
 /// such a device faster.
-const HOT_PAGES: usize = 64;
+const HOT_PAGES: usize = 128;
+/// The same where gate and device take turns on one CPU, so that neither is at work on some while the other is on
+/// the rest.
+const HOT_PAGES_IN_TURNS: usize = 64;
 const STATUS_IOERR: u8 = 1;
 const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
 
@@ -107,6 +110,8 @@ pub(crate) struct Backing<'a> {
     pub(crate) order: &'a mut u64,
     /// Count of guest resets.
     pub(crate) epoch: u64,
+    /// Whether gate and device take turns on one CPU.
+    pub(crate) in_turns: bool,
 }
 
 #[derive(Debug)]
@@ -355,8 +360,12 @@ impl GateQueue {
                 });
             }
             let held = self.pages_held;
+            let hot = match backing.in_turns {
+                true => HOT_PAGES_IN_TURNS,
+                false => HOT_PAGES,
+            };
             let enough = held > 0
-                && held + pages > HOT_PAGES
+                && held + pages > hot
                 && !self.framing.waits_for_input
                 && backing.window.is_at_once();
             if enough || held + pages > self.pages_limit {

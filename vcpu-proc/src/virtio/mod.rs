@@ -187,7 +187,12 @@ pub fn build(
             .collect::<Result<Vec<_>, _>>()?;
         let own = registers.of(slot.slot);
         let link = Arc::new(GateLink::new(&slot, interrupt.try_clone()?, own));
-        let gate = Gate::new(&slot, Arc::clone(&channel), Arc::clone(&link));
+        let gate = Gate::new(
+            &slot,
+            Arc::clone(&channel),
+            Arc::clone(&link),
+            !cpus.all_run_at_once(),
+        );
         shared.push((slot.slot, channel, Arc::clone(&link)));
         served.push(Served {
             slot: slot.slot,
