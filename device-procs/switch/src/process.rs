@@ -41,8 +41,9 @@ const CAPTURE: u64 = 1 << 32;
 const MESSAGES_PER_TURN: usize = 16;
 /// Busy passes after which the other descriptors are looked at without sleeping.
 const PASSES_BETWEEN_LOOKS: u32 = 32;
-/// Frames after which that is done, so that who has slept is not heard only after a flood of them.
-const FRAMES_BETWEEN_LOOKS: usize = FRAMES_PER_TURN;
+/// Frames after which that is done, so that who has slept is heard soon in a flood. Not after every turn: who sends
+/// much sends more when what it has sent meanwhile is taken in one go.
+const FRAMES_BETWEEN_LOOKS: usize = 8 * FRAMES_PER_TURN;
 /// Exit status when the kernel does not let it wait.
 const EXIT_FAULT: i32 = 71;
 
