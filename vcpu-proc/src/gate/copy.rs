@@ -151,11 +151,13 @@ mod tests {
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).unwrap();
         let window = SharedMemory::map(sealed_memfd("w", size as u64).unwrap(), size as u64);
         let window = window.unwrap();
-        let content: Vec<u8> = (0u32..).map(|n| (n / 7) as u8).take(size).collect();
+        let content: Vec<u8> = (0u32..)
+            .map(|n| (n / 7).to_le_bytes()[0])
+            .take(size)
+            .collect();
         memory.write_slice(&content, GuestAddress(0)).unwrap();
         // Of all sizes, with holes between them.
-        let mut spans = Vec::new();
-        let mut next = 0;
+        let (mut spans, mut wanted, mut next) = (Vec::new(), Vec::new(), 0);
         for len in [
             1,
             4096,
@@ -164,16 +166,12 @@ mod tests {
             STEP_BYTES,
             BACKWARD_FROM + 5,
         ] {
-            let address = GuestAddress(next);
+            let address = GuestAddress(next as u64);
             spans.push(GuestSpan { address, len });
-            next += len as u64 + 100;
+            wanted.extend_from_slice(&content[next..][..len]);
+            next += len + 100;
         }
-        let wanted: Vec<u8> = spans
-            .iter()
-            .flat_map(|span| &content[span.address.0 as usize..][..span.len])
-            .copied()
-            .skip(SKIP)
-            .collect();
+        wanted.drain(..SKIP);
         let go = |d, len| copy_spans(&memory, &window, d, &spans, SKIP, 64, len);
         for len in [BACKWARD_FROM, BACKWARD_FROM + 1, wanted.len(), size] {
             window.slice(0, size).copy_from(&vec![0xee_u8; size]);
