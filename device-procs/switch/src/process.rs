@@ -12,7 +12,7 @@
 use crate::capture::{Capture, CaptureSettings};
 use crate::leases::Lease;
 use crate::settings::{NetworkSettings, PortSettings, Role};
-use crate::switch::{FRAMES_PER_TURN, PortId, Switch};
+use crate::switch::{BYTES_PER_TURN, PortId, Switch};
 use crate::terms;
 use crate::wires::Wires;
 use bulkhead_ipc::channel::{Channel, ChannelError};
@@ -41,9 +41,9 @@ const CAPTURE: u64 = 1 << 32;
 const MESSAGES_PER_TURN: usize = 16;
 /// Busy passes after which the other descriptors are looked at without sleeping.
 const PASSES_BETWEEN_LOOKS: u32 = 32;
-/// Frames after which that is done, so that who has slept is heard soon in a flood. Not after every turn: who sends
-/// much sends more when what it has sent meanwhile is taken in one go.
-const FRAMES_BETWEEN_LOOKS: usize = 8 * FRAMES_PER_TURN;
+/// What frames have cost after which that is done, so that who has slept is heard soon in a flood. Not after every
+/// turn: who sends much sends more when what it has sent meanwhile is taken in one go.
+const COST_BETWEEN_LOOKS: i64 = 2 * BYTES_PER_TURN;
 /// Exit status when the kernel does not let it wait.
 const EXIT_FAULT: i32 = 71;
 
@@ -160,7 +160,7 @@ pub struct Server {
     sink: Option<Sink>,
     /// Since the last look at the other descriptors.
     passes: u32,
-    frames: usize,
+    cost: i64,
 }
 
 impl Server {
@@ -192,7 +192,7 @@ impl Server {
             links: BTreeMap::new(),
             sink: None,
             passes: 0,
-            frames: 0,
+            cost: 0,
         }
     }
 
@@ -202,19 +202,19 @@ impl Server {
     pub fn turn(&mut self, longest: Option<Duration>) -> Option<i32> {
         let now = Instant::now();
         let told = &mut self.told;
-        self.frames += self
-            .wires
-            .pass_and(&mut self.switch, now, |switch| told.leases(switch, now));
+        let tell = |switch: &mut Switch| told.leases(switch, now);
+        let (_, cost) = self.wires.pass_and(&mut self.switch, now, tell);
         self.tell_faults();
         self.write_capture(now);
         let within = self.patience(now);
         self.passes += 1;
+        self.cost = self.cost.saturating_add(cost);
         let busy = within == Some(Duration::ZERO);
-        let is_time = self.passes >= PASSES_BETWEEN_LOOKS || self.frames >= FRAMES_BETWEEN_LOOKS;
+        let is_time = self.passes >= PASSES_BETWEEN_LOOKS || self.cost >= COST_BETWEEN_LOOKS;
         if busy && !is_time {
             return None;
         }
-        (self.passes, self.frames) = (0, 0);
+        (self.passes, self.cost) = (0, 0);
         match self.waiter.sleep(within.into_iter().chain(longest).min()) {
             Ok(woken) => (!self.attend(&woken)).then_some(0),
             Err(errno) => {

@@ -27,7 +27,7 @@ pub const PORTS_MAX: usize = 256;
 /// Frames that a port may send in one turn.
 pub const FRAMES_PER_TURN: usize = 64;
 /// Bytes that a port may have delivered in one turn.
-const BYTES_PER_TURN: i64 = 128 * 1024;
+pub(crate) const BYTES_PER_TURN: i64 = 128 * 1024;
 /// What a frame costs besides its bytes.
 const FRAME_COST: i64 = 256;
 /// Questions to the gateway.
@@ -62,6 +62,8 @@ pub trait Ports {
 pub struct Passed {
     /// Frames that were taken.
     pub frames: usize,
+    /// What they have cost, in bytes: as many as were delivered, and a little for each of them.
+    pub cost: i64,
     /// Ports that have nothing any more.
     pub idle: Vec<PortId>,
     /// Ports that have sent as much as they may, and for how long they rest.
@@ -273,6 +275,7 @@ impl Switch {
             state.took(len.saturating_sub(PACKET_HEADER_BYTES));
             let packet = record.get_mut(..len).unwrap_or_default();
             let cost = self.forward(port, packet, ports, now);
+            passed.cost = passed.cost.saturating_add(cost);
             if let Some(state) = self.states.get_mut(&port) {
                 state.credit -= cost;
             }

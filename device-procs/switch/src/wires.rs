@@ -177,16 +177,17 @@ impl Wires {
 
     /// Makes one pass over the ports that may have something. Returns how many frames were taken.
     pub fn pass(&mut self, switch: &mut Switch, now: Instant) -> usize {
-        self.pass_and(switch, now, |_| {})
+        self.pass_and(switch, now, |_| {}).0
     }
 
-    /// As [`Wires::pass`]; `before` is called when everything is done and nobody has seen anything of it yet.
+    /// As [`Wires::pass`], and returns what the frames have cost as well ([`Passed::cost`]); `before` is called when
+    /// everything is done and nobody has seen anything of it yet.
     pub fn pass_and(
         &mut self,
         switch: &mut Switch,
         now: Instant,
         before: impl FnOnce(&mut Switch),
-    ) -> usize {
+    ) -> (usize, i64) {
         let over: Vec<PortId> = self.rested(now).collect();
         for id in over {
             self.resting.remove(&id);
@@ -195,6 +196,7 @@ impl Wires {
         let active: Vec<PortId> = self.awake.iter().copied().collect();
         let Passed {
             frames,
+            cost,
             idle,
             resting,
         } = switch.pass(&active, self, now);
@@ -216,7 +218,7 @@ impl Wires {
                 self.awake.remove(&id);
             }
         }
-        frames
+        (frames, cost)
     }
 
     /// How long there is nothing to do unless a doorbell rings; `None` is for ever.

@@ -50,10 +50,16 @@ pub(crate) fn copy_spans(
     }
     let there: usize = spans.iter().map(|span| span.len).sum();
     let len = len.min(there.saturating_sub(skip));
-    for from in (0..len).step_by(STEP_BYTES).rev() {
-        forward(from, STEP_BYTES.min(len - from))?;
+    for (from, len) in steps(len) {
+        forward(from, len)?;
     }
     Ok(len)
+}
+
+/// The steps in which `len` bytes are copied from their end: where each begins, and its length.
+fn steps(len: usize) -> impl Iterator<Item = (usize, usize)> {
+    let from = (0..len).step_by(STEP_BYTES).rev();
+    from.map(move |from| (from, STEP_BYTES.min(len - from)))
 }
 
 fn copy_forward(
@@ -141,6 +147,18 @@ mod tests {
             memory.read_obj::<[u8; 3]>(GuestAddress(0x100)).unwrap(),
             [7, 7, 102]
         );
+    }
+
+    #[test]
+    fn steps_go_from_the_end_to_the_start() {
+        let len = 2 * STEP_BYTES + 1;
+        let wanted = [
+            (2 * STEP_BYTES, 1),
+            (STEP_BYTES, STEP_BYTES),
+            (0, STEP_BYTES),
+        ];
+        assert!(steps(len).eq(wanted));
+        assert!(steps(0).eq([]));
     }
 
     #[test]

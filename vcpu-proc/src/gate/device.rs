@@ -94,16 +94,16 @@ pub(crate) struct Gate {
     news: bool,
     /// What the device process may still ring for.
     pub(super) rings: RingAccount,
-    in_turns: bool,
+    is_crowded: bool,
 }
 
 impl Gate {
-    /// `in_turns` says whether gate and device process take turns on one CPU.
+    /// `is_crowded` says whether vCPUs, gate thread and device process have not a CPU each.
     pub(crate) fn new(
         slot: &VirtioSlot,
         channel: Arc<DeviceChannel>,
         link: Arc<GateLink>,
-        in_turns: bool,
+        is_crowded: bool,
     ) -> Self {
         channel.window.initialise(slot.generation);
         let queues: Vec<_> = (0..slot.queue_sizes.len())
@@ -137,7 +137,7 @@ impl Gate {
             faults: Vec::new(),
             news: false,
             rings: RingAccount::new(),
-            in_turns,
+            is_crowded,
         }
     }
 
@@ -404,7 +404,7 @@ impl Gate {
                 stream,
                 order: &mut self.order,
                 epoch: self.epoch,
-                in_turns: self.in_turns,
+                is_crowded: self.is_crowded,
             };
             work(queue, &mut backing);
         }

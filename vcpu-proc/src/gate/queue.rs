@@ -32,13 +32,13 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// Longest chain of descriptors, indirect ones included.
 pub(super) const CHAIN_DESCRIPTORS_MAX: usize = 1024;
-/// Window pages that a device which answers at once has in its hands at a time. Data crosses a window twice, and
+/// Window pages that a device which answers at once has of a queue at a time. Data crosses a window twice, and
 /// costs half as much when the pages are still in the cache of a CPU; more requests would not make
 /// such a device faster.
 const HOT_PAGES: usize = 128;
-/// The same where gate and device take turns on one CPU, so that neither is at work on some while the other is on
-/// the rest.
-const HOT_PAGES_IN_TURNS: usize = 64;
+/// The same where vCPUs, gate and device have not a CPU each, so that mostly one of the last two is at work. Two requests of
+/// 128 KiB fit with their headers, or four large frames.
+const HOT_PAGES_CROWDED: usize = 72;
 const STATUS_IOERR: u8 = 1;
 const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
 
@@ -110,8 +110,8 @@ pub(crate) struct Backing<'a> {
     pub(crate) order: &'a mut u64,
     /// Count of guest resets.
     pub(crate) epoch: u64,
-    /// Whether gate and device take turns on one CPU.
-    pub(crate) in_turns: bool,
+    /// Whether vCPUs, gate and device have not a CPU each.
+    pub(crate) is_crowded: bool,
 }
 
 #[derive(Debug)]
@@ -360,8 +360,8 @@ impl GateQueue {
                 });
             }
             let held = self.pages_held;
-            let hot = match backing.in_turns {
-                true => HOT_PAGES_IN_TURNS,
+            let hot = match backing.is_crowded {
+                true => HOT_PAGES_CROWDED,
                 false => HOT_PAGES,
             };
             let enough = held > 0

@@ -2,12 +2,12 @@
 //! commands of vCPU and control threads.
 //!
 //! ```text
-//!   passes over all devices that rang ── anything done: again (a look at epoll now and then)
+//!   passes over all devices that rang ── anything done, or seen: again (a look at epoll now and then)
 //!     └ nothing to do: watch the rings for a moment ── arm the doorbells ── sleep in epoll
 //! ```
 //!
 //! Watching pays when the next request comes within the time that a wake-up takes (tens of
-//! microseconds), and never while a device needs the very CPU that watching would burn.
+//! microseconds), and never while the device that is watched needs the very CPU that watching would burn.
 //!
 //! Doorbells are watched edge-triggered and never read, which saves a system call for each wake-up:
 //! every ring makes an edge, and a peer that fills its eventfd only silences itself. One that rings for
@@ -42,8 +42,8 @@ const GUEST_FAULTS_REPORTED_MAX: u32 = 100;
 /// How long the thread sleeps when nobody rang but processes that are to be replaced.
 const NAP: Duration = Duration::from_micros(500);
 
-/// Busy rounds after which epoll is looked at without sleeping.
-const ROUNDS_BETWEEN_LOOKS: u32 = 64;
+/// Rounds without sleep after which epoll is looked at: the bells of those that are not watched ring there.
+const ROUNDS_BETWEEN_LOOKS: u32 = 16;
 /// Looks at the rings between two looks at the clock while watching.
 const LOOKS_PER_CLOCK: u32 = 16;
 const TOKEN_COMMAND: u64 = u64::MAX;
@@ -155,12 +155,7 @@ impl GateThread {
             if self.commands_wait.swap(false, Ordering::AcqRel) && !self.take_commands() {
                 return Ok(());
             }
-            if self.serve() {
-                rounds += 1;
-                if rounds.is_multiple_of(ROUNDS_BETWEEN_LOOKS) {
-                    self.look(0)?;
-                }
-            } else if !self.watch() {
+            if !self.serve() && !self.watch() {
                 let for_device = self.waits_for_device();
                 if !self.arm() {
                     let asleep = Instant::now();
@@ -168,7 +163,14 @@ impl GateThread {
                     if !for_device {
                         self.spin.slept(asleep.elapsed());
                     }
+                    rounds = 0;
+                    continue;
                 }
+            }
+            rounds += 1;
+            if rounds >= ROUNDS_BETWEEN_LOOKS {
+                rounds = 0;
+                self.look(0)?;
             }
         }
     }

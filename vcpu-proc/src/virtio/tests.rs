@@ -5,6 +5,7 @@ mod frames;
 mod succession;
 
 use super::*;
+use crate::gate::Phase;
 use bulkhead_ipc::device_kind::VirtioKind;
 use bulkhead_ipc::shared::sealed_memfd;
 use bulkhead_ipc::window::DeviceState;
@@ -62,6 +63,16 @@ impl Machine {
 
     /// A device with as many queues as it takes to have number `queue`.
     fn of(kind: VirtioKind, queue: u16) -> Self {
+        Self::beside(kind, queue, Cpus { host: 2, guest: 1 }, vec![])
+    }
+
+    /// The same, on these CPUs, beside other devices.
+    fn beside(
+        kind: VirtioKind,
+        queue: u16,
+        cpus: Cpus,
+        others: Vec<(VirtioSlot, SlotFds)>,
+    ) -> Self {
         let sizes = vec![QUEUE; usize::from(queue) + 1];
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
         let layout = WindowLayout::new(WINDOW_BYTES as usize, &sizes).unwrap();
@@ -93,9 +104,9 @@ impl Machine {
             output_position: 0,
             input_position: 0,
         };
-        let cpus = Cpus { host: 2, guest: 1 };
         let registers = RegisterFile::new().unwrap();
-        let (bus, thread) = build(memory.clone(), &registers, vec![(slot, fds)], cpus).unwrap();
+        let devices = std::iter::once((slot, fds)).chain(others).collect();
+        let (bus, thread) = build(memory.clone(), &registers, devices, cpus).unwrap();
         let thread = Some(std::thread::spawn(move || thread.run()));
         Self {
             memory,
@@ -391,6 +402,59 @@ fn read_request_travels_to_the_device_and_back() {
     assert_eq!(m.get(0x60), 1);
     m.set(0x64, 1);
     assert_eq!(m.get(0x60), 0);
+}
+
+#[test]
+fn device_that_slept_is_heard_while_the_gate_watches_another() {
+    let fd = sealed_memfd("w", u64::from(WINDOW_BYTES)).unwrap();
+    let layout = WindowLayout::new(WINDOW_BYTES as usize, &[QUEUE]).unwrap();
+    let window = Window::map(fd.try_clone().unwrap(), layout).unwrap();
+    let (kick, call) = (Doorbell::new().unwrap(), Doorbell::new().unwrap());
+    let fds = SlotFds {
+        window: fd,
+        kick: kick.into(),
+        call: call.try_clone().unwrap().into(),
+    };
+    let slot = VirtioSlot {
+        slot: 1,
+        name: "rng0".to_owned(),
+        kind: VirtioKind::Rng,
+        generation: 1,
+        queue_sizes: vec![QUEUE],
+        window_bytes: WINDOW_BYTES,
+        features: u64::MAX,
+        config: vec![],
+        output_position: 0,
+        input_position: 0,
+    };
+    // As many CPUs as it takes for the gate to watch while the device works.
+    let cpus = Cpus { host: 8, guest: 1 };
+    let mut m = Machine::beside(VirtioKind::Blk, 0, cpus, vec![(slot, fds)]);
+    m.publish();
+    m.start();
+    let is_heard = |m: &Machine| {
+        let mut all = m.bus.attachments();
+        all.any(|(slot, attachment)| slot == 1 && attachment.phase == Phase::Serving)
+    };
+    let once = |m: &mut Machine| {
+        m.offer_request(0, 512, false);
+        let (head, ..) = m.device_pop();
+        m.device_complete(head, 1);
+        m.used();
+    };
+    // It finds that watching pays.
+    for _ in 0..1000 {
+        once(&mut m);
+    }
+    assert!(!is_heard(&m), "nothing is published yet");
+    window.publish(u64::MAX, &[]);
+    call.ring();
+    let mut behind = 0;
+    while !is_heard(&m) && behind < 1000 {
+        once(&mut m);
+        behind += 1;
+    }
+    assert!(behind <= 12, "{behind} requests went ahead");
 }
 
 #[test]
