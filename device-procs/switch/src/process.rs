@@ -12,7 +12,7 @@
 use crate::capture::{Capture, CaptureSettings};
 use crate::leases::Lease;
 use crate::settings::{NetworkSettings, PortSettings, Role};
-use crate::switch::{BYTES_PER_TURN, PortId, Switch};
+use crate::switch::{BYTES_PER_TURN, FRAMES_PER_TURN, PortId, Switch};
 use crate::terms;
 use crate::wires::Wires;
 use bulkhead_ipc::channel::{Channel, ChannelError};
@@ -41,9 +41,9 @@ const CAPTURE: u64 = 1 << 32;
 const MESSAGES_PER_TURN: usize = 16;
 /// Busy passes after which the other descriptors are looked at without sleeping.
 const PASSES_BETWEEN_LOOKS: u32 = 32;
-/// What frames have cost after which that is done, so that who has slept is heard soon in a flood. Not after every
-/// turn: who sends much sends more when what it has sent meanwhile is taken in one go.
-const COST_BETWEEN_LOOKS: i64 = 2 * BYTES_PER_TURN;
+/// Whole turns after which that is done, so that who has slept is heard soon in a flood. Not after every
+/// one: who sends much sends more when what it has sent meanwhile is taken in one go.
+const TURNS_BETWEEN_LOOKS: u8 = 8;
 /// Exit status when the kernel does not let it wait.
 const EXIT_FAULT: i32 = 71;
 
@@ -160,6 +160,8 @@ pub struct Server {
     sink: Option<Sink>,
     /// Since the last look at the other descriptors.
     passes: u32,
+    frames: usize,
+    /// Of the frames ([`Passed::cost`](crate::Passed::cost)).
     cost: i64,
 }
 
@@ -192,6 +194,7 @@ impl Server {
             links: BTreeMap::new(),
             sink: None,
             passes: 0,
+            frames: 0,
             cost: 0,
         }
     }
@@ -203,18 +206,21 @@ impl Server {
         let now = Instant::now();
         let told = &mut self.told;
         let tell = |switch: &mut Switch| told.leases(switch, now);
-        let (_, cost) = self.wires.pass_and(&mut self.switch, now, tell);
+        let (frames, cost) = self.wires.pass_and(&mut self.switch, now, tell);
         self.tell_faults();
         self.write_capture(now);
         let within = self.patience(now);
         self.passes += 1;
+        self.frames += frames;
         self.cost = self.cost.saturating_add(cost);
         let busy = within == Some(Duration::ZERO);
-        let is_time = self.passes >= PASSES_BETWEEN_LOOKS || self.cost >= COST_BETWEEN_LOOKS;
+        let is_time = self.passes >= PASSES_BETWEEN_LOOKS
+            || self.cost >= i64::from(TURNS_BETWEEN_LOOKS) * BYTES_PER_TURN
+            || self.frames >= usize::from(TURNS_BETWEEN_LOOKS) * FRAMES_PER_TURN;
         if busy && !is_time {
             return None;
         }
-        (self.passes, self.cost) = (0, 0);
+        (self.passes, self.frames, self.cost) = (0, 0, 0);
         match self.waiter.sleep(within.into_iter().chain(longest).min()) {
             Ok(woken) => (!self.attend(&woken)).then_some(0),
             Err(errno) => {
