@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::testing::{mac, udp_frame};
-
 use bulkhead_ipc::port::{PACKET_HEADER_BYTES, PORT_BYTES, stamp};
 use bulkhead_ipc::protocol::switch::{IsolationTerms, PORTS_MAX, VlanTerms};
 use bulkhead_ipc::shared::sealed_memfd;

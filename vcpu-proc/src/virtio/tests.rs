@@ -56,6 +56,41 @@ fn device_queue(window: &Window, queue: u16) -> Queue {
     device
 }
 
+/// A device's slot with what the gate is given for it, and what its process has: the window, and the doorbells that
+/// wake it and that it rings.
+fn plug(
+    number: u8,
+    name: &str,
+    kind: VirtioKind,
+    queue_sizes: Vec<u16>,
+) -> ((VirtioSlot, SlotFds), Window, [Doorbell; 2]) {
+    let layout = WindowLayout::new(WINDOW_BYTES as usize, &queue_sizes).unwrap();
+    let fd = sealed_memfd("w", u64::from(WINDOW_BYTES)).unwrap();
+    let window = Window::map(fd.try_clone().unwrap(), layout).unwrap();
+    let bells = [(); 2].map(|()| Doorbell::new().unwrap());
+    let [kick, call] = bells
+        .each_ref()
+        .map(|bell| bell.try_clone().unwrap().into());
+    let fds = SlotFds {
+        window: fd,
+        kick,
+        call,
+    };
+    let slot = VirtioSlot {
+        slot: number,
+        name: name.to_owned(),
+        kind,
+        generation: 1,
+        queue_sizes,
+        window_bytes: WINDOW_BYTES,
+        features: 1 << 9 | 1 << 29 | kind.gate_features(),
+        config: vec![0; kind.config_bytes()],
+        output_position: 0,
+        input_position: 0,
+    };
+    ((slot, fds), window, bells)
+}
+
 impl Machine {
     fn new() -> Self {
         Self::of(VirtioKind::Blk, 0)
@@ -75,37 +110,17 @@ impl Machine {
     ) -> Self {
         let sizes = vec![QUEUE; usize::from(queue) + 1];
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
-        let layout = WindowLayout::new(WINDOW_BYTES as usize, &sizes).unwrap();
-        let fd = sealed_memfd("w", u64::from(WINDOW_BYTES)).unwrap();
-        let window = Window::map(fd.try_clone().unwrap(), layout.clone()).unwrap();
-        let region = Window::map(fd.try_clone().unwrap(), layout)
+        let (slot, window, [kick, call]) = plug(0, "disk", kind, sizes);
+        let fd = window.memory.descriptor().unwrap();
+        let region = Window::map(fd.try_clone_to_owned().unwrap(), window.layout.clone())
             .unwrap()
             .memory
             .into_region();
         let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
         let device_memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
         let device = device_queue(&window, queue);
-        let (kick, call) = (Doorbell::new().unwrap(), Doorbell::new().unwrap());
-        let own = |bell: &Doorbell| bell.try_clone().unwrap().into();
-        let fds = SlotFds {
-            window: fd,
-            kick: own(&kick),
-            call: own(&call),
-        };
-        let slot = VirtioSlot {
-            slot: 0,
-            name: "disk".to_owned(),
-            kind,
-            generation: 1,
-            queue_sizes: sizes,
-            window_bytes: WINDOW_BYTES,
-            features: 1 << 9 | 1 << 29 | kind.gate_features(),
-            config: vec![0; kind.config_bytes()],
-            output_position: 0,
-            input_position: 0,
-        };
         let registers = RegisterFile::new().unwrap();
-        let devices = std::iter::once((slot, fds)).chain(others).collect();
+        let devices = std::iter::once(slot).chain(others).collect();
         let (bus, thread) = build(memory.clone(), &registers, devices, cpus).unwrap();
         let thread = Some(std::thread::spawn(move || thread.run()));
         Self {
@@ -406,30 +421,10 @@ fn read_request_travels_to_the_device_and_back() {
 
 #[test]
 fn device_that_slept_is_heard_while_the_gate_watches_another() {
-    let fd = sealed_memfd("w", u64::from(WINDOW_BYTES)).unwrap();
-    let layout = WindowLayout::new(WINDOW_BYTES as usize, &[QUEUE]).unwrap();
-    let window = Window::map(fd.try_clone().unwrap(), layout).unwrap();
-    let (kick, call) = (Doorbell::new().unwrap(), Doorbell::new().unwrap());
-    let fds = SlotFds {
-        window: fd,
-        kick: kick.into(),
-        call: call.try_clone().unwrap().into(),
-    };
-    let slot = VirtioSlot {
-        slot: 1,
-        name: "rng0".to_owned(),
-        kind: VirtioKind::Rng,
-        generation: 1,
-        queue_sizes: vec![QUEUE],
-        window_bytes: WINDOW_BYTES,
-        features: u64::MAX,
-        config: vec![],
-        output_position: 0,
-        input_position: 0,
-    };
+    let (slot, window, [_kick, call]) = plug(1, "rng0", VirtioKind::Rng, vec![QUEUE]);
     // As many CPUs as it takes for the gate to watch while the device works.
     let cpus = Cpus { host: 8, guest: 1 };
-    let mut m = Machine::beside(VirtioKind::Blk, 0, cpus, vec![(slot, fds)]);
+    let mut m = Machine::beside(VirtioKind::Blk, 0, cpus, vec![slot]);
     m.publish();
     m.start();
     let is_heard = |m: &Machine| {
